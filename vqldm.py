@@ -14,9 +14,9 @@ second stage works on few numbers, and that is why all of this fits on a laptop.
 
 Letters   B batch · H W pixels · h w latent grid · d length of a code · K codes · N = h·w tokens
           C channels · T diffusion steps · S sampling steps · E length of the time embedding
-          x image in [-1,1] · x_hat its reconstruction · z latent · z_q its code · k the code's number
+          x image in [-1,1] · x_hat its reconstruction · z latent · z_q its code · k its number
           z0 standardised latent (DDPM's x_0) · z_t the same at noise level t in 0…T-1
-          eps noise · eps_hat its estimate · lam adaptive weight λ · D discriminator (and decoder above)
+          eps noise · eps_hat its estimate · lam adaptive weight λ · D decoder; discriminator in (7)
 
 Equations (in the code each stands as its bare number. VQ: van den Oord 2017, arXiv 1711.00937.
           VQGAN: Esser 2021, 2012.09841. DDPM: Ho 2020, 2006.11239. DDIM: Song 2021, 2010.02502.
@@ -42,7 +42,7 @@ Contents  1. Settings                  5. Blocks                    9. Stage 1: 
           4. A folder of images        8. Keeping a run            12. Stage 2: training
           13. Pictures and samples    14. Measuring, commands      On a first reading skip 3, 4, 8.
 
-Run it    python vqldm.py train-vq   then   train-ldm   then   sample;   demo does the three in a row.
+Run it    python vqldm.py train-vq, then train-ldm, then sample; demo does the three in a row.
           grep -n trap: vqldm.py     shows what everybody gets wrong, at the line where it happens.
 """
 import argparse
@@ -64,7 +64,8 @@ from dataclasses import asdict, dataclass, field, fields
 
 def opt(default, help, lo=None, hi=None, choices=None, free=False):
     """One setting. lo, hi: smallest and largest value allowed. free: may change on --resume."""
-    return field(default=default, metadata=dict(help=help, lo=lo, hi=hi, choices=choices, free=free))
+    return field(default=default,
+                 metadata=dict(help=help, lo=lo, hi=hi, choices=choices, free=free))
 
 
 class UserError(Exception):
@@ -75,22 +76,21 @@ class UserError(Exception):
 class Machine:
     """Settings of every command: where it runs, what it may touch."""
     seed: int = opt(0, "random seed; every random number is a function of it", 0, 2**31 - 1)
-    device: str = opt("auto", "auto (cuda, else mps, else cpu) or a torch device: cuda:1", free=True)
-    precision: str = opt("auto", "number format of matrix products; auto: bf16 where that is faster",
+    device: str = opt("auto", "auto (cuda, mps or cpu), or a torch device: cuda:1", free=True)
+    precision: str = opt("auto", "of matrix products; auto: bf16 where that is faster",
                          choices=("auto", "fp32", "bf16"), free=True)
-    cache: str = opt("runs/cache", "folder for decoded images and latents; may be deleted", free=True)
-    allow_bad: bool = opt(False, "go on though more than 20 % of the images are unreadable", free=True)
+    cache: str = opt("runs/cache", "folder of decoded images and latents; may be deleted", free=True)
+    allow_bad: bool = opt(False, "go on with more than 20 % unreadable images", free=True)
     overwrite: bool = opt(False, "replace what is already in the --out folder", free=True)
 
     def check(self):
         """Raise UserError on combinations that cannot work."""
 
-
 @dataclass(frozen=True)
 class Training(Machine):
     """Settings of both training commands."""
-    preset: str = opt("default", "default: laptop; tiny: seconds; report: 256x256 on a GPU, the recipe "
-                      "of the reference report", choices=("default", "tiny", "report"))
+    preset: str = opt("default", "default: laptop; tiny: seconds; report: 256x256, for a GPU",
+                      choices=("default", "tiny", "report"))
     resume: bool = opt(False, "go on with the run in --out where it was stopped", free=True)
     minutes: float = opt(0.0, "stop after so many minutes, saved; 0: all epochs", 0, 1e6, free=True)
     warmup: int = opt(50, "steps over which the learning rate rises from 0", 0, 10**6)
@@ -100,13 +100,13 @@ class Training(Machine):
 
     def check(self):
         if self.resume and self.overwrite:
-            raise UserError("--resume and --overwrite: one goes on, the other starts anew; give one")
+            raise UserError("--resume goes on, --overwrite starts anew: give one of them")
 
 
 @dataclass(frozen=True)
 class VQConfig(Training):
     """Stage 1: what train-vq does."""
-    data: str = opt("synthetic", "'synthetic' or a folder of images, searched through; class = folder")
+    data: str = opt("synthetic", "'synthetic' or a folder of images; class = its subfolder")
     out: str = opt("runs/vq", "folder for checkpoints, log and pictures", free=True)
     size: int = opt(64, "side of the square images, in pixels", 8, 4096)
     n_images: int = opt(4096, "images to draw if the data is synthetic", 8, 10**9)
@@ -119,7 +119,7 @@ class VQConfig(Training):
     commit_weight: float = opt(0.25, "weight of the commitment loss (4)", 0, 1e4)
     revive_every: int = opt(50, "steps between two revivals of unused codes", 1, 10**6)
     perceptual_weight: float = opt(1.0, "weight of LPIPS", 0, 1e4)
-    lpips: str = opt("auto", "network inside LPIPS; auto: squeeze if its weights can be had, else off",
+    lpips: str = opt("auto", "network of LPIPS; auto: squeeze if its weights can be had",
                      choices=("auto", "off", "squeeze", "alex", "vgg"))
     gan_weight: float = opt(0.5, "weight of the adversarial loss, beside lam; 0: no GAN", 0, 1e4)
     gan_start: float = opt(8.0, "epochs before the generator hears of the discriminator", 0, 1e6)
@@ -139,12 +139,12 @@ class VQConfig(Training):
         super().check()
         if self.size % self.f or self.size < 2 * self.f:
             raise UserError(f"--size {self.size}: must be a multiple of f = {self.f} (2 to the number "
-                            f"of --widths), and at least {2 * self.f}")
+                            f"of --widths), at least {2 * self.f}")
         if self.widths[-1] % self.heads:
-            raise UserError(f"--heads {self.heads}: must divide the last of --widths {self.widths[-1]}")
+            raise UserError(f"--heads {self.heads}: must divide the last width, {self.widths[-1]}")
         if self.size < 2 ** len(self.d_widths):
-            raise UserError(f"--d-widths: each of the {len(self.d_widths)} halves the image, too many "
-                            f"for --size {self.size}; at most {int(math.log2(self.size))}")
+            raise UserError(f"--d-widths {' '.join(map(str, self.d_widths))}: each halves the image; "
+                            f"--size {self.size} allows {int(math.log2(self.size))}")
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ class LDMConfig(Training):
     def check(self):
         super().check()
         if self.unet_widths[-1] % self.heads:
-            raise UserError(f"--heads {self.heads}: must divide the last of --unet-widths "
+            raise UserError(f"--heads {self.heads}: must divide the last width, "
                             f"{self.unet_widths[-1]}")
 
 
@@ -221,9 +221,8 @@ class DemoConfig(Machine):
 class BenchConfig(Machine):
     """What bench does."""
     preset: str = opt("default", "the settings to measure", choices=("default", "tiny", "report"))
-    size: int = opt(0, "side of the images in pixels; 0: the preset's", 0, 4096)
-    batch_size: int = opt(0, "images in a step; 0: each stage's own", 0, 2**20)
-    out: str = opt("runs/bench", "folder for bench.json")
+    minutes: float = opt(0.2, "time for each measurement", 0.01, 1e4)
+    out: str = opt("runs/bench", "folder for bench.json and the runs that are timed")
 
 
 # name: (settings, the line that --help shows)
@@ -241,8 +240,8 @@ PRESETS = {
                        gan_start=1.0, gan_ramp=0.5, d_widths=(16, 32), warmup=5, revive_every=5),
         LDMConfig: dict(unet_widths=(32, 64), batch_size=16, epochs=4, warmup=5, T=200)},
     "report": {
-        VQConfig: dict(size=256, n_images=20_000, widths=(128, 128, 256, 256), z_dim=256, codes=1024,
-                       commit_weight=1.0, gan_weight=1.0, gan_start=8.0, d_widths=(64, 128, 256),
+        VQConfig: dict(size=256, n_images=20_000, widths=(128, 128, 256, 256), z_dim=256,
+                       codes=1024, commit_weight=1.0, gan_weight=1.0, d_widths=(64, 128, 256),
                        lr=1e-4, d_lr=1e-4, batch_size=8, epochs=40, decay=0.0),
         LDMConfig: dict(target="eps", unet_widths=(256, 512), class_cond=False, lr=1e-4, views=8,
                         batch_size=32, epochs=200, ema=0.9999, decay=0.0)}}
@@ -253,7 +252,7 @@ def flag(name):
 
 
 def check_values(cls, values):
-    """Check settings from the command line (text) or a checkpoint. UserError says flag and range."""
+    """Settings from the command line (as text) or a checkpoint -> checked and converted."""
     hints, known, out = typing.get_type_hints(cls), {fd.name: fd for fd in fields(cls)}, {}
     for name, value in values.items():
         m, kind = known[name].metadata, hints[name]
@@ -284,32 +283,33 @@ class Parser(argparse.ArgumentParser):
 
 
 def build_parser():
-    top = Parser(prog="vqldm.py", allow_abbrev=False,
-                 formatter_class=lambda prog: argparse.RawTextHelpFormatter(prog, max_help_position=14),
-                 description="VQGAN + latent diffusion in one file. With no flags, train-vq, train-ldm "
-                             "and sample\nwork in a row on images that the program draws itself.",
-                 epilog="python vqldm.py COMMAND --help  lists a command's settings\n"
-                        "python vqldm.py train-vq --data FOLDER  trains on your images\n"
-                        "torchrun --nproc-per-node N vqldm.py train-vq  uses N GPUs or cores")
+    def wide(prog):
+        return argparse.RawTextHelpFormatter(prog, max_help_position=30, width=118)
+    top = Parser(prog="vqldm.py", allow_abbrev=False, formatter_class=wide,
+                 description="VQGAN + latent diffusion in one file. Without flags train-vq, train-ldm "
+                             "and sample\nwork in a row, on images that the program draws itself.",
+                 epilog="python vqldm.py COMMAND --help         what it can be told\n"
+                        "python vqldm.py train-vq --data FOLDER  train on your own images\n"
+                        "torchrun --nproc-per-node N vqldm.py train-vq   use N GPUs, or N processes")
     sub = top.add_subparsers(dest="command", metavar="COMMAND", required=True, title="commands")
     for name, (cls, line) in COMMANDS.items():
         p = sub.add_parser(name, help=line, description=line, allow_abbrev=False,
-                           usage=f"vqldm.py {name} [settings]")
+                           formatter_class=wide, usage=f"vqldm.py {name} [settings]")
         hints = typing.get_type_hints(cls)
         for fd in fields(cls):
             kind, choices = hints[fd.name], fd.metadata["choices"]
             many = typing.get_origin(kind) is tuple
-            default = " ".join(map(str, fd.default)) if many else fd.default
+            default = " ".join(map(str, fd.default)) if many else str(fd.default)
             # trap: a default given to argparse would overwrite what a checkpoint recorded. SUPPRESS
             # keeps only what was typed.
-            kw = dict(default=argparse.SUPPRESS, help=fd.metadata["help"].replace("%", "%%")
-                      + (f" [{default}]" if default != "" else ""))
+            kw = dict(default=argparse.SUPPRESS, dest=fd.name, help=fd.metadata["help"].replace(
+                "%", "%%") + (f" [{default}]" if default else ""))
             if kind is bool:
                 kw.update(action=argparse.BooleanOptionalAction)
             else:
-                kw.update(metavar="|".join(choices) if choices else "TEXT" if kind is str else
-                          "X" if kind is float else "N", nargs="+" if many else None)
-            p.add_argument(flag(fd.name), dest=fd.name, **kw)
+                kw.update(nargs="+" if many else None, metavar="|".join(choices) if choices else
+                          {str: "TEXT", float: "X"}.get(kind, "N"))
+            p.add_argument(flag(fd.name), **kw)
     return top
 
 
@@ -321,12 +321,13 @@ def parse_command(argv):
         word = unknown[0].split("=")[0]
         close = difflib.get_close_matches(word, [flag(fd.name) for fd in fields(cls)], 1)
         raise UserError(f"{word}: {args.command} has no such flag; " + (
-            f"did you mean {close[0]}?" if close else f"{args.command} --help lists those there are"))
-    return args.command, cls, check_values(cls, {k: v for k, v in vars(args).items() if k != "command"})
+            f"did you mean {close[0]}?" if close else f"{args.command} --help lists all"))
+    typed = {k: v for k, v in vars(args).items() if k != "command"}
+    return args.command, cls, check_values(cls, typed)
 
 
 def settings(cls, typed, recorded=None):
-    """Default < preset < recorded in the checkpoint < typed. Differing from a record is an error."""
+    """Default < preset < recorded < typed. What differs from the record is an error."""
     preset = PRESETS.get(typed.get("preset", "default"), {}).get(cls, {})
     cfg = cls(**{**preset, **(recorded or {}), **typed})
     differ = [f"{flag(fd.name)} was {recorded[fd.name]}, now {getattr(cfg, fd.name)}"
@@ -356,6 +357,7 @@ import hashlib
 import json
 import signal
 import socket
+import subprocess
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -373,36 +375,34 @@ from tqdm import tqdm
 # ------------------------------------------------------------------------------------------------
 # 2. Machine
 # ------------------------------------------------------------------------------------------------
-# Four questions that every line of training depends on, answered once: on what do we compute, in
-# which number format, how many of us are there, and where do random numbers come from.
+# On what do we compute, in which number format, how many of us are there, and where do random
+# numbers come from? Every line of training depends on these, so they are answered once.
 
 
 def pick_device(cfg):
-    """-> (device, autocast dtype or None for fp32). Prints which, and why."""
-    name = cfg.device
-    if name == "auto":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else \
-            "mps" if torch.backends.mps.is_available() else "cpu"
+    """-> (device, autocast dtype, None for fp32). Says which, and why."""
+    name = cfg.device if cfg.device != "auto" else \
+        f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else \
+        "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
     except Exception:       # torch raises anything from AssertionError to RuntimeError here
         raise UserError(f"--device {name}: not on this machine; auto finds one, cpu works") from None
-    fast, why = False, f"{device.type} is fastest so"
+    fast, why = False, f"not measured on {device.type}"
     if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        fast, why = major >= 8, f"CUDA capability {major}.{minor}"
+        fast, why = torch.cuda.get_device_capability(device) >= (8, 0), torch.cuda.get_device_name()
         torch.backends.cudnn.benchmark = True
         torch.cuda.set_device(device)
-    elif device.type == "cpu":      # without units for it bf16 is emulated, and slower than fp32
+    elif device.type == "cpu":      # without units for it bf16 is emulated: slower than fp32
         units = [unit for test, unit in (("_is_amx_tile_supported", "AMX"),
                                          ("_is_avx512_bf16_supported", "AVX512-BF16"))
                  if getattr(torch.cpu, test, lambda: False)()]
         fast, why = bool(units), f"this CPU has {units[0] if units else 'no bf16 units'}"
     bf16 = fast if cfg.precision == "auto" else cfg.precision == "bf16"
-    why = why if cfg.precision == "auto" else "as asked"
-    say(f"device {device}, {'bf16' if bf16 else 'fp32'} ({why}), {torch.get_num_threads()} threads"
-        + (f", process 0 of {world()}" if world() > 1 else ""))
+    say(f"device {device}, {'bf16' if bf16 else 'fp32'} "
+        f"({why if cfg.precision == 'auto' else 'as asked'}), {torch.get_num_threads()} threads"
+        + f", process 1 of {world()}" * (world() > 1))
     return device, torch.bfloat16 if bf16 else None
 
 
@@ -414,17 +414,17 @@ def autocast(device, dtype):
 def rng(*key):
     """The random numbers that belong to a key, such as (seed, "turns", step).
 
-    Randomness is looked up, never carried along. Step 700 draws the same numbers whether the run
-    went there at once, was killed and resumed, or drew a preview in between; there is no random
-    state that a checkpoint could forget. Drawn on the CPU: the same for every device."""
+    Randomness is looked up, never carried along: step 700 draws the same numbers whether the run
+    went there at once, was killed and resumed, or drew a preview on the way. There is no random
+    state that a checkpoint could forget. Drawn on the CPU, it is the same for every device."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
-# Many processes (torchrun): each takes its share of the global batch, and the mean of their gradients
-# is the gradient of the whole. All of them look up the random numbers of the whole batch and cut out
-# their share, so N processes do what one would do. This is all that DistributedDataParallel does,
-# except that it sends gradients while others are still being computed.
+# Many processes (torchrun): each takes its share of the global batch; the mean of their gradients is
+# the gradient of the whole. All look up the random numbers of the whole batch and cut out their
+# share, so N processes do what one would do. DistributedDataParallel does the same, but sends
+# gradients while others are still being computed.
 def world():
     return dist.get_world_size() if dist.is_initialized() else 1
 
@@ -469,28 +469,27 @@ def say(text):
 # ------------------------------------------------------------------------------------------------
 # 3. Synthetic lesions
 # ------------------------------------------------------------------------------------------------
-# To run tonight without a download, the program draws its own dermoscopy-like images, in four classes
-# whose rules stand here, so that you can check the samples against them. Image i is a function of
-# (seed, i) alone: a tape of random numbers, then arithmetic on all pixels of a few images at once.
+# To run tonight without a download, the program draws its own dermoscopy-like images, in four
+# classes whose rules stand here, so that samples can be checked against them. Image i is a function
+# of (seed, i): a tape of random numbers, then arithmetic on all pixels of some images at once.
 
 SYNTHETIC_CLASSES = ("keratosis-like", "melanoma-like", "nevus-like", "vascular-like")
 SKIN = ((.93, .74, .66), (.90, .62, .60), (.80, .68, .70), (.91, .76, .58), (.84, .60, .64))
-LESION = (((.72, .60, .44), (.60, .48, .34), (.80, .72, .58), (.55, .47, .40)),    # tan, cream, grey
-          ((.26, .15, .11), (.45, .29, .20), (.33, .36, .47), (.55, .27, .27)),    # black, blue, red
-          ((.52, .31, .22), (.62, .40, .28), (.38, .22, .16), (.68, .42, .34)),    # browns
-          ((.66, .12, .18), (.52, .08, .20), (.76, .24, .26), (.40, .12, .28)))    # reds, purple
+LESION = (((.72, .60, .44), (.60, .48, .34), (.80, .72, .58), (.55, .47, .40)),  # tan, cream, grey
+          ((.26, .15, .11), (.45, .29, .20), (.33, .36, .47), (.55, .27, .27)),  # black, blue, red
+          ((.52, .31, .22), (.62, .40, .28), (.38, .22, .16), (.68, .42, .34)),  # browns
+          ((.66, .12, .18), (.52, .08, .20), (.76, .24, .26), (.40, .12, .28)))  # reds, purple
 
 
 def hair_distance(xy, a, b, c):
-    """Distance of each pixel to quadratic Bezier curves: points (R,n,2) three times -> (R,n,H,W)."""
+    """Distance of each pixel to quadratic Bezier curves, control points (R,n,2) -> (R,n,H,W)."""
     s = torch.linspace(0, 1, 13).view(1, 1, 13, 1)
     curve = (1 - s) ** 2 * a[:, :, None] + 2 * s * (1 - s) * b[:, :, None] + s ** 2 * c[:, :, None]
     nearest = torch.full((*a.shape[:2], *xy.shape[1:]), 9.0)
     for i in range(12):         # twelve straight pieces
         p, q = curve[:, :, i, :, None, None], curve[:, :, i + 1, :, None, None]
         along = ((xy - p) * (q - p)).sum(2, keepdim=True) / (q - p).square().sum(2, keepdim=True)
-        d = (xy - p - along.clamp(0, 1) * (q - p)).square().sum(2)
-        nearest = torch.minimum(nearest, d)
+        nearest = torch.minimum(nearest, (xy - p - along.clamp(0, 1) * (q - p)).square().sum(2))
     return nearest.sqrt()
 
 
@@ -593,27 +592,26 @@ def synthetic(n, size, seed, start=0):
 # ------------------------------------------------------------------------------------------------
 # 4. A folder of images
 # ------------------------------------------------------------------------------------------------
-# Hours are lost to one bad image in a folder, and laptops spend most of a run on decoding JPEGs. So
-# every image is opened once, before training: turned upright, made RGB, cut to its centred square,
-# resized, written as uint8 into one .npy file. A bad one is named and skipped. Training then reads
-# rows of that file: no worker processes, no waiting, the same order on every machine.
+# Hours are lost to one bad image in a folder, and most of a laptop's time to decoding JPEGs. So each
+# image is opened once, before training: turned upright, made RGB, cut to its centred square, resized
+# and written as uint8 into one .npy file; a bad one is named and skipped. Training reads rows of
+# that file: no worker processes, no waiting, the same order on every machine.
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 SPLITS = dict(train=0, training=0, val=1, valid=1, validation=1, test=1, testing=1)    # 1: held out
 NO_PHOTO = ("_segmentation", "_superpixels", "_mask", "_expert")        # masks beside ISIC's photos
 
 
-def to_float(x):
-    """uint8 0…255 -> [-1,1], the only range that images have in this program."""
+def to_float(x):        # uint8 0…255 -> [-1,1], the only range that images have in this program
     return x.float() / 127.5 - 1
 
 
-def to_bytes(x):
+def to_bytes(x):        # and back
     return ((x.float().clamp(-1, 1) + 1) * 127.5).round().byte().cpu()
 
 
 def turn(x, turns):
-    """Each image in one of the square's eight symmetries (dermoscopy has no up). (B,C,H,H), (B,)."""
+    """Each image (B,C,H,H) in one of the square's eight symmetries (B,): dermoscopy has no up."""
     out = x.clone()
     for s in range(8):
         y = x[turns == s].flip(3) if s >= 4 else x[turns == s]
@@ -630,11 +628,10 @@ def decode(path, size):
             im.draft("RGB", (size, size))       # JPEG at 1/2, 1/4, 1/8 of its size: 4 times faster
             im = ImageOps.exif_transpose(im)    # cameras store "turn me" beside the pixels
             if im.mode[0] in "IF":
-                # PIL turns 16-bit grey to 8 bits by clipping at 255, which gives white.
-                a = np.asarray(im, np.float64)
+                a = np.asarray(im, np.float64)          # 16 bits: PIL would clip at 255, to white
                 top = 65535 if im.mode[0] == "I" and a.max() > 255 else max(a.max(), 1)
                 im = Image.fromarray((a / top * 255).clip(0, 255).astype(np.uint8))
-            if "A" in im.getbands() or "transparency" in im.info:       # hidden pixels are often junk
+            if "A" in im.getbands() or "transparency" in im.info:   # hidden pixels are often junk
                 im = im.convert("RGBA")
                 im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im)
             return np.asarray(ImageOps.fit(im.convert("RGB"), (size, size))).transpose(2, 0, 1)
@@ -650,9 +647,8 @@ def list_images(folder):
             continue
         seen.add((here.st_dev, here.st_ino))
         dirs[:] = [d for d in dirs if not d.startswith(".")]
-        for name in names:
-            p = Path(base, name)
-            ok = p.suffix.lower() in SUFFIXES and not name.startswith(".") and "-partial" not in name
+        for p in (Path(base, name) for name in names):
+            ok = p.suffix.lower() in SUFFIXES and p.name[0] != "." and "-partial" not in p.name
             if ok and not p.stem.lower().endswith(NO_PHOTO):
                 found.append(p.relative_to(folder).as_posix())
             else:
@@ -682,16 +678,16 @@ def place(key):
 def arrange(folder, names, held_out):
     """-> (class of each image, is it held out). Folders say it, else a table, else a hash.
 
-    trap: several photographs show one lesion. Split by photograph, the network is measured on
-    lesions that it trained on. Where lesion_id is known a whole lesion goes to one side, and a
-    photograph whose lesion is not known goes to training, since it might show any of them."""
+    trap: several photographs show one lesion. Split by photograph, a network is measured on lesions
+    that it trained on. Where lesion_id is known a whole lesion goes to one side, and a photograph
+    of an unknown lesion to training, since it might show any of them."""
     table, classes, sides, lesions = read_table(folder), [], [], []
     flat = len({Path(name).parent for name in names}) == 1
     known = any(row.get("lesion_id") for row in table.values())
     for name in names:
         *parents, _ = Path(name).parts
         row = table.get(Path(name).stem, {})
-        told = next((row[k] for k in ("diagnosis_3", "diagnosis_1", "dx", "class") if row.get(k)), "")
+        told = next(filter(None, map(row.get, ("diagnosis_3", "diagnosis_1", "dx", "class"))), "")
         parent = parents[-1] if parents and parents[-1].lower() not in SPLITS else ""
         classes.append((told or parent if flat else parent or told) or "images")
         sides.append(max((SPLITS[p.lower()] for p in parents if p.lower() in SPLITS), default=0))
@@ -706,7 +702,7 @@ def arrange(folder, names, held_out):
 
 
 class Images:
-    """Decoded images on disk. .train, .held: row numbers; .labels: class of each row; .classes."""
+    """Decoded images on disk. train, held: row numbers. labels: index into classes, by row."""
 
     def __init__(self, path):
         info = json.loads(path.with_suffix(".json").read_text())
@@ -755,7 +751,7 @@ def load_images(source, size, n_images, held_out, cfg):
     else:
         folder = Path(source).expanduser()
         if not folder.is_dir():
-            raise UserError(f"--data {source}: no such folder; give a folder of images or 'synthetic'")
+            raise UserError(f"--data {source}: no such folder; a folder of images or 'synthetic'")
         names, other = list_images(folder)
         if not names:
             raise UserError(f"--data {source}: no image in it, {other} other files; images end in "
@@ -791,8 +787,8 @@ def load_images(source, size, n_images, held_out, cfg):
     images = Images(path)
     if images.bad:
         n, rest = len(images.bad), len(images.bad) - 5
-        text = f"{n} of {len(names)} images cannot be read: {'; '.join(images.bad[:5])}" \
-            + (f" and {rest} more" if rest > 0 else "")
+        text = f"{n} of {len(names)} images cannot be read: " + "; ".join(images.bad[:5]) \
+            + f" and {rest} more" * (rest > 0)
         if n == len(names) or n > 0.2 * len(names) and not cfg.allow_bad:
             raise UserError(f"--data {source}: {text}. Mend them, or go on with --allow-bad")
         say(f"skipped: {text}")
@@ -801,9 +797,9 @@ def load_images(source, size, n_images, held_out, cfg):
 
 def get_images(cfg, source, vq_cfg):
     """load_images on all processes, and say what was found."""
-    args = source, vq_cfg.size, vq_cfg.n_images, vq_cfg.held_out, cfg
-    images = first_then_others(lambda: load_images(*args))
-    n = torch.bincount(images.labels[images.labels >= 0], minlength=len(images.classes)).tolist()
+    images = first_then_others(lambda: load_images(
+        source, vq_cfg.size, vq_cfg.n_images, vq_cfg.held_out, cfg))
+    n = torch.bincount(images.labels[images.labels >= 0]).tolist()
     say(f"data {source}: {len(images.train)} images to train on, {len(images.held)} held out; "
         f"classes: {', '.join(f'{c} {k}' for c, k in zip(images.classes, n))}")
     if len(images.train) < 100:
@@ -1140,6 +1136,13 @@ class Perceptual:
         x = F.interpolate((x.float() + 1) / 2, size=(size, size), mode="bilinear", antialias=True)
         return self.net.net(self.net.scaling_layer(x * 2 - 1))[-1].mean((2, 3)).double()
 
+    def of_rows(self, images, rows=None):
+        """Features (n,C) of uint8 images (n,3,H,W), or of some rows of an Images."""
+        rows = torch.arange(len(images)) if rows is None else rows
+        read = images.rows if isinstance(images, Images) else images.__getitem__
+        device = next(self.net.parameters()).device
+        return torch.cat([self.features(to_float(read(i)).to(device)).cpu() for i in rows.split(32)])
+
 
 def load_perceptual(wanted, device):
     """-> (Perceptual or None, the name to record). 'auto' goes on without, but says so loudly."""
@@ -1368,20 +1371,23 @@ class Run:
         if look or self.step % LOG_EVERY == 0:
             row = {name: float(v.detach()) for name, v in losses.items()}
             self.log.append(dict(step=self.step, epoch=self.step * B / self.n, lr=lr, **row))
-            seconds = time.monotonic() - self.began
-            speed = (self.step - self.first) * B / seconds
+            waiting = 100 * self.waited / (time.monotonic() - self.began)
             self.bar.set_postfix_str(
                 f"epoch {self.epoch + 1} " + " ".join(f"{k} {v:.3g}" for k, v in row.items())
-                + f" | {speed:.0f} img/s, {100 * self.waited / seconds:.0f} % waiting for data, "
+                + f" | {self.speed():.0f} img/s, {waiting:.0f} % waiting for data, "
                 f"{memory_gb(self.device):.1f} GB", refresh=False)
         return look
+
+    def speed(self):                    # images per second, in this session
+        return (self.step - self.first) * self.cfg.batch_size / (time.monotonic() - self.began)
 
     def save(self, state, names=("last.pt",)):
         """state(): what to keep, from the stage. Beside it: all that the loop needs to go on."""
         if rank() == 0:
             config = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.cfg).items()}
             whole = dict(format=FORMAT, kind=self.kind, config=config, step=self.step, log=self.log,
-                         best=self.best, bad=self.bad, torch=str(torch.__version__), **state())
+                         best=self.best, bad=self.bad, torch=str(torch.__version__),
+                         speed=[self.speed(), memory_gb(self.device)], **state())
             for name in names:
                 write_whole(self.folder / name, lambda f: torch.save(whole, f))
             keys = list(dict.fromkeys(k for row in self.log for k in row))
@@ -1815,15 +1821,12 @@ class Generator:
         return lambda: torch.stack([torch.randn(self.shape, generator=g) for g in gs]).to(self.device)
 
     @torch.no_grad()
-    def __call__(self, s, numbers, label=None, start=None):
-        """Images `numbers` of seed s.seed (settings s: Sampling). label (n,) or None. start: (z0, levels),
-        latents to noise to that many levels instead of starting from noise alone.
-        -> uint8 (n,3,H,W), and the list of (z_t, z0_hat) of all steps."""
-        noise = self.noise_of(s.seed, numbers)
-        z, levels = noise(), self.cfg.T
-        if start is not None:
-            z0, levels = start
-            z = self.diffusion.add_noise(z0, torch.full((len(z0),), levels - 1, device=z.device), z)
+    def __call__(self, s, numbers, label=None, z=None, levels=None):
+        """Images `numbers` of seed s.seed under the settings s (Sampling); label (n,) or None. z: start
+        from these latents, noised to `levels` levels, instead of from noise.
+        -> uint8 (n,3,H,W), and the list of (z_t, z0_hat) after each step."""
+        noise, levels = self.noise_of(s.seed, numbers), levels or self.cfg.T
+        z = noise() if z is None else z
         label = None if label is None else label.to(self.device)
         with autocast(self.device, self.dtype):
             steps = list(self.diffusion.sample(guided(self.net, label, s.guidance), z,
@@ -1945,10 +1948,10 @@ def train_ldm(cfg, typed):
 
 VQ_CURVES = {"losses": dict(rec="‖x - x̂‖²", perc="LPIPS", codebook="codebook", commit="commitment"),
              "GAN": dict(d_real="D(real)", d_fake="D(fake)", d_loss="hinge"), "λ": dict(lam="λ"),
-             "held-out PSNR, dB": dict(held_psnr=""), "perplexity of codes": dict(held_perplexity="")}
+             "held-out PSNR, dB": dict(held_psnr=""), "perplexity": dict(held_perplexity="")}
 LDM_CURVES = {"loss (1 = predicts nothing)": dict(loss="training", held_loss="held out"),
-              "held out, by quarter of t": dict(held_t1of4="least noise", held_t2of4="2",
-                                                held_t3of4="3", held_t4of4="most noise")}
+              "held-out loss by quarter of t": dict(held_t1of4="least noise", held_t2of4="2",
+                                                    held_t3of4="3", held_t4of4="most noise")}
 
 
 def figure(width, height):
@@ -1965,14 +1968,15 @@ def save_figure(fig, path):
 def draw_rows(path, rows, columns=8):
     """{label: uint8 images (n,3,H,W)} -> a picture with a labelled strip for each, without axes."""
     from torchvision.utils import make_grid
-    rows = {k: v for k, v in rows.items() if len(v)}
-    columns = min(columns, max(len(v) for v in rows.values()))
-    lines = [math.ceil(len(v) / columns) for v in rows.values()]
-    fig = figure(columns + 1.6, sum(lines) * 1.02 + 0.1)
+    rows = {label: images for label, images in rows.items() if len(images)}
+    columns = min(columns, max(len(images) for images in rows.values()))
+    lines, margin = [-(-len(i) // columns) for i in rows.values()], 0.2 + 0.085 * max(map(len, rows))
+    fig = figure(columns + margin, sum(lines) * 1.02 + 0.1)
     axes = fig.subplots(len(rows), 1, squeeze=False, height_ratios=lines)[:, 0]
     for ax, (label, images) in zip(axes, rows.items()):
         blank = images.new_full((-len(images) % columns, *images.shape[1:]), 255)
-        grid = make_grid(torch.cat([images, blank]), columns, max(1, images.shape[2] // 32), pad_value=255)
+        gap = max(1, images.shape[2] // 32)
+        grid = make_grid(torch.cat([images, blank]), columns, gap, pad_value=255)
         ax.imshow(grid.permute(1, 2, 0).numpy())
         ax.set_ylabel(label, rotation=0, ha="right", va="center")
         ax.set(xticks=[], yticks=[])
@@ -1989,7 +1993,7 @@ def draw_curves(path, log, panels):
             if points:
                 ax.plot(*zip(*points), lw=1.2, label=name, marker="." if "held" in key else None)
         ax.set_title(title, fontsize=10)
-        ax.set_xlabel("step", fontsize=9)
+        ax.set_xlabel("step")
         ax.spines[["top", "right"]].set_visible(False)
         if "loss" in title or title == "λ":
             ax.set_yscale("log")
@@ -1999,11 +2003,11 @@ def draw_curves(path, log, panels):
 
 
 def draw_usage(path, usage):
-    """How often each code is used, most used first."""
+    """How often each code is used (K,), most used first."""
     fig = figure(7, 2.6)
     ax = fig.subplots()
-    share_of = (usage / usage.sum() * 100).sort(descending=True).values
-    ax.fill_between(range(len(usage)), share_of, step="mid", color="#b5533c")
+    percent = (usage / usage.sum() * 100).sort(descending=True).values
+    ax.fill_between(range(len(usage)), percent, step="mid", color="#b5533c")
     ax.axhline(100 / len(usage), color="black", lw=0.8, ls=":", label="if all were used equally")
     ax.set(xlabel="codes, most used first", ylabel="use, %", xlim=(0, len(usage) - 1), ylim=(0, None),
            title=f"{int((usage > 0).sum())} of {len(usage)} codes used on held-out images")
@@ -2012,49 +2016,42 @@ def draw_usage(path, usage):
     save_figure(fig, path)
 
 
-def write_png(path, x):
-    Image.fromarray(x.permute(1, 2, 0).numpy()).save(path)
-
-
 def draw_trajectory(path, steps, make):
     """From noise to image: z_t and the guess z0_hat of three images, decoded, at eight times."""
-    at = [round(i * (len(steps) - 1) / 7) for i in range(8)] if len(steps) >= 8 else range(len(steps))
-    draw_rows(path, {f"{i + 1}: {name}": make.decode(torch.stack([steps[j][which][i] for j in at]))
+    at = [round(i * (len(steps) - 1) / 7) for i in range(8)]
+    draw_rows(path, {f"{i + 1}: {name}": make.decode(torch.stack([steps[j][part][i] for j in at]))
                      for i in range(min(3, len(steps[0][0])))
-                     for which, name in ((0, "z_t"), (1, "guess of z0"))})
+                     for part, name in enumerate(("z_t", "guess of z0"))})
 
 
 def slerp(a, b, w):
-    """Between two noises on the sphere: the straight way would leave the noise's own length."""
+    """Between two noises along the sphere; the straight way would leave the length that noise has."""
     angle = torch.acos(F.cosine_similarity(a.flatten(), b.flatten(), 0).clamp(-1, 1))
     return (torch.sin((1 - w) * angle) * a + torch.sin(w * angle) * b) / torch.sin(angle)
 
 
 def draw_nearest(path, x, images, make, perceptual):
-    """Samples above their nearest training images, and how near: by latent, and by LPIPS's features.
-
-    The yardstick is how near held-out images are to the training set. A sample nearer than 99 % of
-    those is suspect: it may be a copy."""
-    spaces = {"latents": lambda u8: make.encode(to_float(u8)).flatten(1).cpu()}
+    """Samples above their nearest training images, by latent and by LPIPS's features: are they copies?
+    The yardstick is how near held-out images come to the training set."""
+    spaces = {"latent": lambda u8: make.encode(to_float(u8)).flatten(1).cpu()}
     if perceptual:
-        spaces["LPIPS features"] = lambda u8: perceptual.features(to_float(u8).to(make.device), 64).cpu()
-    rows = {"sample": x[:8]}
+        spaces["LPIPS"] = lambda u8: perceptual.features(to_float(u8).to(make.device), 64).cpu()
+    both, rows = torch.cat([x, images.rows(images.held[:500])]), {"sample": x[:8]}
     for name, space in spaces.items():
-        far, who = torch.full((len(x),), math.inf), torch.zeros(len(x), dtype=torch.long)
-        held = images.rows(images.held[:500])
-        held_far, queries = torch.full((len(held),), math.inf), None
-        queries = torch.cat([torch.cat([space(b) for b in u8.split(64)]) for u8 in (x, held)])
-        far = torch.cat([far, held_far])
-        who = torch.cat([who, torch.zeros(len(held), dtype=torch.long)])
+        mine = torch.cat([space(u8) for u8 in both.split(64)]).float()
+        far, who = torch.full((len(both),), math.inf), torch.zeros(len(both), dtype=torch.long)
         for idx in images.train.split(64):
-            d, j = torch.cdist(queries.float(), space(images.rows(idx)).float()).min(1)
-            who, far = torch.where(d < far, idx[j], who), torch.minimum(d, far)
-        limit = far[len(x):].quantile(0.01)
-        copies = int((far[:len(x)] < limit).sum())
-        say(f"by {name}, {copies} of {len(x)} samples are closer to a training image than 99 % of held-out "
-            f"images are{': look at them' if copies else ''}")
+            d, j = torch.cdist(mine, space(images.rows(idx)).float()).min(1)
+            far, who = torch.minimum(far, d), torch.where(d < far, idx[j], who)
+        copies = int((far[:len(x)] < far[len(x):].quantile(0.01)).sum())
+        say(f"{copies} of {len(x)} samples are closer to a training image, by {name}, than 99 % of "
+            f"held-out images are{': look at them' * (copies > 0.03 * len(x))}")
         rows[f"nearest by {name}"] = images.rows(who[:min(8, len(x))])
     draw_rows(path, rows)
+
+
+def write_png(path, x):
+    Image.fromarray(x.permute(1, 2, 0).numpy()).save(path)
 
 
 def sample(cfg, typed):
@@ -2062,41 +2059,42 @@ def sample(cfg, typed):
     state = load_checkpoint(cfg.ckpt, ["ldm"], "--ckpt")
     classes = state["classes"] if state["conditional"] else []
     names = [c.strip() for c in cfg.class_.split(",")] if cfg.class_ else []
-    names = list(classes) if names == ["all"] else names
+    names = list(classes) if names == ["all"] and classes else names
     for c in names:
         if c not in classes:
             raise UserError(f"--class {c}: must be one of {', '.join(classes)}, or all" if classes else
-                            f"--class {c}: this model was trained without classes; leave --class out")
+                            f"--class {c}: this model knows no classes; leave --class out")
     if cfg.steps > state["config"]["T"]:
-        raise UserError(f"--steps {cfg.steps}: this model has T = {state['config']['T']}; at most that")
+        raise UserError(f"--steps {cfg.steps}: at most T = {state['config']['T']} of this model")
     folder = Path(cfg.out)
     old = [*folder.glob("*.png"), *folder.glob("*/[0-9]*.png")]
     if old and not cfg.overwrite:
-        raise UserError(f"--out {folder}: holds pictures already; --overwrite replaces them")
-    device, dtype = pick_device(cfg)
-    make = Generator(state, device, dtype, cfg.ckpt)
-    images = None
-    if cfg.from_:
-        images = get_images(cfg, cfg.from_, make.vq_cfg)
-    elif cfg.nearest:
-        images = get_images(cfg, state["config"]["data"] or make.vq_cfg.data, make.vq_cfg)
+        raise UserError(f"--out {folder}: already holds pictures; --overwrite replaces them, another "
+                        "--out leaves them alone")
+    make = Generator(state, *pick_device(cfg), cfg.ckpt)
+    T, device, images, total = make.cfg.T, make.device, None, cfg.n * max(1, len(names))
+    if cfg.from_ or cfg.nearest:
+        images = get_images(cfg, cfg.from_ or make.cfg.data or make.vq_cfg.data, make.vq_cfg)
+        source = torch.cat([images.train, images.held]).unique()
+    labels = make.labels(range(total))
+    if names:
+        labels = torch.tensor([classes.index(c) for c in names]).repeat_interleave(cfg.n)
     for p in old:
         p.unlink()
-    total = cfg.n * max(1, len(names))
-    labels = torch.arange(len(names)).repeat_interleave(cfg.n) if names else make.labels(range(total))
-    labels = torch.tensor([classes.index(c) for c in names])[labels] if names else labels
-    folders = {c: make_folder(folder / c if len(names) > 1 else folder) for c in names or classes or [""]}
-    say(f"{total} images of {make.vq_cfg.size}×{make.vq_cfg.size}; {cfg.sampler}, {cfg.steps} steps"
+    folders = {c: make_folder(folder / c if len(names) > 1 else folder)
+               for c in names or classes or [""]}
+    say(f"{total} images of {make.vq_cfg.size}×{make.vq_cfg.size}, {cfg.sampler} with {cfg.steps} steps"
         + (f"; classes {', '.join(names or classes)}; guidance {cfg.guidance:g}" if classes else ""))
-    shown, moments = {c: [] for c in folders}, torch.zeros(3, dtype=torch.float64)
-    source = torch.cat([images.train, images.held]).unique() if cfg.from_ else None
+    shown, sums = {c: [] for c in folders}, torch.zeros(3, dtype=torch.float64)
     with quiet_bar(total, "sampling") as bar:
         for numbers in torch.arange(total).split(32):
-            start, label = None, None if labels is None else labels[numbers]
-            if cfg.from_:
-                z0 = make.encode(images.batch(source[numbers % len(source)]))
-                start = z0, max(1, round(cfg.strength * make.cfg.T))
-            x, steps = make(cfg, numbers, label, start)
+            label, z, levels = None if labels is None else labels[numbers], None, T
+            if cfg.from_:       # noise a real latent half way, then walk back from there
+                z0, levels = make.encode(images.batch(source[numbers % len(source)])), \
+                    max(1, round(cfg.strength * T))
+                z = make.diffusion.add_noise(z0, torch.full((len(z0),), levels - 1, device=device),
+                                             make.noise_of(cfg.seed, numbers)())
+            x, steps = make(cfg, numbers, label, z, levels)
             for i, image in zip(numbers.tolist(), x):
                 c = classes[labels[i]] if classes else ""
                 write_png(folders[c] / f"{i:05d}.png", image)
@@ -2105,36 +2103,31 @@ def sample(cfg, typed):
             if cfg.trajectory and not bar.n:
                 draw_trajectory(folder / "trajectory.png", steps, make)
             z0 = steps[-1][0].double()
-            moments += torch.tensor([z0.numel(), float(z0.sum()), float(z0.square().sum())]).double()
+            sums += torch.stack([z0.new_tensor(z0.numel()), z0.sum(), z0.square().sum()]).cpu()
             bar.update(len(x))
-    mean, std = float(moments[1] / moments[0]), 0.0
-    std = float((moments[2] / moments[0] - mean ** 2).sqrt())
+    mean = float(sums[1] / sums[0])
+    std = float((sums[2] / sums[0] - mean ** 2).sqrt())
     say(f"samples' latents: mean {mean:+.2f}, std {std:.2f} (healthy: 0 and 1)")
-    if (abs(mean) > 0.2 or not 0.8 < std < 1.25) and not cfg.from_:
-        say("WARNING these are far off, so colours and contrast will be too; train stage 2 for longer")
-    draw_rows(folder / "grid.png", {c: torch.stack(v) for c, v in shown.items() if v})
-    some = names or classes or [None]
-    if cfg.interpolate:
-        noise = make.noise_of(cfg.seed, range(2))()
-        fixed = copy.copy(cfg)
-        strips = {}
-        for c in some[:8]:
-            z = torch.stack([slerp(noise[0], noise[1], w) for w in torch.linspace(0, 1, 8).tolist()])
-            net = guided(make.net, None if c is None else torch.full((8,), classes.index(c), device=device),
-                         fixed.guidance)
-            with autocast(device, dtype):
-                *_, (z0, _) = make.diffusion.sample(net, z, cfg.steps, "ddim", 0.0)
-            strips[c or "between two noises"] = make.decode(z0)
-        draw_rows(folder / "interpolate.png", strips)
-    if names:           # one noise, more and more of the class
+    if (abs(mean) > 0.2 or not 0.8 < std < 1.25) and not cfg.from_ and total >= 16:
+        say("WARNING that is far off, so colours and contrast are too; train stage 2 for longer")
+    shown = {c: torch.stack(v) for c, v in shown.items() if v}
+    draw_rows(folder / "grid.png", shown)
+    some = {c: torch.tensor([classes.index(c)]) for c in names} or {"": None}
+    if cfg.interpolate:         # a fixed path (eta 0) from noises on the way between two
+        a, b = make.noise_of(cfg.seed, range(2))()
+        z = torch.stack([slerp(a, b, w) for w in torch.linspace(0, 1, 8)])
+        still = Sampling(steps=cfg.steps, eta=0.0, guidance=cfg.guidance)
+        draw_rows(folder / "interpolate.png", {c or "between two noises": make(
+            still, range(8), k if k is None else k.expand(8), z)[0] for c, k in some.items()})
+    if names:
         ws = (0, 1, 2, 3, 5, 8)
         draw_rows(folder / "guidance.png", {c: torch.cat([
-            make(Sampling(seed=cfg.seed, steps=cfg.steps, guidance=w), [0],
-                 torch.tensor([classes.index(c)]))[0] for w in ws]) for c in names[:8]})
-        say(f"guidance.png: the same noise under w = {', '.join(map(str, ws))}")
+            make(Sampling(seed=cfg.seed, steps=cfg.steps, guidance=w), [0], k)[0] for w in ws])
+            for c, k in some.items()})
+        say(f"guidance.png shows one noise under guidance {', '.join(map(str, ws))}")
     if cfg.nearest:
-        x = torch.stack([image for v in zip(*(v for v in shown.values() if v)) for image in v])
-        draw_nearest(folder / "nearest.png", x, images, make, load_perceptual("auto", device)[0])
+        draw_nearest(folder / "nearest.png", torch.cat([v[i::8] for i in range(8) for v in shown.values()]),
+                     images, make, load_perceptual("auto", device)[0])
     say(f"look at {folder / 'grid.png'}")
     return 0
 
@@ -2142,7 +2135,7 @@ def sample(cfg, typed):
 # ------------------------------------------------------------------------------------------------
 # 14. Measuring, commands
 # ------------------------------------------------------------------------------------------------
-# A number means something beside its reference: what do real images score against real ones, and
+# A number means something beside its references: what do real images score against real ones, and
 # what would the best possible stage 2 score with this VQGAN?
 
 
@@ -2162,129 +2155,110 @@ def kernel_distance(a, b):
                  - 2 * k(a, b).mean())
 
 
-def train_classifier(x, y, n_classes, seed, device, steps=300):
-    """A small classifier out of the same blocks: uint8 (n,3,H,W), (n,) -> function uint8 -> classes.
-    Each batch has the classes in equal parts, so that rare ones count."""
-    torch.manual_seed(seed)
-    down = [nn.Conv2d(3, 32, 4, 4), DownBlock(32, 48), DownBlock(48, 64)]
-    net = nn.ModuleList([*down, nn.Linear(64, n_classes)]).to(device)
-    opt = torch.optim.AdamW(net.parameters(), 2e-3, weight_decay=0.05)
+def linear_classifier(f, y, C, seed):
+    """Ridge regression from features (n,F) to classes y (n,), each class weighing the same; fitted on
+    a resample of the images (the seed), so that several show the spread. -> function f -> classes."""
+    pick = torch.randint(len(f), (len(f),), generator=rng(seed, "resample"))
+    f, y = f[pick], F.one_hot(y[pick], C).double()
+    mean, std, weight = f.mean(0), f.std(0) + 1e-6, (1 / y.sum(0).clamp(min=1))[y.argmax(1), None]
 
-    def logits(u8):
-        y = net[0](to_float(u8.to(device)))
-        for block in net[1:3]:
-            y, _ = block(y)
-        return net[3](y.mean((2, 3)))
-    of_class = [(y == c).nonzero().flatten() for c in range(n_classes) if (y == c).any()]
-    for step in range(steps):
-        g = rng(seed, "classifier", step)
-        pick = torch.stack([m[torch.randint(len(m), (), generator=g)] for m in of_class * (32 // len(of_class) or 1)])
-        xb = turn(x[pick], torch.randint(8, (len(pick),), generator=g))
-        loss = F.cross_entropy(logits(xb), y[pick].to(device), label_smoothing=0.05)
-        opt.zero_grad(set_to_none=True)
-        loss.backward()
-        for group in opt.param_groups:
-            group["lr"] = 2e-3 * (1 - step / steps)
-        opt.step()
-
-    @torch.no_grad()
-    def classify(u8):
-        return torch.cat([logits(b).argmax(1).cpu() for b in u8.split(100)])
-    return classify
+    def lift(f):
+        return F.pad((f - mean) / std, (0, 1), value=1.0)
+    A = lift(f)
+    W = torch.linalg.solve(A.T @ (weight * A) + 0.03 * torch.eye(A.shape[1]).double(), A.T @ (weight * y))
+    return lambda f: (lift(f) @ W).argmax(1)
 
 
-def use_test(make, images, held, cfg, device):
-    """Are made images of any use? Classifiers trained on real, on made, and on both, tested on real
-    held-out images: balanced accuracy. And: do they recognise the made ones?"""
+def use_test(make, images, held, perceptual, cfg):
+    """Are made images of any use? Classifiers trained on real, on made, and on both images, tested on
+    real held-out ones: balanced accuracy. And do they recognise what was made?"""
     C, per = len(make.classes), max(20, cfg.n // len(make.classes))
     label = torch.arange(C).repeat_interleave(per)
-    made = torch.cat([make(cfg, 10**6 + i, label[i])[0] for i in torch.arange(len(label)).split(32)])
-    rows = images.train[torch.randperm(len(images.train), generator=rng(cfg.seed, "use"))][:4000]
-    real, real_y = images.rows(rows), images.labels[rows]
-    test, test_y = images.rows(held), images.labels[held]
-    rare = torch.bincount(real_y, minlength=C) < torch.bincount(real_y, minlength=C).float().median()
-    add = rare[label]
-    sets = {"real": (real, real_y), "made": (made, label),
-            "real, and made for the rarer half": (torch.cat([real, made[add]]), torch.cat([real_y, label[add]]))}
+    made = torch.cat([perceptual.features(to_float(make(cfg, 10**6 + i, label[i])[0]).to(make.device))
+                      for i in torch.arange(len(label)).split(32)]).cpu()
+    rows = images.train[torch.randperm(len(images.train), generator=rng(cfg.seed, "use"))[:4000]]
+    real, y = perceptual.of_rows(images, rows), images.labels[rows]
+    test, truth = perceptual.of_rows(images, held), images.labels[held]
+    n = torch.bincount(y, minlength=C).float()
+    add = (n < n.mean())[label]                     # the rare classes
+    sets = {"real": (real, y), "made": (made, label),
+            "real + made of rare": (torch.cat([real, made[add]]), torch.cat([y, label[add]]))}
 
-    def accuracy(guess, truth):
-        return 100 * sum(float((guess[truth == c] == c).float().mean()) for c in truth.unique()) / len(truth.unique())
-    out = {}
-    for name, (x, y) in sets.items():
-        nets = [train_classifier(x, y, C, seed, device) for seed in range(3)]
-        scores = torch.tensor([accuracy(net(test), test_y) for net in nets])
-        out[name] = scores
-        say(f"  classifier trained on {name:34} {scores.mean():5.1f} % ± {scores.std():.1f} (chance {100 / C:.0f} %)")
+    def recall(guess, truth):
+        return torch.stack([(guess[truth == c] == c).double().mean() for c in truth.unique()]) * 100
+    scores = {}
+    for name, (f, y) in sets.items():
+        fits = [linear_classifier(f, y, C, seed) for seed in range(3)]
+        scores[name] = torch.stack([recall(fit(test), truth).mean() for fit in fits])
+        say(f"  classifier trained on {name:22} balanced accuracy {scores[name].mean():5.1f} % "
+            f"± {scores[name].std():.1f} on real images (chance {100 / C:.0f} %)")
         if name == "real":
-            seen = torch.stack([net(made) for net in nets]).mode(0).values
-            recognised = [100 * float((seen[label == c] == c).float().mean()) for c in range(C)]
-    say("  made images that it recognises: " + ", ".join(
-        f"{c} {r:.0f} %" for c, r in zip(make.classes, recognised)))
-    gain = float(out["real, and made for the rarer half"].mean() - out["real"].mean())
-    spread = float(out["real"].std() + out["real, and made for the rarer half"].std())
-    say(f"  adding made images changes balanced accuracy by {gain:+.1f} points"
-        + (", which is within the spread of seeds" if abs(gain) < spread else ""))
-    return dict(use_real=float(out["real"].mean()), use_made=float(out["made"].mean()), use_gain=gain,
-                recognised_percent=sum(recognised) / C)
+            seen = torch.stack([recall(fit(made), label) for fit in fits]).mean(0)
+    say("  it recognises of the made images: "
+        + ", ".join(f"{c} {s:.0f} %" for c, s in zip(make.classes, seen)))
+    a, b = scores["real"], scores["real + made of rare"]
+    gain = float(b.mean() - a.mean())
+    say(f"  adding made images of the rare classes changes accuracy by {gain:+.1f} points"
+        + ", within the spread" * (abs(gain) <= float(a.std() + b.std())))
+    return dict(use_real=float(a.mean()), use_made=float(scores["made"].mean()),
+                use_both=float(b.mean()), recognised_percent=float(seen.mean()))
 
 
 def evaluate(cfg, typed):
-    """Measure a checkpoint of either stage on held-out images."""
+    """Measure a checkpoint of either stage on held-out images; see the design's table in README."""
     state = load_checkpoint(cfg.ckpt, ["ldm", "vq"], "--ckpt")
     device, dtype = pick_device(cfg)
     perceptual, _ = load_perceptual("auto", device)
     make = Generator(state, device, dtype, cfg.ckpt) if state["kind"] == "ldm" else None
     vqgan, vq_cfg = (make.vqgan, make.vq_cfg) if make else build_vqgan(state, device, cfg.ckpt)
     source = state["config"]["data"] or vq_cfg.data
-    images = get_images(cfg, source, vq_cfg)
-    test = images if cfg.data in ("", source) else get_images(cfg, cfg.data, vq_cfg)
-    held = test.held if test is images else torch.cat([test.train, test.held]).unique()
+    images = test = get_images(cfg, source, vq_cfg)
+    held = images.held
+    if cfg.data not in ("", source):            # a folder of its own: all of it is held out
+        test = get_images(cfg, cfg.data, vq_cfg)
+        held = torch.cat([test.train, test.held]).unique()
     held = held[torch.randperm(len(held), generator=rng(cfg.seed, "evaluate"))]
     real, second = held[:cfg.n], held[cfg.n:2 * cfg.n]
     out = make_folder(cfg.out or (cfg.ckpt if Path(cfg.ckpt).is_dir() else Path(cfg.ckpt).parent))
     m, _, x, x_hat = measure_vq(vqgan, test, real, perceptual, device, dtype)
-    sets = {"real": x, "recon": x_hat}
+    say(f"{len(real)} held-out images of {test.source}")
     if not make:
         m = {k: m.get(k) for k in ("psnr", "ssim", "lpips", "codes_used_percent", "perplexity", "n")}
-        say("\n".join(f"  {k:20} {'not to be had' if v is None else f'{v:.3f}'}" for k, v in m.items()))
-        draw_rows(out / "evaluate.png", {"original": x[:16], "reconstruction": x_hat[:16]})
+        say("\n".join(f"  {k:20}{'needs weights' if v is None else f'{v:9.3f}'}" for k, v in m.items()))
+        second_name, made = "recon", x_hat
     else:
-        label, parts, z0 = make.labels(range(len(real))), [], []
+        second_name, label, made, z0 = "samples", make.labels(range(len(real))), [], []
         with quiet_bar(len(real), "sampling") as bar:
             for i in torch.arange(len(real)).split(32):
-                made, steps = make(cfg, i, None if label is None else label[i])
-                parts.append(made)
+                u8, steps = make(cfg, i, None if label is None else label[i])
+                made.append(u8)
                 z0.append(steps[-1][0].float().cpu())
                 bar.update(len(i))
-        made, z0 = torch.cat(parts), torch.cat(z0)
+        made, z0 = torch.cat(made), torch.cat(z0)
         m = dict(frechet=None, kernel=None, frechet_real=None, frechet_recon=None,
                  latent_mean=float(z0.mean()), latent_std=float(z0.std()), n=len(real))
         if perceptual:
             # The floor needs a second set of real images: other held-out ones, else training images.
-            second = test.rows(second) if len(second) == len(real) else images.rows(images.train[:len(real)])
-            fx, f2, fr, fm = (torch.cat([perceptual.features(to_float(b).to(device)).cpu()
-                                         for b in u8.split(32)]) for u8 in (x, second, x_hat, made))
-            m.update(frechet=frechet(fx, fm), kernel=kernel_distance(fx, fm), frechet_real=frechet(fx, f2),
-                     frechet_recon=frechet(fx, fr))
-            say(f"  {len(real)} images each, features of LPIPS-{perceptual.name}       Fréchet   kernel")
-            for name, f in (("real against real: the floor", f2), ("reconstructions: the best possible", fr),
-                            ("samples", fm)):
-                say(f"  {name:46} {frechet(fx, f):9.1f} {kernel_distance(fx, f):8.3f}")
-            for c, name in enumerate(make.classes):
-                a, b = fx[test.labels[real] == test.classes.index(name)] if name in test.classes else fx[:0], fm[label == c]
-                r = fr[test.labels[real] == test.classes.index(name)] if name in test.classes else fr[:0]
-                if min(len(a), len(b)) >= 10:
-                    m[f"frechet_{name}"] = frechet(a, b)
-                    say(f"    class {name:15} {len(a):4} real, {len(b):4} made {m[f'frechet_{name}']:17.1f}"
-                        f"   (reconstructions {frechet(a, r):.1f})")
-        else:
-            say("  no Fréchet distance: it needs LPIPS's weights")
+            floor = perceptual.of_rows(test, second) if len(second) == len(real) else \
+                perceptual.of_rows(images, images.train[:len(real)])
+            fx, fr, fm = (perceptual.of_rows(u8) for u8 in (x, x_hat, made))
+            m.update(frechet=frechet(fx, fm), kernel=kernel_distance(fx, fm),
+                     frechet_real=frechet(fx, floor), frechet_recon=frechet(fx, fr))
+            say(f"  in features of LPIPS-{perceptual.name}; compare only with equal n    Fréchet   kernel")
+            for name, f in (("real images against real ones: the floor", floor), ("samples", fm),
+                            ("reconstructions: the best with this VQGAN", fr)):
+                say(f"  {name:58}{frechet(fx, f):9.1f}{kernel_distance(fx, f):9.3f}")
+            for c, name in enumerate(make.classes if test.classes == images.classes else []):
+                a, b = test.labels[real] == c, label == c
+                if min(a.sum(), b.sum()) >= 10:
+                    m[f"frechet_{name}"] = frechet(fx[a], fm[b])
+                    say(f"    {name}: {int(b.sum())} made, {int(a.sum())} real; reconstructions "
+                        f"{frechet(fx[a], fr[a]):.1f}, samples".ljust(60) + f"{m[f'frechet_{name}']:9.1f}")
         say(f"  samples' latents: mean {m['latent_mean']:+.3f}, std {m['latent_std']:.3f} (healthy: 0, 1)")
-        if make.classes and cfg.use_test and test.classes == images.classes:
-            m.update(use_test(make, images, held, cfg, device))
-        sets = {"real": x, "samples": made}
-        draw_rows(out / "evaluate.png", {"held out": x[:16], "samples": made[:16]})
-    for name, pictures in sets.items() if cfg.save_images else ():
+        if make.classes and perceptual and cfg.use_test and test.classes == images.classes:
+            m.update(use_test(make, images, images.held if test is images else held, perceptual, cfg))
+    draw_rows(out / "evaluate.png", {"held out": x[:16], second_name: made[:16]})
+    for name, pictures in (("real", x), (second_name, made)) if cfg.save_images else ():
         folder = make_folder(Path(cfg.save_images) / name)
         for i, image in enumerate(pictures):
             write_png(folder / f"{i:05d}.png", image)
@@ -2294,106 +2268,55 @@ def evaluate(cfg, typed):
 
 
 def bench(cfg, typed):
-    """Images per second of each part, in auto precision and in fp32, and what the runs would take."""
-    vq_cfg = settings(VQConfig, {"preset": cfg.preset, **({"size": cfg.size} if cfg.size else {})})
-    ldm_cfg = settings(LDMConfig, {"preset": cfg.preset})
-    device, auto = pick_device(cfg)
-    perceptual, _ = load_perceptual(vq_cfg.lpips, device)
-    B, B2 = cfg.batch_size or vq_cfg.batch_size, cfg.batch_size or ldm_cfg.batch_size
-    h = vq_cfg.size // vq_cfg.f
-    tokens = (h // 1) ** 2
-    vqgan = VQGAN(vq_cfg.widths, vq_cfg.z_dim, vq_cfg.codes, vq_cfg.heads).to(device, memory_format=torch.channels_last)
-    disc = PatchDiscriminator(vq_cfg.d_widths).to(device, memory_format=torch.channels_last)
-    net = UNet(vq_cfg.z_dim, ldm_cfg.unet_widths, ldm_cfg.heads, 4).to(device, memory_format=torch.channels_last)
-    diffusion = Diffusion(ldm_cfg.T, ldm_cfg.schedule, ldm_cfg.target)
-    opt, opt_d, opt2 = (make_optimizer(m, 1e-9, (0.5, 0.9)) for m in (vqgan, disc, net))
-    x = to_float(synthetic(B, vq_cfg.size, 0)[0]).to(device, memory_format=torch.channels_last)
-    z0, t = torch.randn(B2, vq_cfg.z_dim, h, h, device=device), torch.randint(ldm_cfg.T, (B2,), device=device)
-
-    def vq_step(dtype, gan):
-        with autocast(device, dtype):
-            x_hat, _, _, a, b = vqgan(x)
-        l_rec = F.mse_loss(x_hat, x) + (perceptual(x, x_hat) if perceptual else 0)
-        if not gan:
-            (l_rec + a + b).backward()
-        else:
-            with autocast(device, dtype):
-                g_adv = -disc.requires_grad_(False)(x_hat).mean()
-            lam, d_rec, d_gan = adaptive_weight(l_rec, g_adv, x_hat, vqgan.decoder.last.weight)
-            torch.autograd.backward([x_hat, a + b], [d_rec + lam * d_gan, None])
-            disc.requires_grad_(True)
-            with autocast(device, dtype):
-                hinge_loss(*disc(torch.cat([x, x_hat.detach()])).chunk(2)).backward()
-            opt_d.step(), opt_d.zero_grad()
-        opt.step(), opt.zero_grad()
-
-    def ldm_step(dtype):
-        with autocast(device, dtype):
-            diffusion.loss(net, z0, t, torch.randn_like(z0)).mean().backward()
-        opt2.step(), opt2.zero_grad()
-
-    @torch.no_grad()
-    def no_grad(f, dtype):
-        with autocast(device, dtype):
-            f()
-
-    parts = {
-        "drawing images": (B, lambda dt: synthetic(B, vq_cfg.size, 0)),
-        "VQGAN step": (B, lambda dt: vq_step(dt, False)), "VQGAN step with GAN": (B, lambda dt: vq_step(dt, True)),
-        "encode": (B, lambda dt: no_grad(lambda: vqgan.encode(x), dt)),
-        "decode": (B2, lambda dt: no_grad(lambda: vqgan.decode(z0), dt)),
-        "UNet step": (B2, ldm_step),
-        "sample, 50 steps": (B2, lambda dt: no_grad(lambda: list(diffusion.sample(net, z0, 50)), dt))}
-    result = {}
-    say(f"{vq_cfg.size}×{vq_cfg.size} images, batches of {B} and {B2}, {h}×{h} latents, {tokens} tokens of attention")
-    say(f"  {'images/s':22} {'auto' if auto else 'fp32':>8}" + f" {'fp32':>8} {'ratio':>6}" * bool(auto) + "  peak memory")
-    for name, (n, f) in parts.items():
-        speeds = []
-        for dtype in (auto, None)[:2 if auto else 1]:
-            f(dtype)
-            tick, times = time.monotonic(), 0
-            while times < 3 or time.monotonic() - tick < 1.5:
-                f(dtype)
-                times += 1
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            speeds.append(n * times / (time.monotonic() - tick))
-            if speeds[0] * 20 < n:          # one call takes 20 s: enough
-                break
-        ratio = f" {speeds[1]:8.1f} {speeds[0] / speeds[1]:5.2f}x" if len(speeds) > 1 else ""
-        result[name] = dict(images_per_s=speeds[0], fp32=speeds[-1], peak_gb=memory_gb(device))
-        say(f"  {name:22} {speeds[0]:8.1f}{ratio}  {memory_gb(device):6.2f} GB")
-    n = vq_cfg.n_images * (1 - vq_cfg.held_out)
-    gan = max(0, vq_cfg.epochs - vq_cfg.gan_start) if vq_cfg.gan_weight else 0
-    one = n * ((vq_cfg.epochs - gan) / result["VQGAN step"]["images_per_s"]
-               + gan / result["VQGAN step with GAN"]["images_per_s"]) / 60
-    two = n * ldm_cfg.epochs / result["UNet step"]["images_per_s"] / 60
-    say(f"the {cfg.preset} run on {vq_cfg.n_images} images: about {one:.1f} min for stage 1, {two:.1f} min for stage 2")
-    result["minutes"] = [one, two]
-    write_whole(make_folder(cfg.out) / "bench.json", lambda f: f.write(json.dumps(result, indent=1).encode()))
+    """Run the real commands for a while, each in a process of its own: images/s and peak memory."""
+    folder, result = make_folder(cfg.out), {}
+    base = ["--preset", cfg.preset, "--overwrite", "--device", cfg.device, "--epochs", "1000000",
+            "--cache", cfg.cache, "--minutes", str(cfg.minutes)]
+    vq = ["train-vq", *base, "--n-images", "512"]
+    parts = {"VQGAN": [*vq, "--gan-weight", "0"], "VQGAN with GAN": [*vq, "--gan-start", "0"],
+             "UNet": ["train-ldm", *base, "--vq", f"{folder}/VQGAN-auto"]}
+    c, d = settings(VQConfig, dict(preset=cfg.preset)), settings(LDMConfig, dict(preset=cfg.preset))
+    say(f"preset {cfg.preset}: {c.size}×{c.size} images, {(c.size // c.f) ** 2} tokens of attention\n"
+        f"  {'training step':18}{'auto':>14}{'fp32':>14}{'auto/fp32':>11}{'peak memory':>13}")
+    for name, words in parts.items():
+        for precision in ("auto", "fp32"):
+            out = folder / f"{name}-{precision}"
+            done = subprocess.run([sys.executable, __file__, *words, "--out", str(out), "--precision",
+                                   precision], capture_output=True, text=True)
+            if done.returncode:
+                raise UserError(f"bench: {name} failed: {done.stderr.strip()[-300:]}")
+            speed = load_checkpoint(out, ["vq", "ldm"], "--out")["speed"]
+            result[f"{name}, {precision}"] = speed
+        a, b = (result[f"{name}, {precision}"] for precision in ("auto", "fp32"))
+        say(f"  {name:18}{a[0]:8.1f} img/s{b[0]:8.1f} img/s{a[0] / b[0]:10.2f}x{a[1]:10.2f} GB")
+    n, late = c.n_images * (1 - c.held_out) / 60, max(0, c.epochs - c.gan_start) * (c.gan_weight > 0)
+    say(f"with {c.n_images} images the {cfg.preset} run takes about "
+        f"{n * (c.epochs - late) / result['VQGAN, auto'][0] + n * late / result['VQGAN with GAN, auto'][0]:.1f}"
+        f" min for stage 1 and {n * d.epochs / result['UNet, auto'][0]:.1f} min for stage 2")
+    write_whole(folder / "bench.json", lambda f: f.write(json.dumps(result, indent=1).encode()))
     return 0
 
 
 def demo(cfg, typed):
     """The three commands in a row, as a user would type them."""
     began = time.monotonic()
-    extra = [w for k in ("seed", "device", "precision", "cache") if k in typed for w in (flag(k), str(typed[k]))]
+    extra = [word for k in ("seed", "device", "precision", "cache") if k in typed
+             for word in (flag(k), str(typed[k]))] + ["--overwrite"] * cfg.overwrite
     vq, ldm, out = (str(Path(cfg.out, k)) for k in ("vq", "ldm", "samples"))
     for words in (["train-vq", "--data", cfg.data, "--preset", cfg.preset, "--out", vq],
                   ["train-ldm", "--vq", vq, "--preset", cfg.preset, "--out", ldm],
                   ["sample", "--ckpt", ldm, "--out", out, "--nearest"]):
-        say(f"\n$ python vqldm.py {' '.join(words)}")
-        code = run_command(words + extra + ["--overwrite"] * cfg.overwrite)
-        if code:
+        say(f"\n$ python vqldm.py {' '.join(words + extra)}")
+        if code := run_command(words + extra):
             return code
-    say(f"done in {(time.monotonic() - began) / 60:.1f} minutes; {vq}, {ldm} and {out} hold the pictures")
+    say(f"done in {(time.monotonic() - began) / 60:.1f} minutes; pictures in {vq}, {ldm}, {out}")
     return 0
 
 
 def run_command(argv):
     command, cls, typed = parse_command(argv)
-    run = dict(zip(COMMANDS, (train_vq, train_ldm, sample, demo, evaluate, bench)))[command]
-    return run(settings(cls, typed), typed)
+    functions = dict(zip(COMMANDS, (train_vq, train_ldm, sample, demo, evaluate, bench)))
+    return functions[command](settings(cls, typed), typed)
 
 
 def main(argv=None):
@@ -2406,12 +2329,12 @@ def main(argv=None):
     except UserError as e:
         text = e
     except KeyboardInterrupt:
-        text, code = "interrupted; finished checkpoints are untouched", 130
+        text, code = "interrupted; checkpoints are whole", 130
     except (MemoryError, RuntimeError, OSError) as e:
         if isinstance(e, MemoryError) or "memory" in str(e).lower():
             text = "out of memory; a smaller --batch-size, --size or --widths helps. Checkpoints are whole"
         elif isinstance(e, OSError) and e.errno:
-            text = f"{e.filename or 'writing a file'}: {e.strerror}; checkpoints written so far are whole"
+            text = f"{e.filename or 'writing a file'}: {e.strerror}. Checkpoints are whole"
         else:
             raise
     if text is not None and rank() == 0:
