@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: MIT
-r"""vqldm: VQGAN + latent diffusion in one file, from pixels to new images.
+"""vqldm: VQGAN + latent diffusion in one file, from pixels to new images.
 
 Stage 1 (the VQGAN) learns to squeeze an image into a small grid of codes and back. Stage 2 (latent
 diffusion) learns to make new grids out of noise, which the VQGAN's decoder turns into images. The
@@ -20,8 +20,8 @@ Letters   B batch · H W pixels · h w latent grid · d length of a code · K co
 
 Equations (in the code each stands as its bare number. VQ: van den Oord 2017, arXiv 1711.00937.
           VQGAN: Esser 2021, 2012.09841. DDPM: Ho 2020, 2006.11239. DDIM: Song 2021, 2010.02502.
-          LDM: Rombach 2022, 2112.10752. v: Salimans & Ho 2022, 2202.00512. CFG: Ho & Salimans 2022,
-          2207.12598)
+          LDM: Rombach 2022, 2112.10752. v: Salimans & Ho 2022, 2202.00512. CFG: Ho & Salimans
+          2022, 2207.12598)
   (1)  k = argmin_j ‖z - e_j‖,  z_q = e_k                                             VQ eq. 1, 2
   (2)  the value of z_q with the gradient of z: straight through                      VQ sec. 3.2
   (3)  codebook ‖sg[z] - z_q‖²        (4)  commitment ‖sg[z_q] - z‖²                  VQ eq. 3
@@ -61,20 +61,17 @@ from dataclasses import asdict, dataclass, field, fields
 # Who wins: default < --preset < recorded in the checkpoint (on --resume) < typed. This section runs
 # before torch is imported (0.1 s instead of 2 s): --help and mistakes are answered at once.
 
+class UserError(Exception):
+    """Something that only the user can put right: printed as one sentence, exit status 2."""
 
 def opt(default, help, lo=None, hi=None, choices=None, free=False):
     """One setting. lo, hi: smallest and largest value allowed. free: may change on --resume."""
     return field(default=default,
                  metadata=dict(help=help, lo=lo, hi=hi, choices=choices, free=free))
 
-
-class UserError(Exception):
-    """Something that only the user can put right: printed as one sentence, exit status 2."""
-
-
 @dataclass(frozen=True)
 class Machine:
-    """Settings of every command: where it runs, what it may touch."""
+    """Settings of every command."""
     seed: int = opt(0, "random seed; every random number is a function of it", 0, 2**31 - 1)
     device: str = opt("auto", "auto (cuda, mps or cpu), or a torch device: cuda:1", free=True)
     precision: str = opt("auto", "of matrix products; auto: bf16 where that is faster",
@@ -101,7 +98,6 @@ class Training(Machine):
     def check(self):
         if self.resume and self.overwrite:
             raise UserError("--resume goes on, --overwrite starts anew: give one of them")
-
 
 @dataclass(frozen=True)
 class VQConfig(Training):
@@ -146,7 +142,6 @@ class VQConfig(Training):
             raise UserError(f"--d-widths {' '.join(map(str, self.d_widths))}: each halves the image; "
                             f"--size {self.size} allows {int(math.log2(self.size))}")
 
-
 @dataclass(frozen=True)
 class LDMConfig(Training):
     """Stage 2: what train-ldm does."""
@@ -171,20 +166,17 @@ class LDMConfig(Training):
     def check(self):
         super().check()
         if self.unet_widths[-1] % self.heads:
-            raise UserError(f"--heads {self.heads}: must divide the last width, "
-                            f"{self.unet_widths[-1]}")
-
+            raise UserError(f"--heads {self.heads}: must divide the last width, {self.unet_widths[-1]}")
 
 @dataclass(frozen=True)
 class Sampling(Machine):
     """Settings of the commands that sample."""
-    ckpt: str = opt("runs/ldm", "run folder or checkpoint; sample needs one of train-ldm")
+    ckpt: str = opt("runs/ldm", "run folder or checkpoint of train-ldm; evaluate takes both stages")
     steps: int = opt(50, "S, steps from noise to image, at most T", 1, 10**5)
     sampler: str = opt("ddim", "ddim (13), or ddpm (11), which wants more steps",
                        choices=("ddim", "ddpm"))
     eta: float = opt(1.0, "fresh noise in a ddim step: 0 none, 1 as in DDPM", 0, 1)
     guidance: float = opt(1.0, "w of (14): 0 no class, 1 plain, more: exaggerated", 0, 100)
-
 
 @dataclass(frozen=True)
 class SampleConfig(Sampling):
@@ -198,7 +190,6 @@ class SampleConfig(Sampling):
     strength: float = opt(0.6, "with --from: how far to noise them, 0 not at all, 1 to noise", 0, 1)
     interpolate: bool = opt(False, "also draw interpolate.png: the way between two noises")
 
-
 @dataclass(frozen=True)
 class EvaluateConfig(Sampling):
     """What evaluate does."""
@@ -208,14 +199,12 @@ class EvaluateConfig(Sampling):
     use_test: bool = opt(True, "also train classifiers on real and on made images, if classes")
     save_images: str = opt("", "also write real/ and recon/ or samples/ as PNGs into this folder")
 
-
 @dataclass(frozen=True)
 class DemoConfig(Machine):
     """What demo does."""
     data: str = opt("synthetic", "'synthetic' or a folder of images")
     out: str = opt("runs", "folder that gets vq/, ldm/ and samples/")
     preset: str = opt("default", "as in train-vq", choices=("default", "tiny", "report"))
-
 
 @dataclass(frozen=True)
 class BenchConfig(Machine):
@@ -224,9 +213,7 @@ class BenchConfig(Machine):
     minutes: float = opt(0.2, "time for each measurement", 0.01, 1e4)
     out: str = opt("runs/bench", "folder for bench.json and the runs that are timed")
 
-
-# name: (settings, the line that --help shows)
-COMMANDS = {
+COMMANDS = {        # name: (its settings, the line that --help shows)
     "train-vq": (VQConfig, "stage 1: train the VQGAN, image -> codes -> image"),
     "train-ldm": (LDMConfig, "stage 2: train the diffusion model on the VQGAN's latents"),
     "sample": (SampleConfig, "make new images with a trained stage 2"),
@@ -234,7 +221,7 @@ COMMANDS = {
     "evaluate": (EvaluateConfig, "measure a checkpoint of either stage on held-out images"),
     "bench": (BenchConfig, "speed and memory of each stage on this machine")}
 
-PRESETS = {
+PRESETS = {         # "report" is the recipe of the reference report
     "tiny": {
         VQConfig: dict(size=32, n_images=192, widths=(16, 32), codes=64, batch_size=8, epochs=2,
                        gan_start=1.0, gan_ramp=0.5, d_widths=(16, 32), warmup=5, revive_every=5),
@@ -246,10 +233,8 @@ PRESETS = {
         LDMConfig: dict(target="eps", unet_widths=(256, 512), class_cond=False, lr=1e-4, views=8,
                         batch_size=32, epochs=200, ema=0.9999, decay=0.0)}}
 
-
 def flag(name):
     return "--" + name.rstrip("_").replace("_", "-")
-
 
 def check_values(cls, values):
     """Settings from the command line (as text) or a checkpoint -> checked and converted."""
@@ -276,11 +261,9 @@ def check_values(cls, values):
         out[name] = numbers if one is not kind else numbers[0]
     return out
 
-
 class Parser(argparse.ArgumentParser):
     def error(self, message):       # one sentence, no usage dump
         raise UserError(message)
-
 
 def build_parser():
     def wide(prog):
@@ -312,7 +295,6 @@ def build_parser():
             p.add_argument(flag(fd.name), **kw)
     return top
 
-
 def parse_command(argv):
     """argv -> (command, its class of settings, the typed ones). Raises UserError."""
     args, unknown = build_parser().parse_known_args(argv)
@@ -324,7 +306,6 @@ def parse_command(argv):
             f"did you mean {close[0]}?" if close else f"{args.command} --help lists all"))
     typed = {k: v for k, v in vars(args).items() if k != "command"}
     return args.command, cls, check_values(cls, typed)
-
 
 def settings(cls, typed, recorded=None):
     """Default < preset < recorded < typed. What differs from the record is an error."""
@@ -338,7 +319,6 @@ def settings(cls, typed, recorded=None):
                         + ". Leave these flags out, or start anew with another --out")
     cfg.check()
     return cfg
-
 
 if __name__ == "__main__":      # --help and mistakes end here, before the seconds that torch takes
     try:
@@ -378,7 +358,6 @@ from tqdm import tqdm
 # On what do we compute, in which number format, how many of us are there, and where do random
 # numbers come from? Every line of training depends on these, so they are answered once.
 
-
 def pick_device(cfg):
     """-> (device, autocast dtype, None for fp32). Says which, and why."""
     name = cfg.device if cfg.device != "auto" else \
@@ -405,11 +384,9 @@ def pick_device(cfg):
         + f", process 1 of {world()}" * (world() > 1))
     return device, torch.bfloat16 if bf16 else None
 
-
 def autocast(device, dtype):
     """Matrix products in dtype, what needs more in fp32; all in fp32 for None."""
     return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
-
 
 def rng(*key):
     """The random numbers that belong to a key, such as (seed, "turns", step).
@@ -420,7 +397,6 @@ def rng(*key):
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
-
 # Many processes (torchrun): each takes its share of the global batch; the mean of their gradients is
 # the gradient of the whole. All look up the random numbers of the whole batch and cut out their
 # share, so N processes do what one would do. DistributedDataParallel does the same, but sends
@@ -428,22 +404,17 @@ def rng(*key):
 def world():
     return dist.get_world_size() if dist.is_initialized() else 1
 
-
 def rank():
-    return int(os.environ.get("RANK", 0))
+    return int(os.environ.get("RANK", "0"))
 
-
-def share(batch):
-    """This process's part of anything with one entry per image of the global batch."""
+def share(batch):       # this process's part of what has one entry per image of the global batch
     n = len(batch) // world()
     return batch[rank() * n:(rank() + 1) * n]
-
 
 def sum_over_processes(t):
     if world() > 1:
         dist.all_reduce(t)
     return t
-
 
 def average_gradients(params):
     if world() > 1:
@@ -452,19 +423,15 @@ def average_gradients(params):
         for g, m in zip(grads, mean.split([g.numel() for g in grads])):
             g.copy_(m.view_as(g))
 
-
-def first_then_others(make):
-    """Process 0 makes a file, then the others read what it made."""
+def first_then_others(make):        # process 0 makes a file, then the others read it
     made = make() if rank() == 0 else None
     if world() > 1:
         dist.barrier()
     return made if rank() == 0 else make()
 
-
 def say(text):
     if rank() == 0:
         tqdm.write(text)
-
 
 # ------------------------------------------------------------------------------------------------
 # 3. Synthetic lesions
@@ -480,7 +447,6 @@ LESION = (((.72, .60, .44), (.60, .48, .34), (.80, .72, .58), (.55, .47, .40)), 
           ((.52, .31, .22), (.62, .40, .28), (.38, .22, .16), (.68, .42, .34)),  # browns
           ((.66, .12, .18), (.52, .08, .20), (.76, .24, .26), (.40, .12, .28)))  # reds, purple
 
-
 def hair_distance(xy, a, b, c):
     """Distance of each pixel to quadratic Bezier curves, control points (R,n,2) -> (R,n,H,W)."""
     s = torch.linspace(0, 1, 13).view(1, 1, 13, 1)
@@ -491,7 +457,6 @@ def hair_distance(xy, a, b, c):
         along = ((xy - p) * (q - p)).sum(2, keepdim=True) / (q - p).square().sum(2, keepdim=True)
         nearest = torch.minimum(nearest, (xy - p - along.clamp(0, 1) * (q - p)).square().sum(2))
     return nearest.sqrt()
-
 
 def synthetic(n, size, seed, start=0):
     """Draw images start … start+n-1 of the endless set `seed`.
@@ -588,7 +553,6 @@ def synthetic(n, size, seed, start=0):
     image = image * (1 - .13 * off * off) * torch.where(span(0, 1) < .18, rim, 1.0)
     return (image.clamp(0, 1) * 255).round().byte(), label
 
-
 # ------------------------------------------------------------------------------------------------
 # 4. A folder of images
 # ------------------------------------------------------------------------------------------------
@@ -600,15 +564,13 @@ def synthetic(n, size, seed, start=0):
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 SPLITS = dict(train=0, training=0, val=1, valid=1, validation=1, test=1, testing=1)    # 1: held out
 NO_PHOTO = ("_segmentation", "_superpixels", "_mask", "_expert")        # masks beside ISIC's photos
-
+SHEETS = ("grid.png", "trajectory.png", "nearest.png", "guidance.png", "interpolate.png")    # ours
 
 def to_float(x):        # uint8 0…255 -> [-1,1], the only range that images have in this program
     return x.float() / 127.5 - 1
 
-
 def to_bytes(x):        # and back
     return ((x.float().clamp(-1, 1) + 1) * 127.5).round().byte().cpu()
-
 
 def turn(x, turns):
     """Each image (B,C,H,H) in one of the square's eight symmetries (B,): dermoscopy has no up."""
@@ -617,7 +579,6 @@ def turn(x, turns):
         y = x[turns == s].flip(3) if s >= 4 else x[turns == s]
         out[turns == s] = y.rot90(s % 4, (2, 3))
     return out
-
 
 def decode(path, size):
     """A file -> uint8 (3, size, size), or an exception that says what is wrong with it."""
@@ -636,7 +597,6 @@ def decode(path, size):
                 im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im)
             return np.asarray(ImageOps.fit(im.convert("RGB"), (size, size))).transpose(2, 0, 1)
 
-
 def list_images(folder):
     """-> (the image files under a folder, sorted, relative to it; how many files are none)."""
     found, other, seen = [], 0, set()
@@ -649,12 +609,11 @@ def list_images(folder):
         dirs[:] = [d for d in dirs if not d.startswith(".")]
         for p in (Path(base, name) for name in names):
             ok = p.suffix.lower() in SUFFIXES and p.name[0] != "." and "-partial" not in p.name
-            if ok and not p.stem.lower().endswith(NO_PHOTO):
+            if ok and not p.stem.lower().endswith(NO_PHOTO) and p.name not in SHEETS:
                 found.append(p.relative_to(folder).as_posix())
             else:
                 other += 1
     return sorted(found), other
-
 
 def read_table(folder):
     """A metadata.csv or manifest.csv in the folder or beside it -> {image id: its row}."""
@@ -668,12 +627,9 @@ def read_table(folder):
                     return {row[key]: row for row in rows}
     return {}
 
-
-def place(key):
-    """A name -> a number in 0…1 that is the same on every machine."""
+def place(key):         # a name -> a number in 0…1, the same on every machine
     digest = hashlib.blake2b(key.encode("utf8", "surrogateescape"), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64
-
 
 def arrange(folder, names, held_out):
     """-> (class of each image, is it held out). Folders say it, else a table, else a hash.
@@ -700,7 +656,6 @@ def arrange(folder, names, held_out):
         held = [lesion == one for lesion in lesions]
     return classes, held
 
-
 class Images:
     """Decoded images on disk. train, held: row numbers. labels: index into classes, by row."""
 
@@ -723,7 +678,6 @@ class Images:
         x = self.rows(indices)
         return to_float(x if turns is None else turn(x, turns))
 
-
 @contextlib.contextmanager
 def npy_writer(path, dtype, shape):
     """Write a .npy row by row, without holding it; it appears when it is complete."""
@@ -739,7 +693,6 @@ def npy_writer(path, dtype, shape):
         os.replace(tmp, path)
     finally:
         tmp.unlink(missing_ok=True)
-
 
 def load_images(source, size, n_images, held_out, cfg):
     """'synthetic' or a folder -> Images; drawn or decoded on first use, then read from the cache."""
@@ -794,7 +747,6 @@ def load_images(source, size, n_images, held_out, cfg):
         say(f"skipped: {text}")
     return images
 
-
 def get_images(cfg, source, vq_cfg):
     """load_images on all processes, and say what was found."""
     images = first_then_others(lambda: load_images(
@@ -806,39 +758,33 @@ def get_images(cfg, source, vq_cfg):
         say(f"WARNING {len(images.train)} images are few: the networks will learn them by heart")
     return images
 
-
 # ------------------------------------------------------------------------------------------------
-# 5. Blocks: the five bricks of both networks
+# 5. Blocks
 # ------------------------------------------------------------------------------------------------
-# VQGAN and UNet are built from the same bricks. Two things differ, and both are an argument here:
-# the UNet's ResBlocks add a time embedding between their two convolutions (emb_dim), and its
-# UpBlocks concatenate what the DownBlock of the same size put out (skip).
-
+# VQGAN and UNet are built from the same five bricks. Two things differ, each an argument here: the
+# UNet's ResBlocks add a time embedding between their two convolutions (emb), and its UpBlocks
+# concatenate, after upsampling, what the DownBlock of the same size put out (skip).
 
 class Norm(nn.GroupNorm):
-    """GroupNorm with at least four channels a group, for any width (32 groups would ask for 32·n).
-    Normalises each image alone, so batch size and number of processes change nothing."""
-
+    """GroupNorm, at least four channels a group, for any width (32 groups would ask for 32·n). It
+    treats each image alone, so batch size and number of processes change nothing."""
     def __init__(self, c):
         super().__init__(math.gcd(32, c // 4 or 1, c), c)
 
     def forward(self, x):
-        # PyTorch's bf16 CPU kernel is ten times slower backwards in channels_last than in the plain
-        # layout. Going there and back makes the whole VQGAN step 1.3 times faster.
+        # In channels_last PyTorch's bf16 CPU kernel is ten times slower backwards than in the plain
+        # layout. There and back makes the whole training step 1.3 times faster.
         return super().forward(x.contiguous()).contiguous(memory_format=torch.channels_last)
 
-
 def zero(layer):
-    """trap: a residual branch that starts as noise makes the first loss large and the start slow.
-    From zero weights every block starts as the identity."""
+    """trap: a residual branch that starts as noise gives a first loss above 1 and a slow start.
+    From zero weights on the last layer every block starts as the identity."""
     for p in layer.parameters():
         nn.init.zeros_(p)
     return layer
 
-
 class ResBlock(nn.Module):
-    """GroupNorm, SiLU, Conv, (+ time), GroupNorm, SiLU, Conv, plus the shortcut. Keeps H and W."""
-
+    """GroupNorm, SiLU, Conv, (+ time,) GroupNorm, SiLU, Conv, plus the shortcut."""
     def __init__(self, c_in, c_out, emb_dim=None):
         super().__init__()
         self.norm1, self.conv1 = Norm(c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
@@ -852,11 +798,9 @@ class ResBlock(nn.Module):
             y = y + self.emb(F.silu(emb))[:, :, None, None]
         return self.shortcut(x) + self.conv2(F.silu(self.norm2(y)))
 
-
 class AttentionBlock(nn.Module):
-    """Every position looks at every other one: the paper's non-local block (VQGAN Table 7).
-    Cost grows with (h·w)²: fine on a 16×16 grid, ruinous at full size, so it sits in the middle."""
-
+    """Every position looks at every other: the paper's non-local block (VQGAN Table 7). Its cost
+    grows with (h·w)²: fine on 16×16, ruinous at full size, so it sits in the middle only."""
     def __init__(self, c, heads):
         super().__init__()
         self.norm, self.attention = Norm(c), nn.MultiheadAttention(c, heads, batch_first=True)
@@ -864,15 +808,12 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x):                                                 # (B,C,h,w)
         y = rearrange(self.norm(x), "B C h w -> B (h w) C")               # (B,N,C)
-        # trap: need_weights=True (the default) would hold B·heads·N² numbers and skip flash kernels
+        # trap: need_weights=True, the default, would keep B·heads·N² numbers
         y, _ = self.attention(y, y, y, need_weights=False)
         return x + rearrange(y, "B (h w) C -> B C h w", h=x.shape[2])
 
-
 class DownBlock(nn.Module):
-    """Two ResBlocks, then a strided convolution that halves the grid. Returns both: the halved
-    map goes on, the full one is the skip of the UNet (the encoder has no use for it)."""
-
+    """Two ResBlocks, then a strided convolution. -> (the halved map, the full one as a skip)."""
     def __init__(self, c_in, c_out, emb_dim=None):
         super().__init__()
         self.res1, self.res2 = ResBlock(c_in, c_out, emb_dim), ResBlock(c_out, c_out, emb_dim)
@@ -882,50 +823,40 @@ class DownBlock(nn.Module):
         skip = self.res2(self.res1(x, emb), emb)                          # (B,c_out,H,W)
         return self.down(skip), skip                                      # (B,c_out,H/2,W/2)
 
-
 class MidBlock(nn.Module):
     """ResBlock, self-attention, ResBlock, on the smallest grid."""
-
     def __init__(self, c, heads, emb_dim=None):
         super().__init__()
-        self.res1, self.attention = ResBlock(c, c, emb_dim), AttentionBlock(c, heads)
-        self.res2 = ResBlock(c, c, emb_dim)
+        self.res1, self.res2 = ResBlock(c, c, emb_dim), ResBlock(c, c, emb_dim)
+        self.attention = AttentionBlock(c, heads)
 
     def forward(self, x, emb=None):                                       # (B,C,h,w) -> same
         return self.res2(self.attention(self.res1(x, emb)), emb)
 
-
 class UpBlock(nn.Module):
-    """A transposed convolution that doubles the grid, then (UNet) the skip beside it, then two
-    ResBlocks."""
-
+    """A transposed convolution of stride 2, the skip beside it (UNet), then two ResBlocks."""
     def __init__(self, c_in, c_out, emb_dim=None, c_skip=0):
         super().__init__()
-        # trap: a kernel that is no multiple of the stride (3, 2) paints some pixels more often than
-        # others: a checkerboard. With 4, 2, 1 each pixel gets 2×2 taps.
+        # trap: a kernel that is no multiple of the stride, such as 3 and 2, paints some pixels more
+        # often than others: a checkerboard. With 4 and 2 each pixel is painted 2×2 times.
         self.up = nn.ConvTranspose2d(c_in, c_in, 4, stride=2, padding=1)
         self.res1 = ResBlock(c_in + c_skip, c_out, emb_dim)
         self.res2 = ResBlock(c_out, c_out, emb_dim)
 
     def forward(self, x, emb=None, skip=None):                            # (B,c_in,h,w)
         x = self.up(x)                                                    # (B,c_in,2h,2w)
-        if skip is not None:
-            x = torch.cat([x, skip], 1)                                   # (B,c_in+c_skip,2h,2w)
+        x = x if skip is None else torch.cat([x, skip], 1)                # (B,c_in+c_skip,2h,2w)
         return self.res2(self.res1(x, emb), emb)                          # (B,c_out,2h,2w)
-
 
 # ------------------------------------------------------------------------------------------------
 # 6. Stage 1: the VQGAN
 # ------------------------------------------------------------------------------------------------
 # The encoder makes the grid small, the codebook makes it discrete, the decoder undoes both. The
 # codebook is the delicate part: an argmin has no gradient, and codes that never win never learn.
-# What to look at when it fails: codes used (%) and perplexity on the progress line. All codes used
-# equally: perplexity K. Collapse: 1.
-
+# Watch codes used (%) and perplexity: K if all are used equally, 1 if all have collapsed into one.
 
 class Encoder(nn.Module):
     """x -> z: Conv, m DownBlocks, MidBlock, GroupNorm, SiLU, Conv (VQGAN Table 7)."""
-
     def __init__(self, widths, z_dim, heads):
         super().__init__()
         self.first = nn.Conv2d(3, widths[0], 3, padding=1)
@@ -936,139 +867,128 @@ class Encoder(nn.Module):
     def forward(self, x):                                                 # (B,3,H,W)
         y = self.first(x)
         for block in self.down:
-            y, _ = block(y)                                               # grid halves m times
+            y, _ = block(y)                                               # the grid halves m times
         return self.last(F.silu(self.norm(self.mid(y))))                  # (B,d,h,w)
-
 
 class Decoder(nn.Module):
     """z_q -> x_hat: the encoder's mirror image."""
-
     def __init__(self, widths, z_dim, heads):
         super().__init__()
-        self.first = nn.Conv2d(z_dim, widths[-1], 3, padding=1)
-        self.mid = MidBlock(widths[-1], heads)
-        self.up = nn.ModuleList(UpBlock(a, b) for a, b in zip(widths[::-1], (*widths[-2::-1], widths[0])))
+        self.first, self.mid = nn.Conv2d(z_dim, widths[-1], 3, padding=1), MidBlock(widths[-1], heads)
+        self.up = nn.ModuleList(
+            UpBlock(a, b) for a, b in zip(widths[::-1], (*widths[-2::-1], widths[0])))
         self.norm, self.last = Norm(widths[0]), nn.Conv2d(widths[0], 3, 3, padding=1)
 
     def forward(self, z_q):                                               # (B,d,h,w)
         y = self.mid(self.first(z_q))
         for block in self.up:
-            y = block(y)                                                  # grid doubles m times
+            y = block(y)                                                  # the grid doubles m times
         y = F.silu(self.norm(y))
-        # The last layer is where lam (6) is measured: its input, weight and gradient are fp32.
-        with torch.autocast(y.device.type, enabled=False):
+        with torch.autocast(y.device.type, enabled=False):      # lam (6) is measured here: in fp32
             return self.last(y.float())                                   # (B,3,H,W)
 
-
 class Codebook(nn.Module):
-    """Replaces each vector of z by the nearest of K learned ones (VQ eq. 1-3)."""
-
+    """Replaces each vector of z by the nearest of K learned ones."""
     def __init__(self, codes, z_dim):
         super().__init__()
-        self.embedding = nn.Embedding(codes, z_dim)                       # e: (K,d)
-        self.register_buffer("usage", torch.zeros(codes))     # wins since the last revival, (K,)
+        self.embedding = nn.Embedding(codes, z_dim)                       # (K,d)
+        self.register_buffer("usage", torch.zeros(codes))                 # (K,) since last revival
 
     def nearest(self, z):
-        """(B,d,h,w) -> k (B,h,w): (1)."""
-        B, d, h, w = z.shape
-        # Only the winner's number is used, so distances need no gradient, but they need fp32.
-        # trap: in bf16 5-15 % of the codes come out wrong. And flat: batched, cdist would repeat the
-        # codebook B times in memory.
+        """z (B,d,h,w) -> k (B,h,w)."""
+        B, _, h, w = z.shape
+        # trap: distances in bf16 choose 5-15 % of the codes wrongly, so this is fp32. Only the
+        # winner's number is used, so they need no gradient. And flat: batched, cdist would repeat
+        # the codebook B times in memory.
         with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
-            flat = rearrange(z.float(), "B d h w -> (B h w) d")                      # (B·h·w,d)
+            flat = rearrange(z.float(), "B d h w -> (B h w) d")
             return torch.cdist(flat, self.embedding.weight).argmin(1).view(B, h, w)            # (1)
 
     def lookup(self, k):
         """k (B,h,w) -> z_q (B,d,h,w)."""
-        return rearrange(self.embedding(k), "B h w d -> B d h w")
+        return rearrange(self.embedding(k), "B h w d -> B d h w")                              # (1)
 
-    @torch.no_grad()
-    def settle(self, z):
-        """Draw outliers of z towards their code until they are within one code spacing of it. A code's
-        cell is convex and contains it, so the nearest code stays the same. (B,d,h,w) -> same."""
-        e = self.embedding.weight[:4096]
-        spacing = torch.cdist(e, e).fill_diagonal_(math.inf).amin(1).median()
-        z_q = self.lookup(self.nearest(z))
-        away = (z - z_q).norm(dim=1, keepdim=True)                        # (B,1,h,w)
-        return z_q + (z - z_q) * (spacing / away.clamp(min=1e-12)).clamp(max=1)
-
-    def forward(self, z):                                                 # (B,d,h,w)
+    def forward(self, z):
+        """z (B,d,h,w) -> z_q with the gradient of z, k (B,h,w), codebook loss, commitment loss."""
         z = z.float()
         k = self.nearest(z)                                               # (B,h,w)
         z_q = self.lookup(k)                                              # (B,d,h,w)
-        # Two halves of one distance: sg[] (detach) decides who moves. The codebook's half draws
-        # each code to the vectors it won, the commitment's half draws the encoder to its code.
-        # trap: swapped weights (beta on the codebook's half) are off by a factor of 16 at 0.25.
+        # One distance, two halves; sg[] (detach) decides who moves: codes to the vectors that they
+        # won, and the encoder to its codes.
+        # trap: swapped weights; with 0.25 on the codebook's half instead the balance is off by 16.
         codebook_loss = F.mse_loss(z_q, z.detach())                                            # (3)
         commit_loss = F.mse_loss(z, z_q.detach())                                              # (4)
-        # The value of z_q with the gradient of z. Rounding has no slope of its own, so the
-        # decoder's wish for z_q is passed to z unchanged: a lie, but one that points downhill as
-        # long as z and z_q are close, which is what (3) and (4) see to.
+        # The value of z_q with the gradient of z. Rounding has no slope of its own, so what the
+        # decoder wants of z_q is passed on to z unchanged: a lie, but one that points downhill
+        # while z and z_q are close, which is what (3) and (4) see to.
         # trap: both losses belong above this line; below it z_q no longer depends on the codes.
-        z_q = z + (z_q - z).detach()                                                           # (2)
-        return z_q, k, codebook_loss, commit_loss
+        return z + (z_q - z).detach(), k, codebook_loss, commit_loss                           # (2)
 
     def count(self, k):
-        """Remember which codes won, on all processes, since the last revival."""
-        self.usage += sum_over_processes(torch.bincount(k.flatten(), minlength=len(self.usage)).float())
+        """Note which codes won, on all processes."""
+        won = torch.bincount(k.flatten(), minlength=len(self.usage)).float()
+        self.usage += sum_over_processes(won)
 
     @torch.no_grad()
     def revive(self, z, dead, generator):
-        """Move dead codes (K,) onto encoder outputs.
+        """Move dead codes (a mask (K,)) onto encoder outputs z.
 
         trap: the usual start U(-1/K, 1/K) sits at the origin. Where the encoder's outputs do not, a
         few codes win everything and the others never get a gradient: the collapse. Here all codes
         start as encoder outputs, and one that has not won since the last revival starts again."""
-        flat = rearrange(z.detach().float(), "B d h w -> (B h w) d")
-        n = int(dead.sum())
+        flat, n = rearrange(z.detach().float(), "B d h w -> (B h w) d"), int(dead.sum())
         pick = torch.randint(len(flat), (n,), generator=generator).to(flat.device)
-        new = flat[pick] + 0.01 * flat.std(0) * torch.randn(n, flat.shape[1], generator=generator).to(flat)
+        apart = 0.01 * flat.std(0) * torch.randn(n, flat.shape[1], generator=generator).to(flat)
+        new = flat[pick] + apart
         if world() > 1:
-            dist.broadcast(new, 0)      # all processes must own the same codes
-        self.embedding.weight[dead] = new
+            dist.broadcast(new, 0)                  # all processes must own the same codes
+        self.embedding.weight[dead.to(flat.device)] = new
         self.usage.zero_()
 
+    @torch.no_grad()
+    def settle(self, z):
+        """Draw each vector of z towards its code until it is at most one code spacing away. The
+        region that belongs to a code is convex, so the code stays the same. (B,d,h,w) -> same."""
+        e = self.embedding.weight[:4096]
+        spacing = torch.cdist(e, e).fill_diagonal_(math.inf).amin(1).median()
+        z_q = self.lookup(self.nearest(z))
+        away = (z - z_q).norm(dim=1, keepdim=True).clamp(min=1e-12)       # (B,1,h,w)
+        return z_q + (z - z_q) * (spacing / away).clamp(max=1)
 
 class VQGAN(nn.Module):
-    """Encoder, codebook and decoder. Images in [-1,1] of any size that is a multiple of f."""
-
+    """Encoder, codebook and decoder, for images in [-1,1] whose sides are multiples of f."""
     def __init__(self, widths, z_dim, codes, heads):
         super().__init__()
-        self.encoder = Encoder(widths, z_dim, heads)
-        self.codebook = Codebook(codes, z_dim)
-        self.decoder = Decoder(widths, z_dim, heads)
-        self.f = 2 ** len(widths)
+        self.encoder, self.decoder = Encoder(widths, z_dim, heads), Decoder(widths, z_dim, heads)
+        self.codebook, self.f = Codebook(codes, z_dim), 2 ** len(widths)
 
     def encode(self, x):
-        """x (B,3,H,W) -> z (B,d,h,w), before quantisation: what stage 2 diffuses."""
+        """x (B,3,H,W) -> z (B,d,h,w) before quantisation, which is what stage 2 diffuses."""
         return self.encoder(x).float()
 
     def decode(self, z):
         """z (B,d,h,w) -> nearest codes -> x_hat (B,3,H,W).
-        trap: the decoder has only ever seen codes, so what stage 2 makes is quantised here too."""
+        trap: the decoder has only ever seen codes, so what stage 2 makes is quantised here."""
         return self.decoder(self.codebook.lookup(self.codebook.nearest(z)))
 
     def forward(self, x):
-        """-> x_hat, z, k, codebook loss (3), commitment loss (4)."""
+        """-> x_hat, z, k, codebook loss, commitment loss."""
         z = self.encode(x)
         z_q, k, codebook_loss, commit_loss = self.codebook(z)
         return self.decoder(z_q), z, k, codebook_loss, commit_loss
-
 
 # ------------------------------------------------------------------------------------------------
 # 7. Stage 1: the losses
 # ------------------------------------------------------------------------------------------------
 # Pixel distance alone gives blur: the mean of all sharp images that fit. LPIPS compares what a
-# trained network sees, the discriminator learns what still gives a reconstruction away. The three
-# pull with very different strength, and lam (6) is what keeps the last from winning.
-
+# trained network sees; the discriminator learns what still gives a reconstruction away. They pull
+# with very different strength, and lam (6) keeps the last from winning.
 
 class PatchDiscriminator(nn.Module):
-    """pix2pix's patch critic: one real-or-fake logit for each patch (B,1,h',w'), not per image.
+    """pix2pix's critic: a real-or-fake logit for each patch, (B,3,H,W) -> (B,1,h',w').
 
-    trap: no sigmoid at the end, the hinge loss wants raw logits. GroupNorm where pix2pix has
-    BatchNorm: real and fake may then share one pass, and processes need not share statistics."""
-
+    trap: no sigmoid at the end; hinge needs raw logits. GroupNorm where pix2pix has BatchNorm: real
+    and fake can share one pass, and processes need not share statistics."""
     def __init__(self, widths):
         super().__init__()
         layers = [nn.Conv2d(3, widths[0], 4, 2, 1), nn.LeakyReLU(0.2)]
@@ -1076,108 +996,92 @@ class PatchDiscriminator(nn.Module):
             layers += [nn.Conv2d(a, b, 4, 2, 1, bias=False), Norm(b), nn.LeakyReLU(0.2)]
         self.layers = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 3, padding=1))
 
-    def forward(self, x):                                                 # (B,3,H,W)
-        return self.layers(x).float()                                     # (B,1,h',w')
-
+    def forward(self, x):
+        return self.layers(x).float()
 
 def hinge_loss(real, fake):
-    """D's loss from its raw logits: real above 1 and fake below -1 cost nothing more."""
+    """D's loss from its logits: real ones above 1 and fake ones below -1 cost nothing more."""
     return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2                             # (7)
 
-
 def adaptive_weight(l_rec, l_gan, x_hat, last, delta=1e-4, cap=1e4):
-    """lam of (6), and the gradients of both losses with respect to x_hat, for the backward pass.
+    """lam (6), and the gradients of both losses with respect to x_hat, for the backward pass.
 
-    Why adaptive: the discriminator's gradient can be a thousand times larger or smaller than the
-    reconstruction's, and changes as D learns. Scaled so that both push the decoder's last layer
-    equally hard, neither can drown the other.
-    By the chain rule ∇_L loss = (∂x_hat/∂L)ᵀ ∂loss/∂x_hat: each loss is walked back once to x_hat,
-    then one convolution more to L. Two full backward passes would cost a third of the step.
-    trap: lam must be a number, not part of the graph (detached), fp32, and capped, since an
-    untrained D has almost no gradient. -> lam (), ∂l_rec/∂x_hat, ∂l_gan/∂x_hat"""
-    d_rec, = torch.autograd.grad(l_rec, x_hat)
-    d_gan, = torch.autograd.grad(l_gan, x_hat)
+    Why adaptive: D's gradient can be a thousand times stronger or weaker than the reconstruction's,
+    and changes as D learns. Scaled so that both push the decoder's last layer equally hard, neither
+    can drown the other. By the chain rule ∇_L loss = (∂x_hat/∂L)ᵀ ∂loss/∂x_hat: each loss is walked
+    back once, to x_hat, and from there it is one convolution to L; no second full backward.
+    trap: lam is a number, not a part of the graph; fp32; capped, since an untrained D has almost no
+    gradient. -> lam (), ∂l_rec/∂x_hat, ∂l_gan/∂x_hat"""
+    d_rec, d_gan = (torch.autograd.grad(loss, x_hat)[0] for loss in (l_rec, l_gan))
 
-    def norm_at_last(d):
+    def at_last(d):
         g, = torch.autograd.grad(x_hat, last, d, retain_graph=True)
-        return (sum_over_processes(g.float()) / world()).norm()
-
-    lam = norm_at_last(d_rec) / (norm_at_last(d_gan) + delta)                                  # (6)
+        return (sum_over_processes(g) / world()).norm()
+    lam = at_last(d_rec) / (at_last(d_gan) + delta)                                            # (6)
     return lam.clamp(0, cap).detach(), d_rec, d_gan
-
 
 class Perceptual:
     """LPIPS (Zhang et al. 2018) and, from the same network, features for the Fréchet distance.
 
-    trap: not an nn.Module and not inside one. There .train() would switch its dropout on, and each
-    checkpoint would carry its weights. Frozen, eval, fp32, images in [-1,1]."""
-
+    trap: not an nn.Module, nor inside one: .train() would switch its dropout on, and checkpoints
+    would carry its weights. Frozen, in eval mode, fp32, for images in [-1,1]."""
     def __init__(self, name, device):
-        socket.setdefaulttimeout(20)            # no network: say so soon
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="(The parameter 'pretrained'|Arguments other than a weight)")
+        socket.setdefaulttimeout(20)                # without a network: say so soon
+        with warnings.catch_warnings():             # torchvision tells lpips about new arguments
+            warnings.filterwarnings("ignore", category=UserWarning, module="torchvision")
             import lpips
             self.net = lpips.LPIPS(net=name, verbose=False).to(device).eval().requires_grad_(False)
-        self.name = name
+        self.name, self.device = name, device
         x = torch.rand(1, 3, 64, 64, generator=rng("lpips")).to(device) * 2 - 1
-        # trap: with heads or trunk not loaded the distance is random, even negative
-        if abs(float(self(x, x))) > 1e-4 or not float(self(x, -x)) > 0.01:
-            raise UserError(f"--lpips {name}: its weights are damaged, distances make no sense; delete the files in "
-                            f"{torch.hub.get_dir()}/checkpoints to load them again")
+        if abs(float(self(x, x))) > 1e-4 or not float(self(x, -x)) > 0.01:      # trap: random heads
+            raise UserError(f"--lpips {name}: its weights are damaged; delete them from "
+                            f"{torch.hub.get_dir()}/checkpoints")
 
     def __call__(self, x, x_hat):
-        """Mean perceptual distance of two batches (B,3,H,W) in [-1,1]. Gradient only for x_hat."""
+        """Mean distance of (B,3,H,W) to (B,3,H,W), in fp32. Has a gradient for x_hat only."""
         with torch.autocast(x.device.type, enabled=False):
             return self.net(x.float(), x_hat.float()).mean()
 
     @torch.no_grad()
-    def features(self, x, size=224):
-        """(B,3,H,W) in [-1,1] -> (B,C): the last map of the trunk, averaged over space."""
-        x = F.interpolate((x.float() + 1) / 2, size=(size, size), mode="bilinear", antialias=True)
-        return self.net.net(self.net.scaling_layer(x * 2 - 1))[-1].mean((2, 3)).double()
-
-    def of_rows(self, images, rows=None):
-        """Features (n,C) of uint8 images (n,3,H,W), or of some rows of an Images."""
-        rows = torch.arange(len(images)) if rows is None else rows
-        read = images.rows if isinstance(images, Images) else images.__getitem__
-        device = next(self.net.parameters()).device
-        return torch.cat([self.features(to_float(read(i)).to(device)).cpu() for i in rows.split(32)])
-
+    def features(self, images, size=224):
+        """uint8 (n,3,H,W) -> (n,C): the trunk's last map at size×size, averaged over space."""
+        out = []
+        for u8 in images.split(32):
+            x = F.interpolate(u8.to(self.device) / 255, (size, size), mode="bilinear", antialias=True)
+            out.append(self.net.net(self.net.scaling_layer(x * 2 - 1))[-1].mean((2, 3)).cpu())
+        return torch.cat(out).double()
 
 def load_perceptual(wanted, device):
-    """-> (Perceptual or None, the name to record). 'auto' goes on without, but says so loudly."""
+    """-> (Perceptual or None, its name or 'off'). 'auto' goes on without one, but says so loudly."""
     if wanted == "off":
         return None, "off"
     name = "squeeze" if wanted == "auto" else wanted
-    size = {"squeeze": "5 MB", "alex": "233 MB", "vgg": "528 MB"}[name]
     try:
         return first_then_others(lambda: Perceptual(name, device)), name
     except UserError:
         raise
-    except Exception as e:
-        where = Path(torch.hub.get_dir()) / "checkpoints"
-        text = (f"LPIPS's {name} weights ({size}) are not in {where} and cannot be downloaded "
-                f"({type(e).__name__}); copy them there, or set TORCH_HOME")
+    except Exception as e:              # URLError, OSError, a damaged file: all mean "not to be had"
+        size = {"squeeze": "5 MB", "alex": "233 MB", "vgg": "528 MB"}[name]
+        text = (f"LPIPS's {name} weights ({size}) are neither in {torch.hub.get_dir()}/checkpoints nor "
+                f"to be downloaded ({type(e).__name__}); put them there or set TORCH_HOME")
         if wanted != "auto":
-            raise UserError(f"--lpips {name}: {text}, or run with --lpips off") from None
-        say(f"WARNING {text}. Going on WITHOUT the perceptual loss: expect blurrier reconstructions.")
+            raise UserError(f"--lpips {name}: {text}, or take --lpips off") from None
+        say(f"WARNING {text}. Going on WITHOUT the perceptual loss: expect more blur")
         return None, "off"
-
 
 # ------------------------------------------------------------------------------------------------
 # 8. Keeping a run
 # ------------------------------------------------------------------------------------------------
 # A night of training is lost in three ways: a checkpoint half written when the power went, a resume
-# that restores the weights but not the rest, settings that silently differ. Here a checkpoint appears
-# whole or not at all; what a step depends on is in it, or is a function of seed and step (rng above);
-# and differing settings are refused. Nothing here is about the method.
+# that restores the weights but not the rest, settings that silently differ. Here a checkpoint
+# appears whole or not at all; what a step depends on is in it, or is a function of seed and step
+# (rng above); and differing settings are refused. Nothing here is about the method.
 
 FORMAT = 1              # of checkpoints; counts up when their meaning changes
 STAGES = {"vq": VQConfig, "ldm": LDMConfig}
 LOG_EVERY = 10          # steps between two rows of log.csv
 SAVE_EVERY = 300        # seconds between two checkpoints inside a long epoch
 FIRST_LOOK = 100        # step of the first measurement and picture, before the first epoch ends
-
 
 def write_whole(path, write):
     """A file appears complete or not at all: written aside, flushed to the disk, renamed.
@@ -1188,11 +1092,10 @@ def write_whole(path, write):
         f.flush()
         os.fsync(f.fileno())
     os.replace(tmp, path)
-    if os.name == "posix":              # the new name is an entry of the folder, flushed by itself
+    if os.name == "posix":              # the new name is an entry of the folder: flushed by itself
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
-
 
 def load_checkpoint(where, kinds, flag_name):
     """A checkpoint, or the last one of a run folder -> its dict.
@@ -1217,7 +1120,6 @@ def load_checkpoint(where, kinds, flag_name):
         raise UserError(f"{flag_name} {path}: made by train-{state['kind']}; one of {need} is needed")
     return state
 
-
 def load_weights(net, weights, path):
     try:
         net.load_state_dict(weights)
@@ -1226,7 +1128,6 @@ def load_weights(net, weights, path):
                         f"({type(e).__name__})") from None
     return net
 
-
 def make_folder(path):
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
@@ -1234,10 +1135,9 @@ def make_folder(path):
         raise UserError(f"--out {path}: cannot make this folder ({e.strerror})") from None
     return Path(path)
 
-
 def lock_folder(folder):
-    """Two runs must not write into one folder. The system frees the lock of a process that is killed."""
-    f = open(folder / ".lock", "w")
+    """Two runs must not write into one folder. The system frees the lock of a killed process."""
+    f = open(folder / ".lock", "w")     # noqa: SIM115 (held open as long as the run lasts)
     try:
         if os.name == "nt":
             import msvcrt
@@ -1250,17 +1150,31 @@ def lock_folder(folder):
         raise UserError(f"--out {folder}: another run is writing there; give another --out") from None
     return f
 
-
 def quiet_bar(total, name, unit="img", start=0):
-    """A progress line that is rewritten in a terminal; elsewhere, now and then a line."""
+    """A progress line, rewritten in a terminal; in a file, a line every half minute."""
+    live = sys.stderr.isatty()
     return tqdm(total=total, initial=start, desc=name, unit=unit, disable=rank() > 0, leave=False,
-                mininterval=0.5 if sys.stderr.isatty() else 30, dynamic_ncols=True,
-                bar_format="{desc} {n_fmt}/{total_fmt} {elapsed}<{remaining} {postfix}")
+                mininterval=0.5 if live else 30, delay=0 if live else 30, dynamic_ncols=True,
+                bar_format="{desc} {n_fmt}/{total_fmt} {elapsed}<{remaining}{postfix}")
 
+def make_optimizer(net, lr, betas):
+    return torch.optim.Adam([dict(params=list(net.parameters()), initial_lr=lr)], lr, betas, fused=True)
+
+def memory_gb(device):
+    """Peak memory so far, of the GPU or else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    if os.name == "nt":
+        return math.nan
+    import resource
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)
+
+def count(net):
+    return f"{sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters"
 
 class Run:
     """One training run: folder, lock, checkpoint, log, clock, and the wish to stop."""
-
     def __init__(self, cfg, typed, kind):
         self.kind, self.folder, last = kind, Path(cfg.out), Path(cfg.out) / "last.pt"
         self.state, self.log, self.best, self.step, self.bad, self.signal = None, [], math.inf, 0, 0, 0
@@ -1283,23 +1197,21 @@ class Run:
                     p.unlink()
         self.cfg = cfg
         if cfg.batch_size % world():
-            raise UserError(f"--batch-size {cfg.batch_size}: must be a multiple of the {world()} processes")
+            raise UserError(f"--batch-size {cfg.batch_size}: no multiple of the {world()} processes")
         self.device, self.dtype = pick_device(cfg)
         torch.manual_seed(cfg.seed)     # first weights: the only use of the global generator
 
-    def restore(self, **parts):
-        """Load networks and optimisers from the checkpoint, if there is one."""
-        for name, part in parts.items():
-            if self.state:
-                load_weights(part, self.state[name], self.folder)
+    def restore(self, parts):
+        """{name: network or optimiser}: load them from the checkpoint, if there is one."""
+        for name, part in parts.items() if self.state else ():
+            load_weights(part, self.state[name], self.folder)
 
     def steps(self, n):
         """The one clock of a run: yields step numbers until all epochs, --minutes or a signal end it.
         Ctrl-C and SIGTERM only ask: the step is finished and saved. A second one ends at once."""
-        cfg, self.n, B = self.cfg, n, self.cfg.batch_size
-        self.total = math.ceil(cfg.epochs * n / B)
-        self.began = self.saved = time.monotonic()
-        self.first, self.waited = self.step, 0.0
+        cfg, self.n, self.first, self.waited = self.cfg, n, self.step, 0.0
+        self.total, self.began = math.ceil(cfg.epochs * n / cfg.batch_size), time.monotonic()
+        self.saved = self.began
 
         def ask(number, frame):
             self.signal = number
@@ -1326,15 +1238,15 @@ class Run:
         return self.step * self.cfg.batch_size // self.n
 
     def lr_factor(self):
-        """On --lr: up in the first --warmup steps, down to 0 in the last part, --decay, of the run. Its
-        length is --epochs or --minutes, whichever ends first: short runs come to rest as well."""
+        """On --lr: up in the first --warmup steps, down to 0 in the last part, --decay, of the run.
+        Its length is --epochs or --minutes, whichever ends first: short runs come to rest too."""
         cfg = self.cfg
         done = max(self.step / self.total, self.elapsed / (cfg.minutes * 60) if cfg.minutes else 0)
         up = min(1.0, (self.step + 1) / (cfg.warmup + 1))
         return up * (min(1.0, max(1 - done, 0.01) / cfg.decay) if cfg.decay else 1.0)
 
     def indices(self):
-        """Which of n images make up this step's batch: the next of an endless row of shuffled epochs."""
+        """Which of n images make up this step's batch: the next of an endless row of shuffles."""
         B, n = self.cfg.batch_size, self.n
         places = range(self.step * B, (self.step + 1) * B)
         order = {e: torch.randperm(n, generator=rng(self.cfg.seed, "order", e))
@@ -1342,38 +1254,38 @@ class Run:
         return torch.stack([order[p // n][p % n] for p in places])
 
     def update(self, optimizer, params, losses):
-        """After backward: average over processes, clip, step. False: the step was skipped.
-        One bad batch must not end a night, five in a row mean divergence. (float(norm) waits for the
-        device: the only place in a step that does.)"""
+        """After backward: average over processes, clip, step. False: this step was skipped.
+        One bad batch must not end a night; five in a row mean divergence. (float(norm) waits for the
+        device, the only place in a step that does.)"""
         average_gradients(params)
-        gradient = nn.utils.clip_grad_norm_(params, self.cfg.clip)
-        if math.isfinite(float(gradient)):
+        if math.isfinite(float(nn.utils.clip_grad_norm_(params, self.cfg.clip))):
             self.bad = 0
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * self.lr_factor()
             optimizer.step()
             return True
         self.bad += 1
-        names = ", ".join(k for k, v in losses.items() if not math.isfinite(float(v))) or "the gradient"
-        say(f"WARNING step {self.step}: {names} not finite; this step is skipped")
+        names = [k for k, v in losses.items() if not math.isfinite(float(v))] or ["the gradient"]
+        say(f"WARNING step {self.step}: {', '.join(names)} not finite; this step is skipped")
         if self.bad >= 5:
-            raise UserError(f"step {self.step}: {names} not finite five times in a row. The last good "
-                            "checkpoint is untouched; go on from it with a lower --lr in a new --out")
+            raise UserError(f"step {self.step}: {', '.join(names)} not finite five times in a row. The "
+                            "last checkpoint is untouched; start anew with a lower --lr")
         return False
 
     def report(self, losses):
-        """A row of the log every LOG_EVERY steps, and the progress line. -> True when it is time to
-        measure and draw: at the first look, about ten times a run, and at the end."""
-        B, before, lr = self.cfg.batch_size, self.epoch, self.cfg.lr * self.lr_factor()
+        """Count the step; every LOG_EVERY steps a row of the log and the progress line. -> True when
+        it is time to measure and draw: once early, about ten times a run, and at the end."""
+        cfg, before, lr = self.cfg, self.epoch, self.cfg.lr * self.lr_factor()
         self.step += 1
-        new = self.epoch > before and self.epoch % max(1, self.cfg.epochs // 10) == 0
+        new = self.epoch > before and self.epoch % max(1, cfg.epochs // 10) == 0
         look = new or self.step in (FIRST_LOOK, self.total)
         if look or self.step % LOG_EVERY == 0:
             row = {name: float(v.detach()) for name, v in losses.items()}
-            self.log.append(dict(step=self.step, epoch=self.step * B / self.n, lr=lr, **row))
+            at = self.step * cfg.batch_size / self.n
+            self.log.append(dict(step=self.step, epoch=at, lr=lr, **row))
             waiting = 100 * self.waited / (time.monotonic() - self.began)
             self.bar.set_postfix_str(
-                f"epoch {self.epoch + 1} " + " ".join(f"{k} {v:.3g}" for k, v in row.items())
+                f"epoch {at:.1f} " + " ".join(f"{k} {v:.3g}" for k, v in row.items())
                 + f" | {self.speed():.0f} img/s, {waiting:.0f} % waiting for data, "
                 f"{memory_gb(self.device):.1f} GB", refresh=False)
         return look
@@ -1381,14 +1293,14 @@ class Run:
     def speed(self):                    # images per second, in this session
         return (self.step - self.first) * self.cfg.batch_size / (time.monotonic() - self.began)
 
-    def save(self, state, names=("last.pt",)):
-        """state(): what to keep, from the stage. Beside it: all that the loop needs to go on."""
+    def save(self, state, names=()):
+        """state(): what the stage wants kept. Beside it: all that the loop needs to go on."""
         if rank() == 0:
             config = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.cfg).items()}
             whole = dict(format=FORMAT, kind=self.kind, config=config, step=self.step, log=self.log,
                          best=self.best, bad=self.bad, torch=str(torch.__version__),
                          speed=[self.speed(), memory_gb(self.device)], **state())
-            for name in names:
+            for name in ("last.pt", *names):
                 write_whole(self.folder / name, lambda f: torch.save(whole, f))
             keys = list(dict.fromkeys(k for row in self.log for k in row))
             lines = [",".join(f"{row[k]:.6g}" if k in row else "" for k in keys) for row in self.log]
@@ -1403,33 +1315,12 @@ class Run:
             self.lock.close()
         if self.step < self.total:
             why = f"signal {self.signal}" if self.signal else f"--minutes {self.cfg.minutes:g}"
-            say(f"stopped by {why} at step {self.step} of {self.total}, saved; "
-                "the same command with --resume goes on")
+            say(f"stopped by {why} at step {self.step} of {self.total}, saved; the same command with "
+                "--resume goes on")
         if self.signal:
             return 128 + self.signal
         say(f"{note}pictures are in {self.folder}. Next: python vqldm.py {then}")
         return 0
-
-
-def make_optimizer(net, lr, betas):
-    return torch.optim.Adam([dict(params=list(net.parameters()), initial_lr=lr)], lr, betas, fused=True)
-
-
-def memory_gb(device):
-    """Peak memory so far: of the GPU, else of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    try:
-        import resource
-    except ImportError:         # Windows
-        return math.nan
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**30 if sys.platform == "darwin" else 2**20)
-
-
-def count(net):
-    return f"{sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters"
-
 
 # ------------------------------------------------------------------------------------------------
 # 9. Stage 1: training
@@ -1439,7 +1330,6 @@ def count(net):
 # gan_start it trains alone; then its wish fades in.
 # What to look at: rec and perc fall, codes used and perplexity rise. With the GAN on, D(real) stays
 # above 0 and D(fake) below, within ±1: both at 0, D is blind; beyond ±1, D has won.
-
 
 @torch.no_grad()
 def measure_vq(vqgan, images, indices, perceptual, device, dtype):
@@ -1463,7 +1353,6 @@ def measure_vq(vqgan, images, indices, perceptual, device, dtype):
                 perplexity=float(torch.exp(-torch.xlogy(p, p).sum())))
     return sums, usage, *(torch.cat(side) for side in zip(*pairs))
 
-
 def ssim(u, v):
     """Structural similarity (Wang et al. 2004) of images in 0…1: Gaussian window 11×11, σ 1.5."""
     w = torch.exp(-(torch.arange(11.0) - 5) ** 2 / 4.5)
@@ -1473,9 +1362,8 @@ def ssim(u, v):
         return F.conv2d(i, w, groups=3, padding=5 if i.shape[-1] < 22 else 0)
     mu, mv = blur(u), blur(v)
     suu, svv, suv = blur(u * u) - mu * mu, blur(v * v) - mv * mv, blur(u * v) - mu * mv
-    return ((2 * mu * mv + 1e-4) * (2 * suv + 9e-4) / (mu ** 2 + mv ** 2 + 1e-4)
-            / (suu + svv + 9e-4)).mean()
-
+    return ((2 * mu * mv + 1e-4) * (2 * suv + 9e-4)
+            / (mu ** 2 + mv ** 2 + 1e-4) / (suu + svv + 9e-4)).mean()
 
 def train_vq(cfg, typed):
     """Stage 1, from images to a checkpoint."""
@@ -1488,8 +1376,9 @@ def train_vq(cfg, typed):
     disc = PatchDiscriminator(cfg.d_widths).to(device)
     for net in (vqgan, disc):
         net.to(memory_format=torch.channels_last)       # with bf16 on a CPU with AMX: 1.3 x faster
-    opt, opt_d = make_optimizer(vqgan, cfg.lr, (0.5, 0.9)), make_optimizer(disc, cfg.d_lr, (0.5, 0.9))
-    run.restore(model=vqgan, disc=disc, opt=opt, opt_d=opt_d)
+    # Adam's usual GAN betas (0.5, 0.9) cost the VQGAN 0.9 dB of PSNR; D keeps them.
+    opt, opt_d = make_optimizer(vqgan, cfg.lr, (0.9, 0.99)), make_optimizer(disc, cfg.d_lr, (0.5, 0.9))
+    run.restore(dict(model=vqgan, disc=disc, opt=opt, opt_d=opt_d))
     forward = torch.compile(vqgan) if cfg.compile else vqgan
     params, params_d, last = [*vqgan.parameters()], [*disc.parameters()], vqgan.decoder.last.weight
     book, n, B = vqgan.codebook, len(images.train), cfg.batch_size
@@ -1527,7 +1416,7 @@ def train_vq(cfg, typed):
         draw_rows(run.folder / "data_preview.png", {c: images.rows(images.train[kinds == i][:8])
                                                     for i, c in enumerate(images.classes[:12])})
     for step in run.steps(n):
-        # ---- learn: the generator --------------------------------------------------------------
+        # ---- learn: the generator ---------------------------------------------------------------
         tick = time.monotonic()
         turns = torch.randint(8, (B,), generator=rng(cfg.seed, "turns", step))
         x = images.batch(images.train[share(run.indices())], share(turns)).to(device)   # (B,3,H,W)
@@ -1561,7 +1450,7 @@ def train_vq(cfg, typed):
             book.count(k)
             if (step + 1) % cfg.revive_every == 0:
                 book.revive(z, book.usage == 0, rng(cfg.seed, "revive", step))
-            # ---- learn: the discriminator ------------------------------------------------------
+            # ---- learn: the discriminator -------------------------------------------------------
             if step >= d_at:
                 with autocast(device, dtype):
                     # trap: without detach, D's loss would teach the generator to give itself away.
@@ -1571,132 +1460,126 @@ def train_vq(cfg, typed):
                 d_loss.backward()
                 losses.update(d_loss=d_loss, d_real=real.mean(), d_fake=fake.mean())
                 run.update(opt_d, params_d, losses)
-        # ---- report ----------------------------------------------------------------------------
-        names = ["pre_gan.pt"] if step + 1 == gan_at else []
-        looked = run.report(losses)
+        # ---- report -----------------------------------------------------------------------------
+        names, looked = [], run.report(losses)
         if looked and rank() == 0:
             look(names)
+        if run.step == gan_at:
+            names.append("pre_gan.pt")
         if looked or names or time.monotonic() - run.saved > SAVE_EVERY:
-            run.save(state, ["last.pt", *names])
+            run.save(state, names)
     note = "" if perceptual else "trained WITHOUT the perceptual loss (no LPIPS weights); "
     return run.finish(state, note, f"train-ldm --vq {run.folder}")
-
 
 # ------------------------------------------------------------------------------------------------
 # 10. Stage 2: diffusion
 # ------------------------------------------------------------------------------------------------
 # Noise is added to a latent in T small steps until nothing is left of it; a network learns to say
-# what was added; sampling walks back. All of the mathematics is in this class, none of it knows
+# what was added; sampling walks back. All of the mathematics is in this class, and none of it knows
 # what the network looks like. The network may answer with eps or with v; predict() turns either
-# into (z0_hat, eps_hat), and the samplers only know these two.
-
+# into (z0_hat, eps_hat), and the samplers know only these two.
 
 class Diffusion:
-    """The noise schedule of DDPM, its loss (Algorithm 1) and its samplers (Algorithm 2, DDIM).
+    """DDPM's noise schedule, its loss (Algorithm 1) and its samplers (Algorithm 2, and DDIM).
 
-    beta, alpha, alpha_bar: (T,) float32, made in float64; index t = 0 is the least noise."""
-
+    beta, alpha, alpha_bar: (T,), made in float64; index t = 0 is the least noise. ValueError for a
+    schedule that it does not know or a T too small to end in noise."""
     def __init__(self, T, schedule="linear", target="v"):
         self.T, self.target = T, target
-        t = torch.arange(T + 1, dtype=torch.float64)
         if schedule == "linear":
-            # trap: 1e-4 and 0.02 belong to T = 1000. Unscaled, T = 50 ends at alpha_bar = 0.60 and
-            # sampling starts from noise that the network never saw.
+            # trap: 1e-4 and 0.02 belong to T = 1000. Unscaled, T = 50 ends at alpha_bar = 0.60, and
+            # sampling starts from a noise that the network never saw.
             beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T
-        elif schedule == "cosine":                  # Nichol & Dhariwal 2021, arXiv 2102.09672, eq. 17
-            f = torch.cos((t / T + 0.008) / 1.008 * math.pi / 2) ** 2
+        elif schedule == "cosine":                      # Nichol & Dhariwal 2021, 2102.09672, eq. 17
+            t = torch.arange(T + 1, dtype=torch.float64) / T
+            f = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
             beta = 1 - f[1:] / f[:-1]
         else:
-            raise ValueError(f"schedule {schedule!r}: linear or cosine")
+            raise ValueError(f"schedule {schedule!r}: must be linear or cosine")
         beta = beta.clamp(max=0.999)
-        alpha_bar = torch.cumprod(1 - beta, 0)                                # (T,)           (8)
+        alpha_bar = torch.cumprod(1 - beta, 0)                                # (T,)          (8)
         if alpha_bar[-1] > 0.01:
-            raise ValueError(f"T = {T}: too few steps, alpha_bar ends at {alpha_bar[-1]:.2f} instead of near 0")
+            raise ValueError(f"T = {T}: alpha_bar ends at {alpha_bar[-1]:.2f}, not near 0")
         self.beta, self.alpha, self.alpha_bar = (a.float() for a in (beta, 1 - beta, alpha_bar))
 
     def at(self, t, z):
-        """alpha_bar at steps t, shaped to multiply z; 1, no noise at all, at t = -1."""
+        """alpha_bar_t, shaped to multiply z; at t = -1, before all noise, it is 1."""
         t = torch.as_tensor(t, device=z.device)
         a = torch.where(t >= 0, self.alpha_bar.to(z.device)[t.clamp(min=0)], 1.0)
         return a.view(-1, *[1] * (z.dim() - 1))
 
     def add_noise(self, z0, t, eps):
-        """q(z_t | z_0) in one go: (B,d,h,w), (B,), (B,d,h,w) -> z_t."""
+        """q(z_t | z0) in one go: (B,d,h,w), (B,), (B,d,h,w) -> z_t."""
         a = self.at(t, z0)
-        return a.sqrt() * z0 + (1 - a).sqrt() * eps                                            # (9)
+        return a.sqrt() * z0 + (1 - a).sqrt() * eps                                           # (9)
 
     def loss(self, net, z0, t, eps, label=None):
-        """Algorithm 1: the squared error of each image's prediction, (B,). 1 = predicts nothing."""
-        a, z_t = self.at(t, z0), self.add_noise(z0, t, eps)
-        goal = eps if self.target == "eps" else a.sqrt() * eps - (1 - a).sqrt() * z0           # (12)
-        return (net(z_t, t, label).float() - goal).square().flatten(1).mean(1)                 # (10)
+        """Algorithm 1: each image's squared error, (B,). A net that predicts nothing has 1."""
+        a = self.at(t, z0)
+        goal = eps if self.target == "eps" else a.sqrt() * eps - (1 - a).sqrt() * z0          # (12)
+        out = net(self.add_noise(z0, t, eps), t, label).float()
+        return (out - goal).square().flatten(1).mean(1)                                       # (10)
 
     def predict(self, out, z_t, t):
-        """The network's answer -> (z0_hat, eps_hat), whichever it was trained to give.
-        trap: with eps as the target z0_hat divides the network's error by √alpha_bar, which at
-        t = T-1 multiplies it by 158; a network trained briefly then gives latents with a std of
-        1.8 to 3.3 instead of 1. v has no such division, so it is the default.
-        trap: no clipping of z0_hat to ±1: latents are no pixels, it would cost a third of their std."""
+        """The network's answer, eps or v -> (z0_hat, eps_hat).
+        trap: from eps, z0_hat divides the network's error by √alpha_bar, which at t = T-1 multiplies
+        it by 158: briefly trained, latents get a std of 1.8 to 3.3 instead of 1. v divides nothing,
+        so it is the default. trap: no clipping of z0_hat to ±1: these are no pixels, their std would
+        fall to 0.68."""
         a = self.at(t, z_t)
         if self.target == "eps":
-            return (z_t - (1 - a).sqrt() * out) / a.sqrt(), out                                # (9)
-        return a.sqrt() * z_t - (1 - a).sqrt() * out, a.sqrt() * out + (1 - a).sqrt() * z_t    # (12)
+            return (z_t - (1 - a).sqrt() * out) / a.sqrt(), out                               # (9)
+        return a.sqrt() * z_t - (1 - a).sqrt() * out, a.sqrt() * out + (1 - a).sqrt() * z_t   # (12)
 
     def pairs(self, steps, levels=None):
-        """Exactly `steps` pairs (t, t_prev) from levels-1 down to -1, for any 1 <= steps <= levels.
-        trap: range(0, T, T // steps) gives too many or too few for most values of steps."""
+        """Exactly `steps` pairs (t, t_prev), from levels-1 to -1, for 1 <= steps <= levels <= T.
+        trap: range(0, T, T // steps) gives too many or too few for most numbers of steps."""
         levels = levels or self.T
         t = [levels * (steps - i) // steps - 1 for i in range(steps)]
         return list(zip(t, [*t[1:], -1]))
 
     @torch.no_grad()
     def sample(self, net, z, steps, sampler="ddim", eta=1.0, noise=None, levels=None):
-        """Walk back from noise. Yields (z_t, z0_hat) after each step; the last z_t is z0.
-
-        net(z_t, t) -> eps or v. z: (B,d,h,w), standard normal, or a latent noised to `levels` steps
-        (add_noise at t = levels-1). noise(): fresh standard normal numbers like z.
-        trap: kept steps are further apart than the trained ones, so alpha_t of (11) is recomputed
-        from them; with the trained alpha_t, 50 steps would hardly move."""
+        """Walk back from z: standard normal (B,d,h,w), or latents noised to `levels` levels. net(z_t,
+        t) -> eps or v; noise() -> fresh numbers like z. Yields (z_t, z0_hat) after each step.
+        trap: kept steps are further apart than the trained ones, so alpha_t of (11) is made anew
+        from them. With the trained alpha_t, 50 steps would stop a fifth of the way."""
         noise = noise or (lambda: torch.randn_like(z))
         for t, prev in self.pairs(steps, levels):
             time = torch.full((len(z),), t, device=z.device)
-            a, a_prev = self.at(t, z), self.at(prev, z)             # alpha_bar_t, alpha_bar_{t-1}
+            a, a_prev = self.at(t, z), self.at(prev, z)     # alpha_bar_t, alpha_bar_{t-1}
+            alpha = a / a_prev
             z0_hat, eps_hat = self.predict(net(z, time).float(), z, time)
             if sampler == "ddpm":
-                alpha = a / a_prev
-                z = (z - (1 - alpha) / (1 - a).sqrt() * eps_hat) / alpha.sqrt()                # (11)
                 sigma = (1 - alpha).sqrt()
-            else:
-                # eta = 0: no fresh noise, a fixed path. eta = 1: as much as DDPM (DDIM eq. 16).
-                sigma = eta * ((1 - a_prev) / (1 - a) * (1 - a / a_prev)).sqrt()
-                z = a_prev.sqrt() * z0_hat + (1 - a_prev - sigma ** 2).clamp(min=0).sqrt() * eps_hat
+                z = (z - (1 - alpha) / (1 - a).sqrt() * eps_hat) / alpha.sqrt()               # (11)
+            else:               # eta 0: no fresh noise, a fixed path; 1: as DDPM (DDIM eq. 16)
+                sigma = eta * ((1 - a_prev) / (1 - a) * (1 - alpha)).sqrt()
+                rest = (1 - a_prev - sigma ** 2).clamp(min=0).sqrt()
+                z = a_prev.sqrt() * z0_hat + rest * eps_hat                                   # (13)
             if prev >= 0 and float(sigma) > 0:
-                # trap: no noise after the last step, or a grain of sigma = 0.01 stays in each image.
-                z = z + sigma * noise()                                                   # (11), (13)
+                # trap: noise after the last step leaves a grain of 0.01 in every sample.
+                z = z + sigma * noise()                                                # (11), (13)
             yield z, z0_hat
-
 
 # ------------------------------------------------------------------------------------------------
 # 11. Stage 2: the UNet
 # ------------------------------------------------------------------------------------------------
 # The same bricks as the VQGAN. New are the time (how noisy is z_t?), which every ResBlock gets, and
-# the skips, which carry fine detail around the bottleneck: noise has no compact description.
-
+# the skips, which carry fine detail past the bottleneck: noise has no short description.
 
 def time_embedding(t, dim):
-    """t (B,) -> (B, dim): sines and cosines of growing period, as in the Transformer."""
+    """t (B,) -> (B,dim): sines and cosines of growing period, as in the Transformer."""
     freq = torch.exp(-math.log(10_000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
-    angle = t.float()[:, None] * freq                                     # (B, dim/2)
+    angle = t.float()[:, None] * freq                                     # (B,dim/2)
     return torch.cat([angle.sin(), angle.cos()], 1)
 
-
 class UNet(nn.Module):
-    """(z_t, t, class) -> eps_hat or v_hat, (B,d,h,w). Class n_classes means "not told"."""
-
+    """(z_t, t, class) -> eps_hat or v_hat (B,d,h,w). Class number n_classes means: not told."""
     def __init__(self, z_dim, widths, heads, n_classes=0):
         super().__init__()
-        self.width, self.n_classes, E = widths[0], n_classes, 4 * widths[0]
-        self.time = nn.Sequential(nn.Linear(widths[0], E), nn.SiLU(), nn.Linear(E, E))
+        self.width, self.n_classes, E = 2 * (widths[0] // 2 or 1), n_classes, 4 * widths[0]
+        self.time = nn.Sequential(nn.Linear(self.width, E), nn.SiLU(), nn.Linear(E, E))
         self.label = nn.Embedding(n_classes + 1, E) if n_classes else None
         self.first = nn.Conv2d(z_dim, widths[0], 3, padding=1)
         self.down = nn.ModuleList(DownBlock(a, b, E) for a, b in zip((widths[0], *widths), widths))
@@ -1707,56 +1590,48 @@ class UNet(nn.Module):
 
     def forward(self, z_t, t, label=None):                                # (B,d,h,w), (B,), (B,)
         emb = self.time(time_embedding(t, self.width))                    # (B,E)
-        if self.label is not None:
-            # The class joins the time embedding, so the blocks need not know about classes.
-            label = torch.full_like(t, self.n_classes) if label is None else label
-            emb = emb + self.label(label)
+        if self.label is not None:      # the class joins the time: blocks need not know of classes
+            emb = emb + self.label(torch.full_like(t, self.n_classes) if label is None else label)
         y, skips = self.first(z_t), []
         for block in self.down:
-            y, skip = block(y, emb)                                       # grid halves
+            y, skip = block(y, emb)                                       # the grid halves
             skips.append(skip)
         y = self.mid(y, emb)
         for block in self.up:
-            y = block(y, emb, skips.pop())                                # grid doubles
+            y = block(y, emb, skips.pop())                                # the grid doubles
         return self.last(F.silu(self.norm(y)))                            # (B,d,h,w)
 
-
 def guided(net, label, w):
-    """Classifier-free guidance: net(z_t, t) that exaggerates what the class changes, w times."""
+    """Classifier-free guidance: a net(z_t, t) in which the class counts w times."""
     if label is None or w == 0:
         return lambda z_t, t: net(z_t, t)
     if w == 1:
         return lambda z_t, t: net(z_t, t, label)
 
-    def both(z_t, t):               # the two answers in one pass
-        none = torch.full_like(label, net.n_classes)
-        a, b = net(torch.cat([z_t, z_t]), torch.cat([t, t]), torch.cat([none, label])).float().chunk(2)
-        return a + w * (b - a)                                                                 # (14)
+    def both(z_t, t):               # with and without the class in one pass
+        labels = torch.cat([torch.full_like(label, net.n_classes), label])
+        a, b = net(torch.cat([z_t, z_t]), torch.cat([t, t]), labels).float().chunk(2)
+        return a + w * (b - a)                                                                # (14)
     return both
-
 
 # ------------------------------------------------------------------------------------------------
 # 12. Stage 2: training
 # ------------------------------------------------------------------------------------------------
 # The frozen encoder turns each image into a latent once; after that stage 2 never sees a pixel.
-# The diffusion assumes data of mean 0 and std 1: latents are brought there with the mean and std of
-# the whole cache, and these two live in the checkpoint, since a latent is meaningless without them.
-
+# Diffusion ends in noise of mean 0 and std 1, so latents are brought there too, with the mean and
+# std of the whole cache. These live in the checkpoint: a latent is meaningless without them.
 
 def standardise(z, scale):
-    """z -> z0. scale: (2,d), mean and std of each channel. With unstandardise, the only two places
-    where it is applied. trap: a copied constant, or one side forgotten, gives grey mush or noise."""
+    """z -> z0. scale (2,d): mean and std of each channel. Applied here and below, nowhere else.
+    trap: a copied constant, or one side forgotten, gives grey mush or noise."""
     return (z - scale[0].view(-1, 1, 1)) / scale[1].view(-1, 1, 1)
 
-
 def unstandardise(z0, scale):
-    """z0 -> z."""
     return z0 * scale[1].view(-1, 1, 1) + scale[0].view(-1, 1, 1)
-
 
 @torch.no_grad()
 def cache_latents(vqgan, images, views, cfg, device, dtype):
-    """Encode every image in `views` of its 8 symmetries -> (path of a float32 .npy whose row
+    """Encode all images in `views` of the 8 symmetries -> (path of a float32 .npy in which row
     view·N + i is image i, scale (2,d)).
 
     trap: encoder outputs have heavy tails, single values at 12 to 26 std, and the UNet would spend
@@ -1767,70 +1642,65 @@ def cache_latents(vqgan, images, views, cfg, device, dtype):
     path = Path(cfg.cache) / f"latents-{images.key}-{weights.hexdigest()}-{views}.npy"
     if not (path.exists() and path.with_suffix(".json").exists()):
         N, d = len(images.names), vqgan.codebook.embedding.embedding_dim
-        is_train = torch.zeros(N, dtype=torch.bool).index_fill_(0, images.train, True)
-        sums = torch.zeros(3, d, dtype=torch.float64)               # count, sum, sum of squares
+        train = torch.zeros(N, dtype=torch.bool).index_fill_(0, images.train, True)
+        sums = torch.zeros(3, d, dtype=torch.float64)                     # count, Σz, Σz²
         shape = (views * N, d, *[images.size // vqgan.f] * 2)
         with npy_writer(path, np.float32, shape) as write, quiet_bar(views * N, "encoding") as bar:
-            for view in range(views):
-                for idx in torch.arange(N).split(64):
-                    x = images.batch(idx, torch.full((len(idx),), view)).to(device)
-                    with autocast(device, dtype):
-                        z = vqgan.codebook.settle(vqgan.encode(x)).cpu()                # (B,d,h,w)
-                    write(z.numpy())
-                    v = rearrange(z[is_train[idx]].double(), "B d h w -> d (B h w)")
-                    sums += torch.stack([torch.full((d,), v.shape[1]), v.sum(1), v.square().sum(1)])
-                    bar.update(len(idx))
-        mean = sums[1] / sums[0]
-        std = (sums[2] / sums[0] - mean ** 2).clamp(min=1e-12).sqrt()
-        text = json.dumps(torch.stack([mean, std]).tolist())
-        write_whole(path.with_suffix(".json"), lambda f: f.write(text.encode()))
+            for view, i in ((v, i) for v in range(views) for i in torch.arange(N).split(64)):
+                x = images.batch(i, torch.full((len(i),), view)).to(device)
+                with autocast(device, dtype):
+                    z = vqgan.codebook.settle(vqgan.encode(x)).cpu()                    # (B,d,h,w)
+                write(z.numpy())
+                v = rearrange(z[train[i]].double(), "B d h w -> d (B h w)")
+                sums += torch.stack([torch.full((d,), v.shape[1]), v.sum(1), v.square().sum(1)])
+                bar.update(len(i))
+        mean, square = sums[1:] / sums[0]
+        scale = torch.stack([mean, (square - mean ** 2).clamp(min=1e-12).sqrt()]).tolist()
+        write_whole(path.with_suffix(".json"), lambda f: f.write(json.dumps(scale).encode()))
     return path, torch.tensor(json.loads(path.with_suffix(".json").read_text()))
 
-
 def update_ema(ema, net, step, decay):
-    """ema <- d·ema + (1-d)·net. trap: without the warm-up of d, after 1,000 steps at 0.9999 the mean
-    is still 90 % first weights, and samples are noise."""
+    """ema <- d·ema + (1-d)·net. trap: without d's warm-up, after 1,000 steps at 0.9999 the mean is
+    still 90 % first weights, and samples are noise."""
     d = min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - d)
 
-
 def build_vqgan(state, device, path):
-    """The frozen VQGAN of a stage-1 state. -> (VQGAN, its settings)."""
+    """The frozen VQGAN of a stage-1 state, and its settings."""
     c = VQConfig(**state["config"])
     vqgan = load_weights(VQGAN(c.widths, c.z_dim, c.codes, c.heads), state["model"], path)
     return vqgan.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), c
 
-
 class Generator:
-    """Everything that sampling needs, out of a stage-2 state: (EMA) UNet, diffusion, VQGAN, scale."""
-
+    """All that sampling needs, from a stage-2 state: the UNet's EMA, Diffusion, VQGAN, scale."""
     def __init__(self, state, device, dtype, path):
         self.cfg, self.device, self.dtype = LDMConfig(**state["config"]), device, dtype
         self.vqgan, self.vq_cfg = build_vqgan(state["vq"], device, path)
         self.diffusion = Diffusion(self.cfg.T, self.cfg.schedule, self.cfg.target)
         self.classes = state["classes"] if state["conditional"] else []
         self.class_counts, self.scale = state["class_counts"], state["scale"].to(device)
-        self.net = UNet(self.vq_cfg.z_dim, self.cfg.unet_widths, self.cfg.heads, len(self.classes))
-        load_weights(self.net, state["ema"], path).to(device, memory_format=torch.channels_last).eval()
+        net = UNet(self.vq_cfg.z_dim, self.cfg.unet_widths, self.cfg.heads, len(self.classes))
+        load_weights(net, state["ema"], path).eval()
+        self.net = net.to(device, memory_format=torch.channels_last)
         self.shape = (self.vq_cfg.z_dim, *[self.vq_cfg.size // self.vq_cfg.f] * 2)
 
     def noise_of(self, seed, numbers):
-        """A function that draws the next noise (n,d,h,w) for these image numbers. Each has a generator
-        of its own, so image i is the same in any batch and for any --n."""
-        gs = [rng(seed, "sample", int(i)) for i in numbers]
-        return lambda: torch.stack([torch.randn(self.shape, generator=g) for g in gs]).to(self.device)
+        """A function that draws the next noise (n,d,h,w) of these images. Each image has a generator
+        of its own: it is the same in any batch and for any --n."""
+        own = [rng(seed, "sample", int(i)) for i in numbers]
+        return lambda: torch.stack([torch.randn(self.shape, generator=g)
+                                    for g in own]).to(self.device)
 
     @torch.no_grad()
     def __call__(self, s, numbers, label=None, z=None, levels=None):
-        """Images `numbers` of seed s.seed under the settings s (Sampling); label (n,) or None. z: start
-        from these latents, noised to `levels` levels, instead of from noise.
-        -> uint8 (n,3,H,W), and the list of (z_t, z0_hat) after each step."""
+        """Images `numbers` of the seed in s (Sampling), of classes label (n,). z: where to start,
+        latents noised to `levels` levels; None: from noise alone.
+        -> uint8 (n,3,H,W), and a list of (z_t, z0_hat) after each step."""
         noise, levels = self.noise_of(s.seed, numbers), levels or self.cfg.T
-        z = noise() if z is None else z
-        label = None if label is None else label.to(self.device)
+        net = guided(self.net, None if label is None else label.to(self.device), s.guidance)
         with autocast(self.device, self.dtype):
-            steps = list(self.diffusion.sample(guided(self.net, label, s.guidance), z,
-                                               min(s.steps, levels), s.sampler, s.eta, noise, levels))
+            steps = list(self.diffusion.sample(net, noise() if z is None else z, min(s.steps, levels),
+                                               s.sampler, s.eta, noise, levels))
         return self.decode(steps[-1][0]), steps
 
     @torch.no_grad()
@@ -1840,31 +1710,32 @@ class Generator:
 
     @torch.no_grad()
     def encode(self, x):
-        """Images (B,3,H,W) -> z0, as in training."""
+        """Images (B,3,H,W) in [-1,1] -> z0, as in training."""
         with autocast(self.device, self.dtype):
-            return standardise(self.vqgan.codebook.settle(self.vqgan.encode(x.to(self.device))), self.scale)
+            z = self.vqgan.codebook.settle(self.vqgan.encode(x.to(self.device)))
+        return standardise(z, self.scale)
 
     def labels(self, numbers):
-        """A class for each image number, in the training set's proportions (None without classes)."""
+        """A class for each image number, in the training set's proportions; None without classes."""
         if not self.classes:
             return None
         edges = torch.tensor(self.class_counts).double().cumsum(0) / sum(self.class_counts)
-        u = (torch.as_tensor(numbers).double() * 0.6180339887498949 + 0.5) % 1  # evenly spread in 0…1
+        u = (torch.as_tensor(numbers).double() * 0.6180339887498949 + 0.5) % 1  # spreads evenly
         return torch.searchsorted(edges, u, right=True).clamp(max=len(edges) - 1)
 
-
 def train_ldm(cfg, typed):
-    """Stage 2, from a stage-1 checkpoint to a checkpoint that is enough for sample."""
+    """Stage 2, from a stage-1 checkpoint to one that is all that sample needs."""
     run = Run(cfg, typed, "ldm")
     cfg, device, dtype = run.cfg, run.device, run.dtype
     vq = run.state["vq"] if run.state else load_checkpoint(cfg.vq, ["vq"], "--vq")
     vqgan, vq_cfg = build_vqgan(vq, device, cfg.vq)
     h = vq_cfg.size // vq_cfg.f
     if h % 2 ** len(cfg.unet_widths):
-        raise UserError(f"--unet-widths: each of the {len(cfg.unet_widths)} halves the {h}×{h} latents, "
-                        f"which allow {(h & -h).bit_length() - 1}")
+        raise UserError(f"--unet-widths {' '.join(map(str, cfg.unet_widths))}: each halves the {h}×{h} "
+                        f"latents, which allow {(h & -h).bit_length() - 1}")
     images = get_images(cfg, cfg.data or vq_cfg.data, vq_cfg)
-    latents, scale = first_then_others(lambda: cache_latents(vqgan, images, cfg.views, cfg, device, dtype))
+    latents, scale = first_then_others(
+        lambda: cache_latents(vqgan, images, cfg.views, cfg, device, dtype))
     diffusion = Diffusion(cfg.T, cfg.schedule, cfg.target)
     conditional = cfg.class_cond and len(images.classes) > 1
     n_classes = len(images.classes) if conditional else 0
@@ -1872,58 +1743,59 @@ def train_ldm(cfg, typed):
     net.to(memory_format=torch.channels_last)
     ema = copy.deepcopy(net).requires_grad_(False).eval()
     opt = make_optimizer(net, cfg.lr, (0.9, 0.99))
-    run.restore(model=net, ema=ema, opt=opt)
+    run.restore(dict(model=net, ema=ema, opt=opt))
     forward, params = torch.compile(net) if cfg.compile else net, [*net.parameters()]
     n, B = len(images.train), cfg.batch_size
-    say(f"UNet {count(net)}; {h}×{h}×{vq_cfg.z_dim} latents, {n_classes or 'no'} classes; target "
+    say(f"UNet {count(net)}; {h}×{h}×{vq_cfg.z_dim} latents, {n_classes or 'no'} classes, target "
         f"{cfg.target}; {cfg.epochs} epochs = {math.ceil(cfg.epochs * n / B)} steps of {B} latents; "
         f"writing to {run.folder}")
     of_class = [images.train[images.labels[images.train] == c] for c in range(len(images.classes))]
 
     def read(rows, views):
-        rows = (views * len(images.names) + rows).numpy()
-        return standardise(torch.from_numpy(np.load(latents, mmap_mode="r")[rows]), scale).to(device)
+        rows = np.load(latents, mmap_mode="r")[(views * len(images.names) + rows).numpy()]
+        return standardise(torch.from_numpy(rows), scale).to(device)
 
     def state():
         return dict(model=net.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(), scale=scale,
-                    classes=images.classes, class_counts=[len(c) for c in of_class], data=images.key,
-                    conditional=conditional, vq={k: vq[k] for k in ("kind", "config", "model")})
+                    classes=images.classes, class_counts=[len(c) for c in of_class],
+                    conditional=conditional, data=images.key,
+                    vq={k: vq[k] for k in ("kind", "config", "model")})
 
-    def look(names):
-        # The loss on held-out latents by quarters of t, always with the same t and noise.
-        rows = images.held[:256]
-        t = torch.arange(len(rows)) * cfg.T // len(rows)
-        z0, label = read(rows, 0), images.labels[rows].to(device)
-        eps = torch.randn(z0.shape, generator=rng(cfg.seed, "held-out")).to(device)
-        with torch.no_grad(), autocast(device, dtype):
-            loss = torch.cat([diffusion.loss(ema, z0[i], t[i].to(device), eps[i],
-                                             label[i] if conditional else None)
-                              for i in torch.arange(len(rows)).split(64)]).cpu()
-        bands = {f"held_t{b + 1}of4": float(loss[t * 4 // cfg.T == b].mean()) for b in range(4)}
-        run.log.append(dict(step=run.step, held_loss=float(loss.mean()), **bands))
-        if float(loss.mean()) < run.best:
-            run.best = float(loss.mean())
+    def look(names):        # held-out loss by quarter of t, always with the same t and noise
+        rows = images.held[torch.arange(256) % len(images.held)]
+        t, z0, label = torch.arange(256) * cfg.T // 256, read(rows, 0), images.labels[rows]
+        eps, loss = torch.randn(z0.shape, generator=rng(cfg.seed, "held-out")), []
+        for i in torch.arange(256).split(64):
+            with torch.no_grad(), autocast(device, dtype):
+                loss.append(diffusion.loss(ema, z0[i], t[i].to(device), eps[i].to(device),
+                                           label[i].to(device) if conditional else None).mean())
+        parts = {f"held_t{j + 1}of4": float(v) for j, v in enumerate(loss)}
+        mean = sum(parts.values()) / 4
+        run.log.append(dict(step=run.step, held_loss=mean, **parts))
+        if mean < run.best:
+            run.best = mean
             names.append("best.pt")
-        say(f"epoch {run.epoch:3d}, step {run.step}: held-out loss {loss.mean():.3f} (1 = predicts "
-            f"nothing), from little to much noise: {' '.join(f'{b:.3f}' for b in bands.values())}")
+        say(f"epoch {run.epoch:3d}, step {run.step}: held-out loss {mean:.3f} (1 = predicts nothing); "
+            f"from little to much noise {' '.join(f'{v:.3f}' for v in parts.values())}")
         make = Generator(dict(state(), config=asdict(cfg)), device, dtype, run.folder)
-        x, _ = make(Sampling(seed=cfg.seed, steps=25), range(16),
-                    torch.arange(16) * n_classes // 16 if conditional else None)
+        some = torch.arange(16) * n_classes // 16 if conditional else None
+        x, _ = make(Sampling(seed=cfg.seed, steps=25), range(16), some)
         draw_rows(run.folder / f"samples_epoch_{run.epoch:03d}.png", {f"epoch {run.epoch}": x})
         draw_curves(run.folder / "curves.png", run.log, LDM_CURVES)
 
     for step in run.steps(n):
-        # ---- learn -----------------------------------------------------------------------------
+        # ---- learn ------------------------------------------------------------------------------
         tick, g = time.monotonic(), rng(cfg.seed, "step", step)
         rows = images.train[run.indices()]
         if cfg.balance:
             rows = torch.stack([of_class[c][torch.randint(len(of_class[c]), (), generator=g)]
                                 for c in torch.randint(len(of_class), (B,), generator=g).tolist()])
         # trap: t from 1…T-1 or 0…T-2 leaves a step that is sampled but was never trained.
-        t, views = torch.randint(cfg.T, (B,), generator=g), torch.randint(cfg.views, (B,), generator=g)
-        eps = torch.randn(B, vq_cfg.z_dim, h, h, generator=g)                               # (B,d,h,w)
-        label = torch.where(torch.rand(B, generator=g) < cfg.label_drop, n_classes, images.labels[rows])
-        z0 = read(share(rows), share(views))
+        t = torch.randint(cfg.T, (B,), generator=g)                                     # (B,)
+        eps = torch.randn(B, vq_cfg.z_dim, h, h, generator=g)                           # (B,d,h,w)
+        hide, views = torch.rand(B, generator=g), torch.randint(cfg.views, (B,), generator=g)
+        label = torch.where(hide < cfg.label_drop, n_classes, images.labels[rows])      # (B,)
+        z0 = read(share(rows), share(views))                                            # (B,d,h,w)
         t, eps, label = (share(a).to(device) for a in (t, eps, label))
         run.waited += time.monotonic() - tick
         with autocast(device, dtype):
@@ -1932,14 +1804,13 @@ def train_ldm(cfg, typed):
         loss.backward()
         if run.update(opt, params, dict(loss=loss)):
             update_ema(ema, net, step, cfg.ema)
-        # ---- report ----------------------------------------------------------------------------
-        looked, names = run.report(dict(loss=loss)), []
+        # ---- report -----------------------------------------------------------------------------
+        names, looked = [], run.report(dict(loss=loss))
         if looked and rank() == 0:
             look(names)
         if looked or time.monotonic() - run.saved > SAVE_EVERY:
-            run.save(state, ["last.pt", *names])
+            run.save(state, names)
     return run.finish(state, "", f"sample --ckpt {run.folder}")
-
 
 # ------------------------------------------------------------------------------------------------
 # 13. Pictures and samples
@@ -1953,17 +1824,14 @@ LDM_CURVES = {"loss (1 = predicts nothing)": dict(loss="training", held_loss="he
               "held-out loss by quarter of t": dict(held_t1of4="least noise", held_t2of4="2",
                                                     held_t3of4="3", held_t4of4="most noise")}
 
-
 def figure(width, height):
     import matplotlib
     matplotlib.use("Agg")               # files only: needs no window system
     from matplotlib.figure import Figure
     return Figure(figsize=(width, height), dpi=100, layout="constrained")
 
-
 def save_figure(fig, path):
     write_whole(Path(path), lambda f: fig.savefig(f, format="png"))
-
 
 def draw_rows(path, rows, columns=8):
     """{label: uint8 images (n,3,H,W)} -> a picture with a labelled strip for each, without axes."""
@@ -1983,7 +1851,6 @@ def draw_rows(path, rows, columns=8):
         ax.spines[:].set_visible(False)
     save_figure(fig, path)
 
-
 def draw_curves(path, log, panels):
     panels = {t: keys for t, keys in panels.items() if any(k in row for row in log for k in keys)}
     fig = figure(3.8 * len(panels), 2.8)
@@ -2001,7 +1868,6 @@ def draw_curves(path, log, panels):
             ax.legend(fontsize=8, frameon=False)
     save_figure(fig, path)
 
-
 def draw_usage(path, usage):
     """How often each code is used (K,), most used first."""
     fig = figure(7, 2.6)
@@ -2015,7 +1881,6 @@ def draw_usage(path, usage):
     ax.legend(frameon=False)
     save_figure(fig, path)
 
-
 def draw_trajectory(path, steps, make):
     """From noise to image: z_t and the guess z0_hat of three images, decoded, at eight times."""
     at = [round(i * (len(steps) - 1) / 7) for i in range(8)]
@@ -2023,19 +1888,17 @@ def draw_trajectory(path, steps, make):
                      for i in range(min(3, len(steps[0][0])))
                      for part, name in enumerate(("z_t", "guess of z0"))})
 
-
 def slerp(a, b, w):
     """Between two noises along the sphere; the straight way would leave the length that noise has."""
     angle = torch.acos(F.cosine_similarity(a.flatten(), b.flatten(), 0).clamp(-1, 1))
     return (torch.sin((1 - w) * angle) * a + torch.sin(w * angle) * b) / torch.sin(angle)
-
 
 def draw_nearest(path, x, images, make, perceptual):
     """Samples above their nearest training images, by latent and by LPIPS's features: are they copies?
     The yardstick is how near held-out images come to the training set."""
     spaces = {"latent": lambda u8: make.encode(to_float(u8)).flatten(1).cpu()}
     if perceptual:
-        spaces["LPIPS"] = lambda u8: perceptual.features(to_float(u8).to(make.device), 64).cpu()
+        spaces["LPIPS"] = lambda u8: perceptual.features(u8, 64)
     both, rows = torch.cat([x, images.rows(images.held[:500])]), {"sample": x[:8]}
     for name, space in spaces.items():
         mine = torch.cat([space(u8) for u8 in both.split(64)]).float()
@@ -2049,10 +1912,8 @@ def draw_nearest(path, x, images, make, perceptual):
         rows[f"nearest by {name}"] = images.rows(who[:min(8, len(x))])
     draw_rows(path, rows)
 
-
 def write_png(path, x):
     Image.fromarray(x.permute(1, 2, 0).numpy()).save(path)
-
 
 def sample(cfg, typed):
     """Noise -> latents -> codes -> pixels, batch by batch: memory does not grow with --n."""
@@ -2131,20 +1992,17 @@ def sample(cfg, typed):
     say(f"look at {folder / 'grid.png'}")
     return 0
 
-
 # ------------------------------------------------------------------------------------------------
 # 14. Measuring, commands
 # ------------------------------------------------------------------------------------------------
 # A number means something beside its references: what do real images score against real ones, and
 # what would the best possible stage 2 score with this VQGAN?
 
-
 def frechet(a, b):
     """Fréchet distance of two sets of features (n,C), taken as Gaussians (Heusel et al. 2017)."""
     ca, cb = a.T.cov(), b.T.cov()
     root = torch.linalg.eigvals(ca @ cb).real.clamp(min=0).sqrt().sum()
     return float((a.mean(0) - b.mean(0)).square().sum() + ca.trace() + cb.trace() - 2 * root)
-
 
 def kernel_distance(a, b):
     """Squared MMD with a cubic kernel, unbiased (Bińkowski et al. 2018)."""
@@ -2153,7 +2011,6 @@ def kernel_distance(a, b):
     n, m, kaa, kbb = len(a), len(b), k(a, a), k(b, b)
     return float((kaa.sum() - kaa.trace()) / n / (n - 1) + (kbb.sum() - kbb.trace()) / m / (m - 1)
                  - 2 * k(a, b).mean())
-
 
 def linear_classifier(f, y, C, seed):
     """Ridge regression from features (n,F) to classes y (n,), each class weighing the same; fitted on
@@ -2168,17 +2025,15 @@ def linear_classifier(f, y, C, seed):
     W = torch.linalg.solve(A.T @ (weight * A) + 0.03 * torch.eye(A.shape[1]).double(), A.T @ (weight * y))
     return lambda f: (lift(f) @ W).argmax(1)
 
-
-def use_test(make, images, held, perceptual, cfg):
+def use_test(make, images, test, truth, perceptual, cfg):
     """Are made images of any use? Classifiers trained on real, on made, and on both images, tested on
     real held-out ones: balanced accuracy. And do they recognise what was made?"""
     C, per = len(make.classes), max(20, cfg.n // len(make.classes))
     label = torch.arange(C).repeat_interleave(per)
-    made = torch.cat([perceptual.features(to_float(make(cfg, 10**6 + i, label[i])[0]).to(make.device))
-                      for i in torch.arange(len(label)).split(32)]).cpu()
+    made = torch.cat([perceptual.features(make(cfg, 10**6 + i, label[i])[0])
+                      for i in torch.arange(len(label)).split(32)])
     rows = images.train[torch.randperm(len(images.train), generator=rng(cfg.seed, "use"))[:4000]]
-    real, y = perceptual.of_rows(images, rows), images.labels[rows]
-    test, truth = perceptual.of_rows(images, held), images.labels[held]
+    real, y = perceptual.features(images.rows(rows)), images.labels[rows]
     n = torch.bincount(y, minlength=C).float()
     add = (n < n.mean())[label]                     # the rare classes
     sets = {"real": (real, y), "made": (made, label),
@@ -2202,7 +2057,6 @@ def use_test(make, images, held, perceptual, cfg):
         + ", within the spread" * (abs(gain) <= float(a.std() + b.std())))
     return dict(use_real=float(a.mean()), use_made=float(scores["made"].mean()),
                 use_both=float(b.mean()), recognised_percent=float(seen.mean()))
-
 
 def evaluate(cfg, typed):
     """Measure a checkpoint of either stage on held-out images; see the design's table in README."""
@@ -2239,9 +2093,9 @@ def evaluate(cfg, typed):
                  latent_mean=float(z0.mean()), latent_std=float(z0.std()), n=len(real))
         if perceptual:
             # The floor needs a second set of real images: other held-out ones, else training images.
-            floor = perceptual.of_rows(test, second) if len(second) == len(real) else \
-                perceptual.of_rows(images, images.train[:len(real)])
-            fx, fr, fm = (perceptual.of_rows(u8) for u8 in (x, x_hat, made))
+            second = test.rows(second) if len(second) == len(real) else \
+                images.rows(images.train[:len(real)])
+            fx, fr, fm, floor = map(perceptual.features, (x, x_hat, made, second))
             m.update(frechet=frechet(fx, fm), kernel=kernel_distance(fx, fm),
                      frechet_real=frechet(fx, floor), frechet_recon=frechet(fx, fr))
             say(f"  in features of LPIPS-{perceptual.name}; compare only with equal n    Fréchet   kernel")
@@ -2256,7 +2110,8 @@ def evaluate(cfg, typed):
                         f"{frechet(fx[a], fr[a]):.1f}, samples".ljust(60) + f"{m[f'frechet_{name}']:9.1f}")
         say(f"  samples' latents: mean {m['latent_mean']:+.3f}, std {m['latent_std']:.3f} (healthy: 0, 1)")
         if make.classes and perceptual and cfg.use_test and test.classes == images.classes:
-            m.update(use_test(make, images, images.held if test is images else held, perceptual, cfg))
+            m.update(use_test(make, images, perceptual.features(test.rows(held[:2000])),
+                              test.labels[held[:2000]], perceptual, cfg))
     draw_rows(out / "evaluate.png", {"held out": x[:16], second_name: made[:16]})
     for name, pictures in (("real", x), (second_name, made)) if cfg.save_images else ():
         folder = make_folder(Path(cfg.save_images) / name)
@@ -2265,7 +2120,6 @@ def evaluate(cfg, typed):
     write_whole(out / "metrics.json", lambda f: f.write(json.dumps(m, indent=1).encode()))
     say(f"numbers in {out / 'metrics.json'}, picture in {out / 'evaluate.png'}")
     return 0
-
 
 def bench(cfg, typed):
     """Run the real commands for a while, each in a process of its own: images/s and peak memory."""
@@ -2296,7 +2150,6 @@ def bench(cfg, typed):
     write_whole(folder / "bench.json", lambda f: f.write(json.dumps(result, indent=1).encode()))
     return 0
 
-
 def demo(cfg, typed):
     """The three commands in a row, as a user would type them."""
     began = time.monotonic()
@@ -2312,12 +2165,10 @@ def demo(cfg, typed):
     say(f"done in {(time.monotonic() - began) / 60:.1f} minutes; pictures in {vq}, {ldm}, {out}")
     return 0
 
-
 def run_command(argv):
     command, cls, typed = parse_command(argv)
     functions = dict(zip(COMMANDS, (train_vq, train_ldm, sample, demo, evaluate, bench)))
     return functions[command](settings(cls, typed), typed)
-
 
 def main(argv=None):
     """Run one command. SystemExit 2 after a user's mistake, 130 / 143 after Ctrl-C / SIGTERM."""
@@ -2342,7 +2193,6 @@ def main(argv=None):
     if code:
         raise SystemExit(code)
     return 0
-
 
 if __name__ == "__main__":
     main()
