@@ -76,7 +76,7 @@ class Machine:
     device: str = opt("auto", "auto (cuda, mps or cpu), or a torch device: cuda:1", free=True)
     precision: str = opt("auto", "of matrix products; auto: bf16 where that is faster",
                          choices=("auto", "fp32", "bf16"), free=True)
-    cache: str = opt("runs/cache", "folder of decoded images and latents; may be deleted", free=True)
+    cache: str = opt("runs/cache", "folder of decoded images and latents; deletable", free=True)
     allow_bad: bool = opt(False, "go on with more than 20 % unreadable images", free=True)
     overwrite: bool = opt(False, "replace what is already in the --out folder", free=True)
 
@@ -134,12 +134,12 @@ class VQConfig(Training):
     def check(self):
         super().check()
         if self.size % self.f or self.size < 2 * self.f:
-            raise UserError(f"--size {self.size}: must be a multiple of f = {self.f} (2 to the number "
-                            f"of --widths), at least {2 * self.f}")
+            raise UserError(f"--size {self.size}: must be a multiple of f = {self.f}, 2 to "
+                            f"the number of --widths, and at least {2 * self.f}")
         if self.widths[-1] % self.heads:
             raise UserError(f"--heads {self.heads}: must divide the last width, {self.widths[-1]}")
         if self.size < 2 ** len(self.d_widths):
-            raise UserError(f"--d-widths {' '.join(map(str, self.d_widths))}: each halves the image; "
+            raise UserError(f"--d-widths: {len(self.d_widths)} of them halve the image too often; "
                             f"--size {self.size} allows {int(math.log2(self.size))}")
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ class LDMConfig(Training):
     def check(self):
         super().check()
         if self.unet_widths[-1] % self.heads:
-            raise UserError(f"--heads {self.heads}: must divide the last width, {self.unet_widths[-1]}")
+            raise UserError(f"--heads {self.heads}: must divide the last of --unet-widths")
 
 @dataclass(frozen=True)
 class Sampling(Machine):
@@ -269,11 +269,11 @@ def build_parser():
     def wide(prog):
         return argparse.RawTextHelpFormatter(prog, max_help_position=30, width=118)
     top = Parser(prog="vqldm.py", allow_abbrev=False, formatter_class=wide,
-                 description="VQGAN + latent diffusion in one file. Without flags train-vq, train-ldm "
-                             "and sample\nwork in a row, on images that the program draws itself.",
+                 description="VQGAN + latent diffusion in one file. Without flags, train-vq, "
+                             "train-ldm and sample\nwork in a row on images that it draws itself.",
                  epilog="python vqldm.py COMMAND --help         what it can be told\n"
                         "python vqldm.py train-vq --data FOLDER  train on your own images\n"
-                        "torchrun --nproc-per-node N vqldm.py train-vq   use N GPUs, or N processes")
+                        "torchrun --nproc-per-node N vqldm.py train-vq   use N GPUs or cores")
     sub = top.add_subparsers(dest="command", metavar="COMMAND", required=True, title="commands")
     for name, (cls, line) in COMMANDS.items():
         p = sub.add_parser(name, help=line, description=line, allow_abbrev=False,
@@ -367,7 +367,7 @@ def pick_device(cfg):
         device = torch.device(name)
         torch.zeros(1, device=device)
     except Exception:       # torch raises anything from AssertionError to RuntimeError here
-        raise UserError(f"--device {name}: not on this machine; auto finds one, cpu works") from None
+        raise UserError(f"--device {name}: not on this machine; auto and cpu work") from None
     fast, why = False, f"not measured on {device.type}"
     if device.type == "cuda":
         fast, why = torch.cuda.get_device_capability(device) >= (8, 0), torch.cuda.get_device_name()
@@ -397,8 +397,8 @@ def rng(*key):
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
-# Many processes (torchrun): each takes its share of the global batch; the mean of their gradients is
-# the gradient of the whole. All look up the random numbers of the whole batch and cut out their
+# Many processes (torchrun): each takes its share of the global batch; the mean of their gradients
+# is the gradient of the whole. All look up the random numbers of the whole batch and cut out their
 # share, so N processes do what one would do. DistributedDataParallel does the same, but sends
 # gradients while others are still being computed.
 def world():
@@ -556,10 +556,10 @@ def synthetic(n, size, seed, start=0):
 # ------------------------------------------------------------------------------------------------
 # 4. A folder of images
 # ------------------------------------------------------------------------------------------------
-# Hours are lost to one bad image in a folder, and most of a laptop's time to decoding JPEGs. So each
-# image is opened once, before training: turned upright, made RGB, cut to its centred square, resized
-# and written as uint8 into one .npy file; a bad one is named and skipped. Training reads rows of
-# that file: no worker processes, no waiting, the same order on every machine.
+# Hours are lost to one bad image in a folder, and most of a laptop's time to decoding JPEGs. So
+# each image is opened once, before training: turned upright, made RGB, cut to its centred square,
+# resized and written as uint8 into one .npy file; a bad one is named and skipped. Training reads
+# rows of that file: no worker processes, no waiting, the same order on every machine.
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 SPLITS = dict(train=0, training=0, val=1, valid=1, validation=1, test=1, testing=1)    # 1: held out
@@ -661,8 +661,9 @@ class Images:
 
     def __init__(self, path):
         info = json.loads(path.with_suffix(".json").read_text())
-        self.path, self.source, self.size, self.key = path, info["source"], info["size"], info["key"]
-        self.names, self.classes, self.bad = info["names"], info["classes"], info["bad"]
+        self.path, self.source, self.names = path, info["source"], info["names"]
+        self.size, self.key, self.bad = info["size"], info["key"], info["bad"]
+        self.classes = info["classes"]
         self.labels = torch.tensor(info["labels"])              # -1: unreadable
         good, held = self.labels >= 0, torch.tensor(info["held"])
         self.train, self.held = (m.nonzero().flatten() for m in (good & ~held, good & held))
@@ -695,7 +696,7 @@ def npy_writer(path, dtype, shape):
         tmp.unlink(missing_ok=True)
 
 def load_images(source, size, n_images, held_out, cfg):
-    """'synthetic' or a folder -> Images; drawn or decoded on first use, then read from the cache."""
+    """'synthetic' or a folder -> Images; drawn or decoded once, then read from the cache."""
     if source == "synthetic":
         names = [f"{i:06d}" for i in range(n_images)]
         classes = [SYNTHETIC_CLASSES[i % 4] for i in range(n_images)]
@@ -874,7 +875,8 @@ class Decoder(nn.Module):
     """z_q -> x_hat: the encoder's mirror image."""
     def __init__(self, widths, z_dim, heads):
         super().__init__()
-        self.first, self.mid = nn.Conv2d(z_dim, widths[-1], 3, padding=1), MidBlock(widths[-1], heads)
+        self.first = nn.Conv2d(z_dim, widths[-1], 3, padding=1)
+        self.mid = MidBlock(widths[-1], heads)
         self.up = nn.ModuleList(
             UpBlock(a, b) for a, b in zip(widths[::-1], (*widths[-2::-1], widths[0])))
         self.norm, self.last = Norm(widths[0]), nn.Conv2d(widths[0], 3, 3, padding=1)
@@ -1047,12 +1049,13 @@ class Perceptual:
         """uint8 (n,3,H,W) -> (n,C): the trunk's last map at size×size, averaged over space."""
         out = []
         for u8 in images.split(32):
-            x = F.interpolate(u8.to(self.device) / 255, (size, size), mode="bilinear", antialias=True)
+            x = u8.to(self.device) / 255
+            x = F.interpolate(x, (size, size), mode="bilinear", antialias=True)
             out.append(self.net.net(self.net.scaling_layer(x * 2 - 1))[-1].mean((2, 3)).cpu())
         return torch.cat(out).double()
 
 def load_perceptual(wanted, device):
-    """-> (Perceptual or None, its name or 'off'). 'auto' goes on without one, but says so loudly."""
+    """-> (Perceptual or None, its name or 'off'). 'auto' goes on without, but says so loudly."""
     if wanted == "off":
         return None, "off"
     name = "squeeze" if wanted == "auto" else wanted
@@ -1060,10 +1063,10 @@ def load_perceptual(wanted, device):
         return first_then_others(lambda: Perceptual(name, device)), name
     except UserError:
         raise
-    except Exception as e:              # URLError, OSError, a damaged file: all mean "not to be had"
+    except Exception as e:          # URLError, OSError, a damaged file: all mean "not to be had"
         size = {"squeeze": "5 MB", "alex": "233 MB", "vgg": "528 MB"}[name]
-        text = (f"LPIPS's {name} weights ({size}) are neither in {torch.hub.get_dir()}/checkpoints nor "
-                f"to be downloaded ({type(e).__name__}); put them there or set TORCH_HOME")
+        text = (f"LPIPS's {name} weights ({size}) are not in {torch.hub.get_dir()}/checkpoints and "
+                f"cannot be downloaded ({type(e).__name__}); put them there or set TORCH_HOME")
         if wanted != "auto":
             raise UserError(f"--lpips {name}: {text}, or take --lpips off") from None
         say(f"WARNING {text}. Going on WITHOUT the perceptual loss: expect more blur")
@@ -1105,7 +1108,7 @@ def load_checkpoint(where, kinds, flag_name):
     path, need = Path(where).expanduser(), " or ".join(f"train-{k}" for k in kinds)
     path = path / "last.pt" if path.is_dir() else path
     if not path.is_file():
-        raise UserError(f"{flag_name} {where}: no checkpoint there; python vqldm.py {need} makes one")
+        raise UserError(f"{flag_name} {where}: no checkpoint there; {need} makes one")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         if state["format"] != FORMAT:
@@ -1117,15 +1120,15 @@ def load_checkpoint(where, kinds, flag_name):
         raise UserError(f"{flag_name} {path}: not a whole checkpoint of this program "
                         f"({type(e).__name__}); nothing in it was run") from None
     if state["kind"] not in kinds:
-        raise UserError(f"{flag_name} {path}: made by train-{state['kind']}; one of {need} is needed")
+        raise UserError(f"{flag_name} {path}: made by train-{state['kind']}; give one of {need}")
     return state
 
 def load_weights(net, weights, path):
     try:
         net.load_state_dict(weights)
     except Exception as e:
-        raise UserError(f"{path}: the weights do not fit the settings beside them; the file is damaged "
-                        f"({type(e).__name__})") from None
+        raise UserError(f"{path}: the weights do not fit the settings beside them; the file is "
+                        f"damaged ({type(e).__name__})") from None
     return net
 
 def make_folder(path):
@@ -1147,7 +1150,7 @@ def lock_folder(folder):
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         f.close()
-        raise UserError(f"--out {folder}: another run is writing there; give another --out") from None
+        raise UserError(f"--out {folder}: another run is writing there; use another") from None
     return f
 
 def quiet_bar(total, name, unit="img", start=0):
@@ -1158,7 +1161,8 @@ def quiet_bar(total, name, unit="img", start=0):
                 bar_format="{desc} {n_fmt}/{total_fmt} {elapsed}<{remaining}{postfix}")
 
 def make_optimizer(net, lr, betas):
-    return torch.optim.Adam([dict(params=list(net.parameters()), initial_lr=lr)], lr, betas, fused=True)
+    group = dict(params=list(net.parameters()), initial_lr=lr)
+    return torch.optim.Adam([group], lr, betas, fused=True)
 
 def memory_gb(device):
     """Peak memory so far, of the GPU or else of this process."""
@@ -1177,7 +1181,8 @@ class Run:
     """One training run: folder, lock, checkpoint, log, clock, and the wish to stop."""
     def __init__(self, cfg, typed, kind):
         self.kind, self.folder, last = kind, Path(cfg.out), Path(cfg.out) / "last.pt"
-        self.state, self.log, self.best, self.step, self.bad, self.signal = None, [], math.inf, 0, 0, 0
+        self.state, self.log, self.best = None, [], math.inf
+        self.step, self.bad, self.signal = 0, 0, 0
         if last.exists() and not cfg.resume and not cfg.overwrite:
             raise UserError(f"--out {self.folder}: already holds a run; --resume goes on with it, "
                             "--overwrite replaces it, another --out leaves it alone")
@@ -1197,7 +1202,7 @@ class Run:
                     p.unlink()
         self.cfg = cfg
         if cfg.batch_size % world():
-            raise UserError(f"--batch-size {cfg.batch_size}: no multiple of the {world()} processes")
+            raise UserError(f"--batch-size {cfg.batch_size}: no multiple of {world()} processes")
         self.device, self.dtype = pick_device(cfg)
         torch.manual_seed(cfg.seed)     # first weights: the only use of the global generator
 
@@ -1207,8 +1212,8 @@ class Run:
             load_weights(part, self.state[name], self.folder)
 
     def steps(self, n):
-        """The one clock of a run: yields step numbers until all epochs, --minutes or a signal end it.
-        Ctrl-C and SIGTERM only ask: the step is finished and saved. A second one ends at once."""
+        """The one clock of a run: yields step numbers until all epochs, --minutes or a signal end
+        it. Ctrl-C and SIGTERM only ask: the step is finished and saved. A second one kills."""
         cfg, self.n, self.first, self.waited = self.cfg, n, self.step, 0.0
         self.total, self.began = math.ceil(cfg.epochs * n / cfg.batch_size), time.monotonic()
         self.saved = self.began
@@ -1255,8 +1260,8 @@ class Run:
 
     def update(self, optimizer, params, losses):
         """After backward: average over processes, clip, step. False: this step was skipped.
-        One bad batch must not end a night; five in a row mean divergence. (float(norm) waits for the
-        device, the only place in a step that does.)"""
+        One bad batch must not end a night; five in a row mean divergence. (float(norm) waits for
+        the device, the only place in a step that does.)"""
         average_gradients(params)
         if math.isfinite(float(nn.utils.clip_grad_norm_(params, self.cfg.clip))):
             self.bad = 0
@@ -1268,13 +1273,13 @@ class Run:
         names = [k for k, v in losses.items() if not math.isfinite(float(v))] or ["the gradient"]
         say(f"WARNING step {self.step}: {', '.join(names)} not finite; this step is skipped")
         if self.bad >= 5:
-            raise UserError(f"step {self.step}: {', '.join(names)} not finite five times in a row. The "
-                            "last checkpoint is untouched; start anew with a lower --lr")
+            raise UserError(f"step {self.step}: {', '.join(names)} not finite five times in a row. "
+                            "The last checkpoint is untouched; start anew with a lower --lr")
         return False
 
     def report(self, losses):
-        """Count the step; every LOG_EVERY steps a row of the log and the progress line. -> True when
-        it is time to measure and draw: once early, about ten times a run, and at the end."""
+        """Count the step; every LOG_EVERY steps a row of the log and the progress line. -> True
+        when it is time to measure and draw: once early, some ten times a run, and at the end."""
         cfg, before, lr = self.cfg, self.epoch, self.cfg.lr * self.lr_factor()
         self.step += 1
         new = self.epoch > before and self.epoch % max(1, cfg.epochs // 10) == 0
@@ -1296,16 +1301,15 @@ class Run:
     def save(self, state, names=()):
         """state(): what the stage wants kept. Beside it: all that the loop needs to go on."""
         if rank() == 0:
-            config = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.cfg).items()}
-            whole = dict(format=FORMAT, kind=self.kind, config=config, step=self.step, log=self.log,
-                         best=self.best, bad=self.bad, torch=str(torch.__version__),
+            whole = dict(format=FORMAT, kind=self.kind, config=asdict(self.cfg), step=self.step,
+                         log=self.log, best=self.best, bad=self.bad, torch=str(torch.__version__),
                          speed=[self.speed(), memory_gb(self.device)], **state())
             for name in ("last.pt", *names):
                 write_whole(self.folder / name, lambda f: torch.save(whole, f))
             keys = list(dict.fromkeys(k for row in self.log for k in row))
-            lines = [",".join(f"{row[k]:.6g}" if k in row else "" for k in keys) for row in self.log]
-            text = "\n".join([",".join(keys), *lines, ""])
-            write_whole(self.folder / "log.csv", lambda f: f.write(text.encode()))
+            rows = [[f"{row[k]:.6g}" if k in row else "" for k in keys] for row in self.log]
+            text = "".join(",".join(row) + "\n" for row in [keys, *rows]).encode()
+            write_whole(self.folder / "log.csv", lambda f: f.write(text))
         self.saved = time.monotonic()
 
     def finish(self, state, note, then):
@@ -1315,8 +1319,8 @@ class Run:
             self.lock.close()
         if self.step < self.total:
             why = f"signal {self.signal}" if self.signal else f"--minutes {self.cfg.minutes:g}"
-            say(f"stopped by {why} at step {self.step} of {self.total}, saved; the same command with "
-                "--resume goes on")
+            say(f"stopped by {why} at step {self.step} of {self.total}, saved; the same command "
+                "with --resume goes on")
         if self.signal:
             return 128 + self.signal
         say(f"{note}pictures are in {self.folder}. Next: python vqldm.py {then}")
@@ -1333,7 +1337,7 @@ class Run:
 
 @torch.no_grad()
 def measure_vq(vqgan, images, indices, perceptual, device, dtype):
-    """Reconstruct images. -> (dict of means, code counts (K,), originals, reconstructions: uint8)."""
+    """Reconstruct images. -> (means by name, code counts (K,), uint8 originals, copies)."""
     sums, usage, pairs = {}, torch.zeros(vqgan.codebook.embedding.num_embeddings), []
     for idx in indices.split(50):
         x = images.batch(idx).to(device)
@@ -1377,7 +1381,8 @@ def train_vq(cfg, typed):
     for net in (vqgan, disc):
         net.to(memory_format=torch.channels_last)       # with bf16 on a CPU with AMX: 1.3 x faster
     # Adam's usual GAN betas (0.5, 0.9) cost the VQGAN 0.9 dB of PSNR; D keeps them.
-    opt, opt_d = make_optimizer(vqgan, cfg.lr, (0.9, 0.99)), make_optimizer(disc, cfg.d_lr, (0.5, 0.9))
+    opt = make_optimizer(vqgan, cfg.lr, (0.9, 0.99))
+    opt_d = make_optimizer(disc, cfg.d_lr, (0.5, 0.9))
     run.restore(dict(model=vqgan, disc=disc, opt=opt, opt_d=opt_d))
     forward = torch.compile(vqgan) if cfg.compile else vqgan
     params, params_d, last = [*vqgan.parameters()], [*disc.parameters()], vqgan.decoder.last.weight
@@ -1385,7 +1390,7 @@ def train_vq(cfg, typed):
     gan_at = round(cfg.gan_start * n / B) if cfg.gan_weight else math.inf
     d_at, ramp = gan_at - round(cfg.d_warmup * n / B), max(1, round(cfg.gan_ramp * n / B))
     steps = math.ceil(cfg.epochs * n / B)
-    say(f"VQGAN {count(vqgan)}, D {count(disc)}; {cfg.epochs} epochs = {steps} steps of {B} images; "
+    say(f"VQGAN {count(vqgan)}, D {count(disc)}; {cfg.epochs} epochs = {steps} steps of {B}; "
         f"{f'GAN from step {gan_at}' if gan_at < steps else 'no GAN'}; LPIPS {lpips_name}; "
         f"writing to {run.folder}")
     if steps < 500 and cfg.preset != "tiny":
@@ -1522,10 +1527,9 @@ class Diffusion:
 
     def predict(self, out, z_t, t):
         """The network's answer, eps or v -> (z0_hat, eps_hat).
-        trap: from eps, z0_hat divides the network's error by √alpha_bar, which at t = T-1 multiplies
-        it by 158: briefly trained, latents get a std of 1.8 to 3.3 instead of 1. v divides nothing,
-        so it is the default. trap: no clipping of z0_hat to ±1: these are no pixels, their std would
-        fall to 0.68."""
+        trap: from eps, z0_hat divides the network's error by √alpha_bar, 1/158 at t = T-1: briefly
+        trained, latents get a std of 1.8 to 3.3 instead of 1. v divides by nothing: the default.
+        trap: no clipping of z0_hat to ±1; latents are no pixels, their std would fall to 0.68."""
         a = self.at(t, z_t)
         if self.target == "eps":
             return (z_t - (1 - a).sqrt() * out) / a.sqrt(), out                               # (9)
@@ -1540,8 +1544,8 @@ class Diffusion:
 
     @torch.no_grad()
     def sample(self, net, z, steps, sampler="ddim", eta=1.0, noise=None, levels=None):
-        """Walk back from z: standard normal (B,d,h,w), or latents noised to `levels` levels. net(z_t,
-        t) -> eps or v; noise() -> fresh numbers like z. Yields (z_t, z0_hat) after each step.
+        """Walk back from z: standard normal (B,d,h,w), or latents noised to `levels` levels.
+        net(z_t, t) -> eps or v; noise() -> numbers like z. Yields (z_t, z0_hat) after each step.
         trap: kept steps are further apart than the trained ones, so alpha_t of (11) is made anew
         from them. With the trained alpha_t, 50 steps would stop a fifth of the way."""
         noise = noise or (lambda: torch.randn_like(z))
@@ -1685,8 +1689,8 @@ class Generator:
         self.shape = (self.vq_cfg.z_dim, *[self.vq_cfg.size // self.vq_cfg.f] * 2)
 
     def noise_of(self, seed, numbers):
-        """A function that draws the next noise (n,d,h,w) of these images. Each image has a generator
-        of its own: it is the same in any batch and for any --n."""
+        """A function that draws the next noise (n,d,h,w) of these images. Each image has its own
+        generator: it is the same in any batch and for any --n."""
         own = [rng(seed, "sample", int(i)) for i in numbers]
         return lambda: torch.stack([torch.randn(self.shape, generator=g)
                                     for g in own]).to(self.device)
@@ -1699,8 +1703,9 @@ class Generator:
         noise, levels = self.noise_of(s.seed, numbers), levels or self.cfg.T
         net = guided(self.net, None if label is None else label.to(self.device), s.guidance)
         with autocast(self.device, self.dtype):
-            steps = list(self.diffusion.sample(net, noise() if z is None else z, min(s.steps, levels),
-                                               s.sampler, s.eta, noise, levels))
+            z = noise() if z is None else z
+            steps = list(self.diffusion.sample(net, z, min(s.steps, levels), s.sampler, s.eta,
+                                               noise, levels))
         return self.decode(steps[-1][0]), steps
 
     @torch.no_grad()
@@ -1716,7 +1721,7 @@ class Generator:
         return standardise(z, self.scale)
 
     def labels(self, numbers):
-        """A class for each image number, in the training set's proportions; None without classes."""
+        """Classes for image numbers, in the training set's proportions; None without classes."""
         if not self.classes:
             return None
         edges = torch.tensor(self.class_counts).double().cumsum(0) / sum(self.class_counts)
@@ -1731,8 +1736,8 @@ def train_ldm(cfg, typed):
     vqgan, vq_cfg = build_vqgan(vq, device, cfg.vq)
     h = vq_cfg.size // vq_cfg.f
     if h % 2 ** len(cfg.unet_widths):
-        raise UserError(f"--unet-widths {' '.join(map(str, cfg.unet_widths))}: each halves the {h}×{h} "
-                        f"latents, which allow {(h & -h).bit_length() - 1}")
+        raise UserError(f"--unet-widths: {len(cfg.unet_widths)} of them halve {h}×{h} latents too often; "
+                        f"these allow {(h & -h).bit_length() - 1}")
     images = get_images(cfg, cfg.data or vq_cfg.data, vq_cfg)
     latents, scale = first_then_others(
         lambda: cache_latents(vqgan, images, cfg.views, cfg, device, dtype))
@@ -1747,7 +1752,7 @@ def train_ldm(cfg, typed):
     forward, params = torch.compile(net) if cfg.compile else net, [*net.parameters()]
     n, B = len(images.train), cfg.batch_size
     say(f"UNet {count(net)}; {h}×{h}×{vq_cfg.z_dim} latents, {n_classes or 'no'} classes, target "
-        f"{cfg.target}; {cfg.epochs} epochs = {math.ceil(cfg.epochs * n / B)} steps of {B} latents; "
+        f"{cfg.target}; {cfg.epochs} epochs = {math.ceil(cfg.epochs * n / B)} steps of {B}; "
         f"writing to {run.folder}")
     of_class = [images.train[images.labels[images.train] == c] for c in range(len(images.classes))]
 
@@ -1775,8 +1780,8 @@ def train_ldm(cfg, typed):
         if mean < run.best:
             run.best = mean
             names.append("best.pt")
-        say(f"epoch {run.epoch:3d}, step {run.step}: held-out loss {mean:.3f} (1 = predicts nothing); "
-            f"from little to much noise {' '.join(f'{v:.3f}' for v in parts.values())}")
+        say(f"epoch {run.epoch:3d}, step {run.step}: held-out loss {mean:.3f} (1: none learnt), from "
+            f"little to much noise {' '.join(f'{v:.3f}' for v in parts.values())}")
         make = Generator(dict(state(), config=asdict(cfg)), device, dtype, run.folder)
         some = torch.arange(16) * n_classes // 16 if conditional else None
         x, _ = make(Sampling(seed=cfg.seed, steps=25), range(16), some)
@@ -1799,7 +1804,8 @@ def train_ldm(cfg, typed):
         t, eps, label = (share(a).to(device) for a in (t, eps, label))
         run.waited += time.monotonic() - tick
         with autocast(device, dtype):
-            loss = diffusion.loss(forward, z0, t, eps, label if conditional else None).mean()  # (10)
+            loss = diffusion.loss(forward, z0, t, eps, label if conditional else None)  # (10) (B,)
+        loss = loss.mean()
         opt.zero_grad(set_to_none=True)
         loss.backward()
         if run.update(opt, params, dict(loss=loss)):
@@ -1817,7 +1823,7 @@ def train_ldm(cfg, typed):
 # ------------------------------------------------------------------------------------------------
 # What a run leaves to look at. matplotlib is imported only where a picture is drawn.
 
-VQ_CURVES = {"losses": dict(rec="‖x - x̂‖²", perc="LPIPS", codebook="codebook", commit="commitment"),
+VQ_CURVES = {"losses": dict(rec="‖x - x̂‖²", perc="LPIPS", codebook="codebook", commit="commit"),
              "GAN": dict(d_real="D(real)", d_fake="D(fake)", d_loss="hinge"), "λ": dict(lam="λ"),
              "held-out PSNR, dB": dict(held_psnr=""), "perplexity": dict(held_perplexity="")}
 LDM_CURVES = {"loss (1 = predicts nothing)": dict(loss="training", held_loss="held out"),
@@ -1838,7 +1844,8 @@ def draw_rows(path, rows, columns=8):
     from torchvision.utils import make_grid
     rows = {label: images for label, images in rows.items() if len(images)}
     columns = min(columns, max(len(images) for images in rows.values()))
-    lines, margin = [-(-len(i) // columns) for i in rows.values()], 0.2 + 0.085 * max(map(len, rows))
+    lines = [-(-len(images) // columns) for images in rows.values()]
+    margin = 0.2 + 0.085 * max(map(len, rows))
     fig = figure(columns + margin, sum(lines) * 1.02 + 0.1)
     axes = fig.subplots(len(rows), 1, squeeze=False, height_ratios=lines)[:, 0]
     for ax, (label, images) in zip(axes, rows.items()):
@@ -1875,7 +1882,7 @@ def draw_usage(path, usage):
     percent = (usage / usage.sum() * 100).sort(descending=True).values
     ax.fill_between(range(len(usage)), percent, step="mid", color="#b5533c")
     ax.axhline(100 / len(usage), color="black", lw=0.8, ls=":", label="if all were used equally")
-    ax.set(xlabel="codes, most used first", ylabel="use, %", xlim=(0, len(usage) - 1), ylim=(0, None),
+    ax.set(xlabel="codes, most used first", ylabel="use, %", ylim=(0, None),
            title=f"{int((usage > 0).sum())} of {len(usage)} codes used on held-out images")
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(frameon=False)
@@ -1889,12 +1896,12 @@ def draw_trajectory(path, steps, make):
                      for part, name in enumerate(("z_t", "guess of z0"))})
 
 def slerp(a, b, w):
-    """Between two noises along the sphere; the straight way would leave the length that noise has."""
+    """Between two noises along the sphere; the straight way would shorten them."""
     angle = torch.acos(F.cosine_similarity(a.flatten(), b.flatten(), 0).clamp(-1, 1))
     return (torch.sin((1 - w) * angle) * a + torch.sin(w * angle) * b) / torch.sin(angle)
 
 def draw_nearest(path, x, images, make, perceptual):
-    """Samples above their nearest training images, by latent and by LPIPS's features: are they copies?
+    """Samples above their nearest training images, by latent and by LPIPS features: copies?
     The yardstick is how near held-out images come to the training set."""
     spaces = {"latent": lambda u8: make.encode(to_float(u8)).flatten(1).cpu()}
     if perceptual:
@@ -1923,15 +1930,14 @@ def sample(cfg, typed):
     names = list(classes) if names == ["all"] and classes else names
     for c in names:
         if c not in classes:
-            raise UserError(f"--class {c}: must be one of {', '.join(classes)}, or all" if classes else
-                            f"--class {c}: this model knows no classes; leave --class out")
+            raise UserError(f"--class {c}: must be one of {', '.join([*classes, 'all'])}" if classes
+                            else f"--class {c}: this model knows no classes; leave it out")
     if cfg.steps > state["config"]["T"]:
         raise UserError(f"--steps {cfg.steps}: at most T = {state['config']['T']} of this model")
     folder = Path(cfg.out)
     old = [*folder.glob("*.png"), *folder.glob("*/[0-9]*.png")]
     if old and not cfg.overwrite:
-        raise UserError(f"--out {folder}: already holds pictures; --overwrite replaces them, another "
-                        "--out leaves them alone")
+        raise UserError(f"--out {folder}: already holds pictures; --overwrite replaces them")
     make = Generator(state, *pick_device(cfg), cfg.ckpt)
     T, device, images, total = make.cfg.T, make.device, None, cfg.n * max(1, len(names))
     if cfg.from_ or cfg.nearest:
@@ -1944,8 +1950,8 @@ def sample(cfg, typed):
         p.unlink()
     folders = {c: make_folder(folder / c if len(names) > 1 else folder)
                for c in names or classes or [""]}
-    say(f"{total} images of {make.vq_cfg.size}×{make.vq_cfg.size}, {cfg.sampler} with {cfg.steps} steps"
-        + (f"; classes {', '.join(names or classes)}; guidance {cfg.guidance:g}" if classes else ""))
+    say(f"{total} images of {make.vq_cfg.size}×{make.vq_cfg.size}, {cfg.sampler}, {cfg.steps} steps"
+        + f"; classes {', '.join(names or classes)}; guidance {cfg.guidance:g}" * bool(classes))
     shown, sums = {c: [] for c in folders}, torch.zeros(3, dtype=torch.float64)
     with quiet_bar(total, "sampling") as bar:
         for numbers in torch.arange(total).split(32):
@@ -1987,8 +1993,9 @@ def sample(cfg, typed):
             for c, k in some.items()})
         say(f"guidance.png shows one noise under guidance {', '.join(map(str, ws))}")
     if cfg.nearest:
-        draw_nearest(folder / "nearest.png", torch.cat([v[i::8] for i in range(8) for v in shown.values()]),
-                     images, make, load_perceptual("auto", device)[0])
+        mixed = torch.cat([v[i::8] for i in range(8) for v in shown.values()])
+        perceptual, _ = load_perceptual("auto", device)
+        draw_nearest(folder / "nearest.png", mixed, images, make, perceptual)
     say(f"look at {folder / 'grid.png'}")
     return 0
 
@@ -2013,8 +2020,8 @@ def kernel_distance(a, b):
                  - 2 * k(a, b).mean())
 
 def linear_classifier(f, y, C, seed):
-    """Ridge regression from features (n,F) to classes y (n,), each class weighing the same; fitted on
-    a resample of the images (the seed), so that several show the spread. -> function f -> classes."""
+    """Ridge regression from features (n,F) to classes y (n,), each class weighing the same, on a
+    resample of the images: several seeds show the spread. -> a function, features -> classes."""
     pick = torch.randint(len(f), (len(f),), generator=rng(seed, "resample"))
     f, y = f[pick], F.one_hot(y[pick], C).double()
     mean, std, weight = f.mean(0), f.std(0) + 1e-6, (1 / y.sum(0).clamp(min=1))[y.argmax(1), None]
@@ -2022,12 +2029,13 @@ def linear_classifier(f, y, C, seed):
     def lift(f):
         return F.pad((f - mean) / std, (0, 1), value=1.0)
     A = lift(f)
-    W = torch.linalg.solve(A.T @ (weight * A) + 0.03 * torch.eye(A.shape[1]).double(), A.T @ (weight * y))
+    ridge = 0.03 * torch.eye(A.shape[1], dtype=A.dtype)
+    W = torch.linalg.solve(A.T @ (weight * A) + ridge, A.T @ (weight * y))
     return lambda f: (lift(f) @ W).argmax(1)
 
 def use_test(make, images, test, truth, perceptual, cfg):
-    """Are made images of any use? Classifiers trained on real, on made, and on both images, tested on
-    real held-out ones: balanced accuracy. And do they recognise what was made?"""
+    """Are made images of any use? Classifiers trained on real, on made and on both images, tested
+    on real held-out ones: balanced accuracy. And do they recognise what was made?"""
     C, per = len(make.classes), max(20, cfg.n // len(make.classes))
     label = torch.arange(C).repeat_interleave(per)
     made = torch.cat([perceptual.features(make(cfg, 10**6 + i, label[i])[0])
@@ -2077,8 +2085,10 @@ def evaluate(cfg, typed):
     m, _, x, x_hat = measure_vq(vqgan, test, real, perceptual, device, dtype)
     say(f"{len(real)} held-out images of {test.source}")
     if not make:
-        m = {k: m.get(k) for k in ("psnr", "ssim", "lpips", "codes_used_percent", "perplexity", "n")}
-        say("\n".join(f"  {k:20}{'needs weights' if v is None else f'{v:9.3f}'}" for k, v in m.items()))
+        names = ("psnr", "ssim", "lpips", "codes_used_percent", "perplexity", "n")
+        m = {name: m.get(name) for name in names}
+        say("\n".join(f"  {k:20}{f'{v:9.3f}' if v is not None else '  no weights'}"
+                      for k, v in m.items()))
         second_name, made = "recon", x_hat
     else:
         second_name, label, made, z0 = "samples", make.labels(range(len(real))), [], []
@@ -2092,13 +2102,14 @@ def evaluate(cfg, typed):
         m = dict(frechet=None, kernel=None, frechet_real=None, frechet_recon=None,
                  latent_mean=float(z0.mean()), latent_std=float(z0.std()), n=len(real))
         if perceptual:
-            # The floor needs a second set of real images: other held-out ones, else training images.
+            # The floor needs a second set of real images: other held-out, else training images.
             second = test.rows(second) if len(second) == len(real) else \
                 images.rows(images.train[:len(real)])
             fx, fr, fm, floor = map(perceptual.features, (x, x_hat, made, second))
             m.update(frechet=frechet(fx, fm), kernel=kernel_distance(fx, fm),
                      frechet_real=frechet(fx, floor), frechet_recon=frechet(fx, fr))
-            say(f"  in features of LPIPS-{perceptual.name}; compare only with equal n    Fréchet   kernel")
+            say(f"  in features of LPIPS-{perceptual.name}, comparable at equal n".ljust(60)
+                + "Fréchet   kernel")
             for name, f in (("real images against real ones: the floor", floor), ("samples", fm),
                             ("reconstructions: the best with this VQGAN", fr)):
                 say(f"  {name:58}{frechet(fx, f):9.1f}{kernel_distance(fx, f):9.3f}")
@@ -2106,9 +2117,9 @@ def evaluate(cfg, typed):
                 a, b = test.labels[real] == c, label == c
                 if min(a.sum(), b.sum()) >= 10:
                     m[f"frechet_{name}"] = frechet(fx[a], fm[b])
-                    say(f"    {name}: {int(b.sum())} made, {int(a.sum())} real; reconstructions "
-                        f"{frechet(fx[a], fr[a]):.1f}, samples".ljust(60) + f"{m[f'frechet_{name}']:9.1f}")
-        say(f"  samples' latents: mean {m['latent_mean']:+.3f}, std {m['latent_std']:.3f} (healthy: 0, 1)")
+                    say((f"    {name}: {b.sum()} made, {a.sum()} real, reconstructions "
+                         f"{frechet(fx[a], fr[a]):.1f}").ljust(58) + f"{m[f'frechet_{name}']:9.1f}")
+        say(f"  samples' latents: mean {m['latent_mean']:+.3f}, std {m['latent_std']:.3f}; healthy 0, 1")
         if make.classes and perceptual and cfg.use_test and test.classes == images.classes:
             m.update(use_test(make, images, perceptual.features(test.rows(held[:2000])),
                               test.labels[held[:2000]], perceptual, cfg))
@@ -2130,23 +2141,24 @@ def bench(cfg, typed):
     parts = {"VQGAN": [*vq, "--gan-weight", "0"], "VQGAN with GAN": [*vq, "--gan-start", "0"],
              "UNet": ["train-ldm", *base, "--vq", f"{folder}/VQGAN-auto"]}
     c, d = settings(VQConfig, dict(preset=cfg.preset)), settings(LDMConfig, dict(preset=cfg.preset))
-    say(f"preset {cfg.preset}: {c.size}×{c.size} images, {(c.size // c.f) ** 2} tokens of attention\n"
+    say(f"preset {cfg.preset}: {c.size}×{c.size}, {(c.size // c.f) ** 2} tokens of attention\n"
         f"  {'training step':18}{'auto':>14}{'fp32':>14}{'auto/fp32':>11}{'peak memory':>13}")
     for name, words in parts.items():
         for precision in ("auto", "fp32"):
             out = folder / f"{name}-{precision}"
-            done = subprocess.run([sys.executable, __file__, *words, "--out", str(out), "--precision",
-                                   precision], capture_output=True, text=True)
+            words = [*words, "--out", str(out), "--precision", precision]
+            words = [sys.executable, __file__, *words]
+            done = subprocess.run(words, capture_output=True, text=True)
             if done.returncode:
                 raise UserError(f"bench: {name} failed: {done.stderr.strip()[-300:]}")
             speed = load_checkpoint(out, ["vq", "ldm"], "--out")["speed"]
             result[f"{name}, {precision}"] = speed
         a, b = (result[f"{name}, {precision}"] for precision in ("auto", "fp32"))
         say(f"  {name:18}{a[0]:8.1f} img/s{b[0]:8.1f} img/s{a[0] / b[0]:10.2f}x{a[1]:10.2f} GB")
-    n, late = c.n_images * (1 - c.held_out) / 60, max(0, c.epochs - c.gan_start) * (c.gan_weight > 0)
-    say(f"with {c.n_images} images the {cfg.preset} run takes about "
-        f"{n * (c.epochs - late) / result['VQGAN, auto'][0] + n * late / result['VQGAN with GAN, auto'][0]:.1f}"
-        f" min for stage 1 and {n * d.epochs / result['UNet, auto'][0]:.1f} min for stage 2")
+    late = max(0, c.epochs - c.gan_start) * bool(c.gan_weight)
+    early, gan, unet = (c.n_images * (1 - c.held_out) / 60 / result[f"{name}, auto"][0] for name in parts)
+    say(f"the {cfg.preset} run on {c.n_images} images: {early * (c.epochs - late) + gan * late:.1f} min "
+        f"for stage 1, {unet * d.epochs:.1f} min for stage 2")
     write_whole(folder / "bench.json", lambda f: f.write(json.dumps(result, indent=1).encode()))
     return 0
 
@@ -2183,7 +2195,7 @@ def main(argv=None):
         text, code = "interrupted; checkpoints are whole", 130
     except (MemoryError, RuntimeError, OSError) as e:
         if isinstance(e, MemoryError) or "memory" in str(e).lower():
-            text = "out of memory; a smaller --batch-size, --size or --widths helps. Checkpoints are whole"
+            text = "out of memory; a smaller --batch-size or --size helps. Checkpoints are whole"
         elif isinstance(e, OSError) and e.errno:
             text = f"{e.filename or 'writing a file'}: {e.strerror}. Checkpoints are whole"
         else:
