@@ -1736,8 +1736,8 @@ def train_ldm(cfg, typed):
     vqgan, vq_cfg = build_vqgan(vq, device, cfg.vq)
     h = vq_cfg.size // vq_cfg.f
     if h % 2 ** len(cfg.unet_widths):
-        raise UserError(f"--unet-widths: {len(cfg.unet_widths)} of them halve {h}×{h} latents too often; "
-                        f"these allow {(h & -h).bit_length() - 1}")
+        raise UserError(f"--unet-widths: {len(cfg.unet_widths)} of them are too many for {h}×{h} "
+                        f"latents, which can be halved {(h & -h).bit_length() - 1} times")
     images = get_images(cfg, cfg.data or vq_cfg.data, vq_cfg)
     latents, scale = first_then_others(
         lambda: cache_latents(vqgan, images, cfg.views, cfg, device, dtype))
@@ -1780,8 +1780,8 @@ def train_ldm(cfg, typed):
         if mean < run.best:
             run.best = mean
             names.append("best.pt")
-        say(f"epoch {run.epoch:3d}, step {run.step}: held-out loss {mean:.3f} (1: none learnt), from "
-            f"little to much noise {' '.join(f'{v:.3f}' for v in parts.values())}")
+        say(f"epoch {run.epoch:3d}, step {run.step}: held-out loss {mean:.3f} (1 = learnt nothing); "
+            f"from little to much noise {' '.join(f'{v:.3f}' for v in parts.values())}")
         make = Generator(dict(state(), config=asdict(cfg)), device, dtype, run.folder)
         some = torch.arange(16) * n_classes // 16 if conditional else None
         x, _ = make(Sampling(seed=cfg.seed, steps=25), range(16), some)
@@ -2119,7 +2119,8 @@ def evaluate(cfg, typed):
                     m[f"frechet_{name}"] = frechet(fx[a], fm[b])
                     say((f"    {name}: {b.sum()} made, {a.sum()} real, reconstructions "
                          f"{frechet(fx[a], fr[a]):.1f}").ljust(58) + f"{m[f'frechet_{name}']:9.1f}")
-        say(f"  samples' latents: mean {m['latent_mean']:+.3f}, std {m['latent_std']:.3f}; healthy 0, 1")
+        say("  samples' latents: mean {latent_mean:+.3f}, std {latent_std:.3f} (healthy: 0 and 1)"
+            .format(**m))
         if make.classes and perceptual and cfg.use_test and test.classes == images.classes:
             m.update(use_test(make, images, perceptual.features(test.rows(held[:2000])),
                               test.labels[held[:2000]], perceptual, cfg))
@@ -2156,9 +2157,10 @@ def bench(cfg, typed):
         a, b = (result[f"{name}, {precision}"] for precision in ("auto", "fp32"))
         say(f"  {name:18}{a[0]:8.1f} img/s{b[0]:8.1f} img/s{a[0] / b[0]:10.2f}x{a[1]:10.2f} GB")
     late = max(0, c.epochs - c.gan_start) * bool(c.gan_weight)
-    early, gan, unet = (c.n_images * (1 - c.held_out) / 60 / result[f"{name}, auto"][0] for name in parts)
-    say(f"the {cfg.preset} run on {c.n_images} images: {early * (c.epochs - late) + gan * late:.1f} min "
-        f"for stage 1, {unet * d.epochs:.1f} min for stage 2")
+    n = c.n_images * (1 - c.held_out) / 60
+    early, gan, unet = (n / result[f"{name}, auto"][0] for name in parts)
+    say(f"the {cfg.preset} run on {c.n_images} images takes about "
+        f"{early * (c.epochs - late) + gan * late:.1f} min for stage 1, {unet * d.epochs:.1f} for stage 2")
     write_whole(folder / "bench.json", lambda f: f.write(json.dumps(result, indent=1).encode()))
     return 0
 
