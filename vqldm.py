@@ -1780,7 +1780,7 @@ def train_ldm(cfg, typed):
         if mean < run.best:
             run.best = mean
             names.append("best.pt")
-        say(f"epoch {run.epoch:3d}, step {run.step}: held-out loss {mean:.3f} (1 = learnt nothing); "
+        say(f"epoch {run.epoch:3d}, step {run.step}: held-out loss {mean:.3f} (1 = none learnt); "
             f"from little to much noise {' '.join(f'{v:.3f}' for v in parts.values())}")
         make = Generator(dict(state(), config=asdict(cfg)), device, dtype, run.folder)
         some = torch.arange(16) * n_classes // 16 if conditional else None
@@ -2159,8 +2159,8 @@ def bench(cfg, typed):
     late = max(0, c.epochs - c.gan_start) * bool(c.gan_weight)
     n = c.n_images * (1 - c.held_out) / 60
     early, gan, unet = (n / result[f"{name}, auto"][0] for name in parts)
-    say(f"the {cfg.preset} run on {c.n_images} images takes about "
-        f"{early * (c.epochs - late) + gan * late:.1f} min for stage 1, {unet * d.epochs:.1f} for stage 2")
+    one, two = early * (c.epochs - late) + gan * late, unet * d.epochs
+    say(f"the {cfg.preset} run on {c.n_images} images: about {one:.1f} min, then {two:.1f} min")
     write_whole(folder / "bench.json", lambda f: f.write(json.dumps(result, indent=1).encode()))
     return 0
 
