@@ -1826,17 +1826,17 @@ def train_ldm(cfg, typed):
 VQ_CURVES = {"losses": dict(rec="‖x - x̂‖²", perc="LPIPS", codebook="codebook", commit="commit"),
              "GAN": dict(d_real="D(real)", d_fake="D(fake)", d_loss="hinge"), "λ": dict(lam="λ"),
              "held-out PSNR, dB": dict(held_psnr=""), "perplexity": dict(held_perplexity="")}
-LDM_CURVES = {"loss (1 = predicts nothing)": dict(loss="training", held_loss="held out"),
+LDM_CURVES = {"loss, 1 = none learnt": dict(loss="training", held_loss="held out"),
               "held-out loss by quarter of t": dict(held_t1of4="least noise", held_t2of4="2",
                                                     held_t3of4="3", held_t4of4="most noise")}
 
-def figure(width, height):
+def figure(path, size, draw, **layout):
+    """A matplotlib figure of some axes, on which draw(axes) draws, to a PNG."""
     import matplotlib
     matplotlib.use("Agg")               # files only: needs no window system
     from matplotlib.figure import Figure
-    return Figure(figsize=(width, height), dpi=100, layout="constrained")
-
-def save_figure(fig, path):
+    fig = Figure(figsize=size, dpi=100, layout="constrained")
+    draw(fig.subplots(squeeze=False, **layout).flatten())
     write_whole(Path(path), lambda f: fig.savefig(f, format="png"))
 
 def draw_rows(path, rows, columns=8):
@@ -1845,48 +1845,46 @@ def draw_rows(path, rows, columns=8):
     rows = {label: images for label, images in rows.items() if len(images)}
     columns = min(columns, max(len(images) for images in rows.values()))
     lines = [-(-len(images) // columns) for images in rows.values()]
-    margin = 0.2 + 0.085 * max(map(len, rows))
-    fig = figure(columns + margin, sum(lines) * 1.02 + 0.1)
-    axes = fig.subplots(len(rows), 1, squeeze=False, height_ratios=lines)[:, 0]
-    for ax, (label, images) in zip(axes, rows.items()):
-        blank = images.new_full((-len(images) % columns, *images.shape[1:]), 255)
-        gap = max(1, images.shape[2] // 32)
-        grid = make_grid(torch.cat([images, blank]), columns, gap, pad_value=255)
-        ax.imshow(grid.permute(1, 2, 0).numpy())
-        ax.set_ylabel(label, rotation=0, ha="right", va="center")
-        ax.set(xticks=[], yticks=[])
-        ax.spines[:].set_visible(False)
-    save_figure(fig, path)
+
+    def draw(axes):
+        for ax, (label, images) in zip(axes, rows.items()):
+            blank = images.new_full((-len(images) % columns, *images.shape[1:]), 255)
+            gap = max(1, images.shape[2] // 32)
+            grid = make_grid(torch.cat([images, blank]), columns, gap, pad_value=255)
+            ax.imshow(grid.permute(1, 2, 0).numpy())
+            ax.set_ylabel(label, rotation=0, ha="right", va="center")
+            ax.set(xticks=[], yticks=[])
+            ax.spines[:].set_visible(False)
+    size = columns + 0.2 + 0.085 * max(map(len, rows)), sum(lines) * 1.02 + 0.1
+    figure(path, size, draw, nrows=len(rows), height_ratios=lines)
 
 def draw_curves(path, log, panels):
     panels = {t: keys for t, keys in panels.items() if any(k in row for row in log for k in keys)}
-    fig = figure(3.8 * len(panels), 2.8)
-    for ax, (title, keys) in zip(fig.subplots(1, len(panels), squeeze=False)[0], panels.items()):
-        for key, name in keys.items():
-            points = [(row["step"], row[key]) for row in log if key in row]
-            if points:
-                ax.plot(*zip(*points), lw=1.2, label=name, marker="." if "held" in key else None)
-        ax.set_title(title, fontsize=10)
-        ax.set_xlabel("step")
-        ax.spines[["top", "right"]].set_visible(False)
-        if "loss" in title or title == "λ":
-            ax.set_yscale("log")
-        if len(keys) > 1:
-            ax.legend(fontsize=8, frameon=False)
-    save_figure(fig, path)
+
+    def draw(axes):
+        for ax, (title, keys) in zip(axes, panels.items()):
+            for key, name in keys.items():
+                points = [(row["step"], row[key]) for row in log if key in row]
+                marker = "." if "held" in key else None
+                ax.plot(*zip(*points or [(0, math.nan)]), lw=1.2, label=name, marker=marker)
+            ax.set_title(title, fontsize=10)
+            ax.set(xlabel="step", yscale="log" if "loss" in title or title == "λ" else "linear")
+            ax.spines[["top", "right"]].set_visible(False)
+            if len(keys) > 1:
+                ax.legend(fontsize=8, frameon=False)
+    figure(path, (3.8 * len(panels), 2.8), draw, ncols=len(panels))
 
 def draw_usage(path, usage):
     """How often each code is used (K,), most used first."""
-    fig = figure(7, 2.6)
-    ax = fig.subplots()
-    percent = (usage / usage.sum() * 100).sort(descending=True).values
-    ax.fill_between(range(len(usage)), percent, step="mid", color="#b5533c")
-    ax.axhline(100 / len(usage), color="black", lw=0.8, ls=":", label="if all were used equally")
-    ax.set(xlabel="codes, most used first", ylabel="use, %", ylim=(0, None),
-           title=f"{int((usage > 0).sum())} of {len(usage)} codes used on held-out images")
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(frameon=False)
-    save_figure(fig, path)
+    def draw(axes):
+        percent = (usage / usage.sum() * 100).sort(descending=True).values
+        axes[0].fill_between(range(len(usage)), percent, step="mid", color="#b5533c")
+        axes[0].axhline(100 / len(usage), color="black", lw=0.8, ls=":", label="all used equally")
+        axes[0].set(xlabel="codes, most used first", ylabel="use, %", ylim=(0, None),
+                    title=f"{int((usage > 0).sum())} of {len(usage)} codes used on held-out images")
+        axes[0].spines[["top", "right"]].set_visible(False)
+        axes[0].legend(frameon=False)
+    figure(path, (7, 2.6), draw)
 
 def draw_trajectory(path, steps, make):
     """From noise to image: z_t and the guess z0_hat of three images, decoded, at eight times."""
@@ -1894,11 +1892,6 @@ def draw_trajectory(path, steps, make):
     draw_rows(path, {f"{i + 1}: {name}": make.decode(torch.stack([steps[j][part][i] for j in at]))
                      for i in range(min(3, len(steps[0][0])))
                      for part, name in enumerate(("z_t", "guess of z0"))})
-
-def slerp(a, b, w):
-    """Between two noises along the sphere; the straight way would shorten them."""
-    angle = torch.acos(F.cosine_similarity(a.flatten(), b.flatten(), 0).clamp(-1, 1))
-    return (torch.sin((1 - w) * angle) * a + torch.sin(w * angle) * b) / torch.sin(angle)
 
 def draw_nearest(path, x, images, make, perceptual):
     """Samples above their nearest training images, by latent and by LPIPS features: copies?
@@ -1919,8 +1912,14 @@ def draw_nearest(path, x, images, make, perceptual):
         rows[f"nearest by {name}"] = images.rows(who[:min(8, len(x))])
     draw_rows(path, rows)
 
-def write_png(path, x):
-    Image.fromarray(x.permute(1, 2, 0).numpy()).save(path)
+def slerp(a, b, w):
+    """Between two noises along the sphere; the straight way would shorten them."""
+    angle = torch.acos(F.cosine_similarity(a.flatten(), b.flatten(), 0).clamp(-1, 1))
+    return (torch.sin((1 - w) * angle) * a + torch.sin(w * angle) * b) / torch.sin(angle)
+
+def write_pngs(folder, images, numbers):
+    for i, x in zip(numbers, images):
+        Image.fromarray(x.permute(1, 2, 0).numpy()).save(make_folder(folder) / f"{i:05d}.png")
 
 def sample(cfg, typed):
     """Noise -> latents -> codes -> pixels, batch by batch: memory does not grow with --n."""
@@ -1939,7 +1938,7 @@ def sample(cfg, typed):
     if old and not cfg.overwrite:
         raise UserError(f"--out {folder}: already holds pictures; --overwrite replaces them")
     make = Generator(state, *pick_device(cfg), cfg.ckpt)
-    T, device, images, total = make.cfg.T, make.device, None, cfg.n * max(1, len(names))
+    T, size, total = make.cfg.T, make.vq_cfg.size, cfg.n * max(1, len(names))
     if cfg.from_ or cfg.nearest:
         images = get_images(cfg, cfg.from_ or make.cfg.data or make.vq_cfg.data, make.vq_cfg)
         source = torch.cat([images.train, images.held]).unique()
@@ -1948,32 +1947,31 @@ def sample(cfg, typed):
         labels = torch.tensor([classes.index(c) for c in names]).repeat_interleave(cfg.n)
     for p in old:
         p.unlink()
-    folders = {c: make_folder(folder / c if len(names) > 1 else folder)
-               for c in names or classes or [""]}
-    say(f"{total} images of {make.vq_cfg.size}×{make.vq_cfg.size}, {cfg.sampler}, {cfg.steps} steps"
+    say(f"{total} images of {size}×{size}, {cfg.sampler}, {cfg.steps} steps"
         + f"; classes {', '.join(names or classes)}; guidance {cfg.guidance:g}" * bool(classes))
-    shown, sums = {c: [] for c in folders}, torch.zeros(3, dtype=torch.float64)
+    make_folder(folder)
+    shown, sums = {c: [] for c in names or classes or [""]}, torch.zeros(3, dtype=torch.float64)
     with quiet_bar(total, "sampling") as bar:
         for numbers in torch.arange(total).split(32):
             label, z, levels = None if labels is None else labels[numbers], None, T
-            if cfg.from_:       # noise a real latent half way, then walk back from there
-                z0, levels = make.encode(images.batch(source[numbers % len(source)])), \
-                    max(1, round(cfg.strength * T))
-                z = make.diffusion.add_noise(z0, torch.full((len(z0),), levels - 1, device=device),
-                                             make.noise_of(cfg.seed, numbers)())
+            if cfg.from_:       # noise a real latent part of the way, then walk back from there
+                levels = max(1, round(cfg.strength * T))
+                z0 = make.encode(images.batch(source[numbers % len(source)]))
+                t = torch.full((len(z0),), levels - 1, device=make.device)
+                z = make.diffusion.add_noise(z0, t, make.noise_of(cfg.seed, numbers)())
             x, steps = make(cfg, numbers, label, z, levels)
-            for i, image in zip(numbers.tolist(), x):
-                c = classes[labels[i]] if classes else ""
-                write_png(folders[c] / f"{i:05d}.png", image)
-                if len(shown[c]) < (16 if classes else 64):
-                    shown[c].append(image)
+            for c in shown:
+                mine = label == classes.index(c) if classes else numbers >= 0
+                to = folder / c if len(names) > 1 else folder
+                write_pngs(to, x[mine], numbers[mine].tolist())
+                shown[c].extend(x[mine][:max(0, (16 if classes else 64) - len(shown[c]))])
             if cfg.trajectory and not bar.n:
                 draw_trajectory(folder / "trajectory.png", steps, make)
             z0 = steps[-1][0].double()
             sums += torch.stack([z0.new_tensor(z0.numel()), z0.sum(), z0.square().sum()]).cpu()
             bar.update(len(x))
-    mean = float(sums[1] / sums[0])
-    std = float((sums[2] / sums[0] - mean ** 2).sqrt())
+    mean, square = (sums[1:] / sums[0]).tolist()
+    std = (square - mean ** 2) ** 0.5
     say(f"samples' latents: mean {mean:+.2f}, std {std:.2f} (healthy: 0 and 1)")
     if (abs(mean) > 0.2 or not 0.8 < std < 1.25) and not cfg.from_ and total >= 16:
         say("WARNING that is far off, so colours and contrast are too; train stage 2 for longer")
@@ -1994,7 +1992,7 @@ def sample(cfg, typed):
         say(f"guidance.png shows one noise under guidance {', '.join(map(str, ws))}")
     if cfg.nearest:
         mixed = torch.cat([v[i::8] for i in range(8) for v in shown.values()])
-        perceptual, _ = load_perceptual("auto", device)
+        perceptual, _ = load_perceptual("auto", make.device)
         draw_nearest(folder / "nearest.png", mixed, images, make, perceptual)
     say(f"look at {folder / 'grid.png'}")
     return 0
@@ -2035,7 +2033,7 @@ def linear_classifier(f, y, C, seed):
 
 def use_test(make, images, test, truth, perceptual, cfg):
     """Are made images of any use? Classifiers trained on real, on made and on both images, tested
-    on real held-out ones: balanced accuracy. And do they recognise what was made?"""
+    on real held-out ones (features and classes): balanced accuracy. Do they recognise the made?"""
     C, per = len(make.classes), max(20, cfg.n // len(make.classes))
     label = torch.arange(C).repeat_interleave(per)
     made = torch.cat([perceptual.features(make(cfg, 10**6 + i, label[i])[0])
@@ -2043,9 +2041,9 @@ def use_test(make, images, test, truth, perceptual, cfg):
     rows = images.train[torch.randperm(len(images.train), generator=rng(cfg.seed, "use"))[:4000]]
     real, y = perceptual.features(images.rows(rows)), images.labels[rows]
     n = torch.bincount(y, minlength=C).float()
-    add = (n < n.mean())[label]                     # the rare classes
+    rare = (n < n.mean())[label]
     sets = {"real": (real, y), "made": (made, label),
-            "real + made of rare": (torch.cat([real, made[add]]), torch.cat([y, label[add]]))}
+            "real + made of rare": (torch.cat([real, made[rare]]), torch.cat([y, label[rare]]))}
 
     def recall(guess, truth):
         return torch.stack([(guess[truth == c] == c).double().mean() for c in truth.unique()]) * 100
@@ -2067,7 +2065,7 @@ def use_test(make, images, test, truth, perceptual, cfg):
                 use_both=float(b.mean()), recognised_percent=float(seen.mean()))
 
 def evaluate(cfg, typed):
-    """Measure a checkpoint of either stage on held-out images; see the design's table in README."""
+    """Measure a checkpoint of either stage on held-out images."""
     state = load_checkpoint(cfg.ckpt, ["ldm", "vq"], "--ckpt")
     device, dtype = pick_device(cfg)
     perceptual, _ = load_perceptual("auto", device)
@@ -2086,12 +2084,11 @@ def evaluate(cfg, typed):
     say(f"{len(real)} held-out images of {test.source}")
     if not make:
         names = ("psnr", "ssim", "lpips", "codes_used_percent", "perplexity", "n")
-        m = {name: m.get(name) for name in names}
-        say("\n".join(f"  {k:20}{f'{v:9.3f}' if v is not None else '  no weights'}"
-                      for k, v in m.items()))
-        second_name, made = "recon", x_hat
+        m, kind, made = {name: m.get(name) for name in names}, "recon", x_hat
+        for name, value in m.items():
+            say(f"  {name:20}" + ("  no weights" if value is None else f"{value:9.3f}"))
     else:
-        second_name, label, made, z0 = "samples", make.labels(range(len(real))), [], []
+        kind, label, made, z0 = "samples", make.labels(range(len(real))), [], []
         with quiet_bar(len(real), "sampling") as bar:
             for i in torch.arange(len(real)).split(32):
                 u8, steps = make(cfg, i, None if label is None else label[i])
@@ -2101,6 +2098,7 @@ def evaluate(cfg, typed):
         made, z0 = torch.cat(made), torch.cat(z0)
         m = dict(frechet=None, kernel=None, frechet_real=None, frechet_recon=None,
                  latent_mean=float(z0.mean()), latent_std=float(z0.std()), n=len(real))
+        same = test.classes == images.classes
         if perceptual:
             # The floor needs a second set of real images: other held-out, else training images.
             second = test.rows(second) if len(second) == len(real) else \
@@ -2113,22 +2111,20 @@ def evaluate(cfg, typed):
             for name, f in (("real images against real ones: the floor", floor), ("samples", fm),
                             ("reconstructions: the best with this VQGAN", fr)):
                 say(f"  {name:58}{frechet(fx, f):9.1f}{kernel_distance(fx, f):9.3f}")
-            for c, name in enumerate(make.classes if test.classes == images.classes else []):
+            for c, name in enumerate(make.classes if same else []):
                 a, b = test.labels[real] == c, label == c
                 if min(a.sum(), b.sum()) >= 10:
                     m[f"frechet_{name}"] = frechet(fx[a], fm[b])
                     say((f"    {name}: {b.sum()} made, {a.sum()} real, reconstructions "
-                         f"{frechet(fx[a], fr[a]):.1f}").ljust(58) + f"{m[f'frechet_{name}']:9.1f}")
+                         f"{frechet(fx[a], fr[a]):.1f}").ljust(60) + f"{m[f'frechet_{name}']:9.1f}")
         say("  samples' latents: mean {latent_mean:+.3f}, std {latent_std:.3f} (healthy: 0 and 1)"
             .format(**m))
-        if make.classes and perceptual and cfg.use_test and test.classes == images.classes:
+        if make.classes and perceptual and cfg.use_test and same:
             m.update(use_test(make, images, perceptual.features(test.rows(held[:2000])),
                               test.labels[held[:2000]], perceptual, cfg))
-    draw_rows(out / "evaluate.png", {"held out": x[:16], second_name: made[:16]})
-    for name, pictures in (("real", x), (second_name, made)) if cfg.save_images else ():
-        folder = make_folder(Path(cfg.save_images) / name)
-        for i, image in enumerate(pictures):
-            write_png(folder / f"{i:05d}.png", image)
+    draw_rows(out / "evaluate.png", {"held out": x[:16], kind: made[:16]})
+    for name, pictures in (("real", x), (kind, made)) if cfg.save_images else ():
+        write_pngs(Path(cfg.save_images) / name, pictures, range(len(pictures)))
     write_whole(out / "metrics.json", lambda f: f.write(json.dumps(m, indent=1).encode()))
     say(f"numbers in {out / 'metrics.json'}, picture in {out / 'evaluate.png'}")
     return 0
@@ -2147,9 +2143,8 @@ def bench(cfg, typed):
     for name, words in parts.items():
         for precision in ("auto", "fp32"):
             out = folder / f"{name}-{precision}"
-            words = [*words, "--out", str(out), "--precision", precision]
-            words = [sys.executable, __file__, *words]
-            done = subprocess.run(words, capture_output=True, text=True)
+            argv = [sys.executable, __file__, *words, "--out", str(out), "--precision", precision]
+            done = subprocess.run(argv, capture_output=True, text=True)
             if done.returncode:
                 raise UserError(f"bench: {name} failed: {done.stderr.strip()[-300:]}")
             speed = load_checkpoint(out, ["vq", "ldm"], "--out")["speed"]
