@@ -15,6 +15,7 @@ import ast
 import contextlib
 import csv
 import dataclasses
+import fcntl
 import functools
 import gc
 import io
@@ -22,13 +23,17 @@ import itertools
 import json
 import math
 import os
+import pickle
 import re
 import shlex
+import shutil
 import signal
+import struct
 import subprocess
 import sys
 import types
 import typing
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +48,7 @@ from vqldm import Codebook, Diffusion, UserError, rng
 
 torch.set_num_threads(1)        # these tensors are small: more threads only wait for each other
 HERE = Path(vqldm.__file__).parent
+CPU = torch.device("cpu")
 LONG = bool(os.environ.get("VQLDM_LONG"))
 
 def randn(*shape, key=0):
@@ -276,13 +282,15 @@ def test_lam_is_a_number_and_capped(game):
 
 @pytest.fixture()
 def random_lpips(monkeypatch):
-    """LPIPS with a random trunk: its weights are not needed to see how it is used."""
+    """LPIPS with a random trunk, on small maps: enough to see how it is used."""
     import lpips
+    features = vqldm.Perceptual.features
+    monkeypatch.setattr(vqldm.Perceptual, "features", lambda self, u8, size=64: features(self, u8, 64))
     monkeypatch.setattr(lpips, "LPIPS", functools.partial(lpips.LPIPS, pnet_rand=True))
 
 def test_lpips_is_in_no_network_and_stays_frozen_in_eval_mode(random_lpips):
     torch.manual_seed(0)
-    perceptual = vqldm.Perceptual("squeeze", torch.device("cpu"))
+    perceptual = vqldm.Perceptual("squeeze", CPU)
     owner = vqldm.VQGAN((8,), 4, 8, 1)
     owner.perceptual = perceptual
     owner.train()                       # what would switch its dropout on
@@ -303,14 +311,14 @@ def test_damaged_lpips_is_noticed_and_missing_lpips_is_said_loudly(monkeypatch, 
     def missing(**_):
         raise OSError("no network")
     monkeypatch.setattr(lpips, "LPIPS", missing)
-    assert vqldm.load_perceptual("auto", torch.device("cpu")) == (None, "off")
+    assert vqldm.load_perceptual("auto", CPU) == (None, "off")
     assert "WITHOUT" in "".join(capsys.readouterr())
     with pytest.raises(UserError, match="--lpips squeeze"):
-        vqldm.load_perceptual("squeeze", torch.device("cpu"))
+        vqldm.load_perceptual("squeeze", CPU)
     monkeypatch.setattr(lpips, "LPIPS", lambda **_: type("Blind", (nn.Module,), dict(
         forward=lambda self, x, y: x.new_zeros(1)))())
     with pytest.raises(UserError, match="damaged"):
-        vqldm.load_perceptual("auto", torch.device("cpu"))
+        vqldm.load_perceptual("auto", CPU)
     assert vqldm.load_perceptual("off", None) == (None, "off")
 
 # ------------------------------------------------------------------------------------------------
@@ -628,7 +636,7 @@ def test_standardise_and_unstandardise_are_inverse():
 
 def test_decode_of_encode_is_the_vqgans_own_reconstruction(watched_ldm):
     """Through settling, standardising and back the codes are the same: one scale on both sides."""
-    make = vqldm.Generator(watched_ldm.state, torch.device("cpu"), None, "")
+    make = vqldm.Generator(watched_ldm.state, CPU, None, "")
     x = watched_ldm.images.batch(range(16))
     own = vqldm.to_bytes(make.vqgan(x)[0])
     assert (make.decode(make.encode(x)).int() - own.int()).abs().max() <= 1
@@ -643,7 +651,7 @@ def test_ema_is_the_closed_form_with_warm_up_and_is_what_samples(watched_ldm):
         want = d * want + (1 - d) * w
     state = watched_ldm.state
     assert len(rest) == 66 and torch.allclose(state["ema"]["first.weight"], want, atol=1e-5)
-    make = vqldm.Generator(state, torch.device("cpu"), None, "")
+    make = vqldm.Generator(state, CPU, None, "")
     assert torch.equal(make.net.first.weight, state["ema"]["first.weight"])
     assert not torch.equal(make.net.first.weight, state["model"]["first.weight"])
     one, none = (nn.Linear(1, 1, bias=False).requires_grad_(False) for _ in range(2))
@@ -652,3 +660,675 @@ def test_ema_is_the_closed_form_with_warm_up_and_is_what_samples(watched_ldm):
         vqldm.update_ema(one, none, i, 0.9999)
     left = math.prod((1 + i) / (10 + i) for i in range(1000))
     assert left < 1e-6 and float(one.weight) == pytest.approx(left, rel=1e-3)
+
+# ------------------------------------------------------------------------------------------------
+# B. Data: synthetic lesions, symmetries, epochs
+# ------------------------------------------------------------------------------------------------
+
+def test_synthetic_image_i_depends_on_seed_and_i_only():
+    x, label = vqldm.synthetic(12, 24, seed=3)
+    assert x.shape == (12, 3, 24, 24) and x.dtype == torch.uint8
+    assert label.tolist() == [0, 1, 2, 3] * 3 and len(vqldm.SYNTHETIC_CLASSES) == 4
+    y, later = vqldm.synthetic(3, 24, seed=3, start=7)
+    assert (y.int() - x[7:10].int()).abs().max() <= 1 and torch.equal(later, label[7:10])
+    assert torch.equal(x, vqldm.synthetic(12, 24, seed=3)[0])
+    both = torch.cat([x, vqldm.synthetic(12, 24, seed=4)[0]])
+    assert len(both.unique(dim=0)) == 24 and (x.float().flatten(1).std(1) > 8).all()
+
+def test_turn_gives_the_eight_symmetries_of_the_square():
+    """Eight different pictures, each with the same pixels, each pixel as far from the middle."""
+    picture = torch.arange(36).view(1, 1, 6, 6).expand(8, 3, 6, 6)
+    turned = vqldm.turn(picture, torch.arange(8))
+    assert len(turned.unique(dim=0)) == 8 and torch.equal(turned[0], picture[0])
+    assert torch.equal(turned.flatten(2).sort(2).values, picture.flatten(2))
+    c = torch.arange(6.0) - 2.5
+    far = (c[:, None] ** 2 + c ** 2).expand(8, 1, 6, 6)
+    assert torch.equal(vqldm.turn(far, torch.arange(8)), far)
+
+def test_pixels_survive_the_way_to_floats_and_back():
+    u8 = torch.arange(256).byte().view(1, 1, 16, 16)
+    assert vqldm.to_float(u8).min() == -1 and vqldm.to_float(u8).max() == 1
+    assert torch.equal(vqldm.to_bytes(vqldm.to_float(u8)), u8)
+    assert vqldm.to_bytes(torch.tensor([-7.0, 7.0])).tolist() == [0, 255]
+
+@pytest.mark.parametrize("n, batch", [(10, 4), (7, 16), (44, 8)])
+def test_every_epoch_visits_every_image_once_in_a_new_order(n, batch):
+    def order(seed):
+        run = types.SimpleNamespace(cfg=types.SimpleNamespace(batch_size=batch, seed=seed), n=n)
+        steps = [(setattr(run, "step", step), vqldm.Run.indices(run))[1] for step in range(n)]
+        assert all(len(s) == batch for s in steps)
+        return torch.cat(steps).view(batch, n)          # n steps are `batch` epochs
+    epochs = order(0)
+    assert torch.equal(epochs.sort(1).values, torch.arange(n).expand(batch, n))
+    assert len(epochs.unique(dim=0)) == batch and torch.equal(epochs, order(0))
+    assert not torch.equal(epochs, order(1))
+
+# ------------------------------------------------------------------------------------------------
+# B. Data: a folder of images
+# ------------------------------------------------------------------------------------------------
+
+def picture(mode="RGB", left="red", right="blue", size=(40, 40)):
+    im = Image.new(mode, size, left)
+    im.paste(right, (size[0] // 2, 0, *size))
+    return im
+
+def halves(path):
+    """The decoded colours of the left and the right half, as two triples."""
+    x = vqldm.decode(path, 16).astype(float)
+    assert x.shape == (3, 16, 16)
+    return x[:, 3:13, 1:6].mean((1, 2)), x[:, 3:13, 10:15].mean((1, 2))
+
+def png(path, wide, high):
+    """The head of a PNG that claims to be so large, and no pixels."""
+    def chunk(kind, data):
+        data = kind + data
+        return struct.pack(">I", len(data) - 4) + data + struct.pack(">I", zlib.crc32(data))
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", wide, high, 8, 2, 0, 0, 0))
+    rest = chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + head + rest)
+
+def test_every_kind_of_image_comes_out_upright_and_in_its_colours(tmp_path):
+    red, blue, white, black = (255, 0, 0), (0, 0, 255), (255,) * 3, (0,) * 3
+    ramp = np.repeat(np.array([[0, 65535]], np.uint16), 20, 1).repeat(40, 0)
+    hidden = picture("RGBA", (0, 255, 0, 0), (0, 0, 255, 255))      # green that nobody can see
+    palette = picture("P", 1, 2)
+    palette.putpalette([9, 9, 9, 0, 255, 0, 0, 0, 255])
+    lying = picture().rotate(90, expand=True)
+    turned = Image.Exif()
+    turned[0x0112] = 6                                              # "turn me right"
+    kinds = {"plain.png": (picture(), {}, red, blue), "UPPER.JPG": (picture(), {}, red, blue),
+             "grey.png": (picture("L", 0, 255), {}, black, white),
+             "sixteen bits.png": (Image.fromarray(ramp), {}, black, white),
+             "hidden.png": (hidden, {}, white, blue),
+             "palette.png": (palette, dict(transparency=1), white, blue),
+             "palette.gif": (palette, {}, (0, 255, 0), blue),
+             "turned.jpg": (lying, dict(exif=turned), red, blue),
+             "four inks.jpg": (picture().convert("CMYK"), {}, red, blue),
+             "large.jpg": (picture(size=(2000, 1500)), {}, red, blue),
+             "tiny.bmp": (picture(size=(4, 4)), {}, red, blue)}
+    for name, (im, how, *want) in kinds.items():
+        im.save(tmp_path / name, **how)
+        for got, colour in zip(halves(tmp_path / name), want):
+            assert np.abs(np.subtract(got, colour)).max() <= 8, (name, got, colour)
+
+def test_only_photographs_are_listed(tmp_path):
+    """Not hidden or half-loaded files, masks, or our own contact sheets; round a loop of links once;
+    names may hold spaces and line breaks. Everything else is counted."""
+    good = ["Test/a b/x.JPeG", "Train/a b/1.png", "line\nbreak.png", "z.tiff"]
+    other = [".hidden.png", "q-partial.jpg", "I_1_segmentation.png", "grid.png", "notes.txt", "png"]
+    for name in (*good, *other, ".git/y.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "Train/loop").symlink_to(tmp_path)
+    assert vqldm.list_images(tmp_path) == (sorted(good), len(other))
+
+@pytest.fixture()
+def load(tmp_path):
+    """load(folder, **settings): as train-vq does."""
+    def call(folder, held_out=0.2, **kw):
+        cfg = vqldm.VQConfig(cache=str(tmp_path / "cache"), **kw)
+        return vqldm.load_images(str(folder), 16, 99, held_out, cfg)
+    return call
+
+def fill(folder, names, **kw):
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, name in enumerate(names):
+        picture(left=(i * 37 % 256, i * 11 % 256, 99), **kw).save(folder / name)
+    return folder
+
+def test_bad_images_are_named_counted_and_left_out(tmp_path, load, capsys):
+    folder = fill(tmp_path / "photos", [f"{i:02d}.png" for i in range(24)])
+    picture(size=(300, 300)).save(folder / "cut.jpg", quality=99)
+    (folder / "cut.jpg").write_bytes((folder / "cut.jpg").read_bytes()[:-900])
+    (folder / "empty.png").touch()
+    (folder / "text.jpg").write_text("<html>not found</html>")
+    png(folder / "bomb.png", 10_000, 10_000), png(folder / "huge\n.png", 60_000, 60_000)
+    for _ in range(2):                      # the second time from the cache
+        images = load(folder)
+        told = "".join(capsys.readouterr())
+        for word in ("5 of 29", "cut.jpg", "empty", "text.jpg", "bomb", "huge"):
+            assert word in told
+        used = torch.cat([images.train, images.held])
+        assert sorted(images.names[i] for i in used) == [f"{i:02d}.png" for i in range(24)]
+        assert images.rows(used).flatten(1).amax(1).min() > 0
+    for i in range(5):
+        (folder / f"{i:02d}.png").unlink()
+    with pytest.raises(UserError, match=r"(?s)5 of 24.*--allow-bad"):      # more than a fifth
+        load(folder)
+    assert len(load(folder, allow_bad=True).train) + len(load(folder, allow_bad=True).held) == 19
+
+def test_a_link_to_nowhere_is_one_bad_image_not_the_end(tmp_path, load):
+    folder = fill(tmp_path / "photos", [f"{i}.png" for i in range(8)])
+    (folder / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    images = load(folder)
+    assert len(images.train) + len(images.held) == 8
+
+@pytest.mark.parametrize("make", [lambda p: None, lambda p: p.mkdir(), lambda p: p.touch(),
+                                  lambda p: (p.mkdir(), (p / "a.txt").touch()),
+                                  lambda p: (p.mkdir(), (p / "a.png").touch())])
+def test_a_folder_without_images_is_a_users_mistake(tmp_path, load, make):
+    make(tmp_path / "photos")
+    with pytest.raises(UserError, match="--data .*photos"):
+        load(tmp_path / "photos", allow_bad=True)
+
+def test_images_are_decoded_once_and_again_when_they_change(tmp_path, load, monkeypatch):
+    folder = fill(tmp_path / "photos", "abcdef.png gh.png".split())
+    first, real = load(folder), vqldm.decode
+    everything = torch.arange(2)
+    monkeypatch.setattr(vqldm, "decode", lambda *a: pytest.fail("decoded twice"))
+    second = load(folder)
+    assert torch.equal(first.rows(everything), second.rows(everything))
+    monkeypatch.setattr(vqldm, "decode", real)
+    fill(folder, ["gh.png"], size=(30, 30), right="white")
+    assert not torch.equal(load(folder).rows(everything), first.rows(everything))
+
+def test_folders_are_classes_and_train_and_test_the_split(tmp_path, load):
+    """As Kaggle has them, with spaces in the path."""
+    for part, n in (("Train", 3), ("Test", 2)):
+        for c in ("basal cell carcinoma", "nevus"):
+            fill(tmp_path / "Skin cancer" / part / c, [f"{c[0]}{part}{i}.png" for i in range(n)])
+    images = load(tmp_path / "Skin cancer")
+    assert images.classes == ["basal cell carcinoma", "nevus"]
+    assert len(images.train) == 6 and len(images.held) == 4
+    for i, name in enumerate(images.names):
+        assert images.classes[images.labels[i]] == Path(name).parts[1]
+        assert (i in images.held) == name.startswith("Test")
+
+def table(folder, rows):
+    folder.mkdir(exist_ok=True)
+    with open(folder / "metadata.csv", "w", newline="", encoding="utf-8-sig") as f:
+        out = csv.DictWriter(f, rows[0])
+        out.writeheader(), out.writerows(rows)
+
+def test_a_flat_folder_takes_its_classes_from_metadata_csv(tmp_path, load):
+    folder = fill(tmp_path / "isic", ["ISIC_1.png", "ISIC_2.png", "ISIC_3.png"])
+    table(folder, [dict(isic_id="ISIC_1", diagnosis_1="Benign", diagnosis_3="Nevus"),
+                   dict(isic_id="ISIC_2", diagnosis_1="Malignant", diagnosis_3="")])
+    images = load(folder)
+    assert [images.classes[k] for k in images.labels] == ["Nevus", "Malignant", "images"]
+
+def test_photographs_of_one_lesion_stay_on_one_side(tmp_path):
+    """And one whose lesion is unknown is trained on: it might show any of them."""
+    names = [f"ISIC_{i:03d}.jpg" for i in range(300)]
+    lesion = {n: f"IL_{i // 3}" if i < 240 else "" for i, n in enumerate(names)}
+    table(tmp_path, [dict(isic_id=Path(n).stem, lesion_id=lesion[n]) for n in names])
+    held = dict(zip(names, vqldm.arrange(tmp_path, names, 0.25)[1]))
+    sides = {one: {held[n] for n in names if lesion[n] == one} for one in set(lesion.values())}
+    assert all(len(side) == 1 for side in sides.values()) and sides[""] == {False}
+    assert 0.1 < sum(held.values()) / 240 < 0.4
+
+def test_the_split_of_old_images_does_not_change_when_new_ones_come(tmp_path):
+    names = [f"{i:03d}.jpg" for i in range(400)]
+    before = dict(zip(names[::2], vqldm.arrange(tmp_path, names[::2], 0.2)[1]))
+    after = dict(zip(names, vqldm.arrange(tmp_path, names, 0.2)[1]))
+    assert all(after[n] == before[n] for n in before)
+    assert abs(sum(after.values()) / 400 - 0.2) < 4.5 * math.sqrt(0.2 * 0.8 / 400)
+    few = vqldm.arrange(tmp_path, names[:3], 0.001)[1]
+    assert sum(few) == 1                            # of a handful too, something is held out
+
+# ------------------------------------------------------------------------------------------------
+# C. Commands: what they write
+# ------------------------------------------------------------------------------------------------
+
+TINY = "--preset tiny --device cpu --precision fp32".split()
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A folder in which train-vq and train-ldm ran, as a user types them but tiny."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert cli("train-vq", *TINY, *"--lpips off --n-images 96".split()) == 0
+        assert cli("train-ldm", *TINY, "--epochs", 2) == 0
+    return folder
+
+@pytest.fixture()
+def here(trained, monkeypatch, tmp_path):
+    """Work in that folder -> a new folder for what is written."""
+    monkeypatch.chdir(trained)
+    return tmp_path
+
+def is_picture(path):
+    im = Image.open(path)
+    im.load()
+    return min(im.size) > 10 and len(im.convert("RGB").getcolors(2**24)) > 2
+
+def sampled(out, *words):
+    assert cli("sample", "--out", out, "--steps", 3, "--device", "cpu", *words) == 0
+    return {p.relative_to(out).as_posix(): p.read_bytes() for p in sorted(Path(out).rglob("*.png"))}
+
+@pytest.mark.parametrize("run, files", [
+    ("runs/vq", "last.pt best.pt pre_gan.pt log.csv curves.png data_preview.png codebook.png "
+                "recon_epoch_002.png"), ("runs/ldm", "last.pt best.pt log.csv curves.png "
+                                                     "samples_epoch_002.png")])
+def test_training_leaves_the_files_of_the_design(trained, run, files):
+    for name in files.split():
+        assert (trained / run / name).stat().st_size > 0
+        assert not name.endswith(".png") or is_picture(trained / run / name)
+    rows = list(csv.DictReader(open(trained / run / "log.csv")))
+    assert all(math.isfinite(float(v)) for row in rows for v in row.values() if v)
+    assert any("held" in k for k in rows[0]) and not list((trained / run).glob("*.tmp"))
+    state = torch.load(trained / run / "last.pt", weights_only=True)
+    assert not any("lpips" in k or "perceptual" in k for k in state["model"])
+
+def test_first_stage_learns_and_second_stage_beats_predicting_nothing(trained):
+    held = [r for r in csv.DictReader(open(trained / "runs/vq/log.csv")) if r["held_psnr"]]
+    assert float(held[-1]["held_psnr"]) > 12 and float(held[-1]["held_codes_used_percent"]) > 50
+    held = [r for r in csv.DictReader(open(trained / "runs/ldm/log.csv")) if r["held_loss"]]
+    assert float(held[-1]["held_loss"]) < min(1, float(held[0]["held_loss"]))
+
+def read(path):
+    return np.asarray(Image.open(path)).astype(int)
+
+def test_same_seed_same_bytes(here):
+    a, b = (sampled(here / out, "--n", 2, "--seed", 5) for out in "ab")
+    c = sampled(here / "c", "--n", 2, "--seed", 6, "--no-trajectory")
+    assert a == b and {"grid.png", "trajectory.png"} < set(a) and len(a) == 4
+    assert all(is_picture(here / "a" / name) for name in a)
+    assert c["grid.png"] != a["grid.png"] and not set(c.values()) & set(a.values())
+
+def test_sample_number_i_is_the_same_whatever_n_is(here):
+    few, many = (sampled(here / str(n), "--n", n, "--no-trajectory") for n in (3, 34))
+    single = [name for name in few if name[-9:-4].isdigit()]
+    assert len(single) == 3 and set(single) < set(many)
+    for name in single:
+        a, b = read(here / "3" / name), read(here / "34" / name)
+        assert abs(a - b).max() <= 1 and a.std() > 1
+
+def test_class_all_makes_a_folder_that_can_be_trained_on(here):
+    files = sampled(here / "made", "--class", "all", "--n", 3, "--guidance", 2, "--no-trajectory")
+    assert {"grid.png", "guidance.png"} < set(files)
+    images = vqldm.load_images(str(here / "made"), 32, 1, 0.2, vqldm.VQConfig(cache=str(here)))
+    assert images.classes == sorted(vqldm.SYNTHETIC_CLASSES)
+    assert torch.bincount(images.labels).tolist() == [3] * 4
+
+def test_class_and_guidance_change_the_picture_that_one_noise_becomes(here):
+    make = vqldm.Generator(vqldm.load_checkpoint("runs/ldm", ["ldm"], ""), CPU, None, "")
+    a, b, c, again = (make(vqldm.Sampling(steps=3, guidance=w), [7], torch.tensor([k]))[0]
+                      for k, w in ((0, 1.0), (2, 1.0), (0, 8.0), (0, 1.0)))
+    assert len(torch.cat([a, b, c]).unique(dim=0)) == 3 and torch.equal(a, again)
+
+def test_pictures_to_look_at_come_on_request(here, random_lpips):
+    files = sampled(here / "a", *"--n 2 --interpolate --nearest --sampler ddpm --class".split(),
+                    "nevus-like,melanoma-like")
+    wanted = {"interpolate.png", "nearest.png", "guidance.png", "nevus-like/00000.png"}
+    assert wanted < set(files) and all(is_picture(here / "a" / name) for name in wanted)
+
+def test_strength_is_how_far_sample_leaves_the_images_that_it_varies(here):
+    """Almost not at all: they come out as the VQGAN's reconstructions. Fully: from noise alone."""
+    fill(here / "own", [f"{i}.png" for i in range(4)])
+    make = vqldm.Generator(vqldm.load_checkpoint("runs/ldm", ["ldm"], ""), CPU, None, "")
+    x = vqldm.load_images(str(here / "own"), 32, 1, 0.1, vqldm.VQConfig(cache=str(here))).batch(range(4))
+    own, error = make.decode(make.encode(x)).permute(0, 2, 3, 1).numpy(), {}
+    for strength in (0, 0.5, 1):
+        out = here / str(strength)
+        sampled(out, "--class", "nevus-like", "--n", 4, "--no-trajectory", "--from", here / "own",
+                "--cache", here, "--strength", strength)
+        error[strength] = np.mean([abs(read(out / f"{i:05d}.png") - own[i]).mean() for i in range(4)])
+    assert error[0] < 3 and error[0] < error[0.5] < error[1]
+
+def test_evaluate_writes_the_flat_numbers_of_the_design(here, random_lpips):
+    numbers = {}
+    for stage, second in (("vq", "recon"), ("ldm", "samples")):
+        assert cli(*f"evaluate --ckpt runs/{stage} --n 8 --steps 2 --device cpu --out".split(),
+                   here / stage, "--save-images", here / "png") == 0
+        numbers[stage] = json.loads((here / stage / "metrics.json").read_text())
+        assert is_picture(here / stage / "evaluate.png")
+        assert [len(list((here / "png" / name).iterdir())) for name in ("real", second)] == [8, 8]
+    vq, ldm = numbers.values()
+    assert list(vq) == "psnr ssim lpips codes_used_percent perplexity n".split() and vq["n"] == 8
+    assert set(ldm) > set("frechet kernel frechet_real frechet_recon latent_mean latent_std n".split())
+    assert all(math.isfinite(v) for m in (vq, ldm) for v in m.values())
+    assert 0 < vq["codes_used_percent"] <= 100 and 1 <= vq["perplexity"] <= 64 and 0 < vq["ssim"] < 1
+
+def test_evaluate_works_without_lpips(here, monkeypatch):
+    monkeypatch.setattr(vqldm, "load_perceptual", lambda *a: (None, "off"))
+    for stage, missing in (("vq", "lpips"), ("ldm", "frechet")):
+        assert cli("evaluate", "--ckpt", f"runs/{stage}", "--out", here, "--n", 8, "--steps", 1) == 0
+        assert json.loads((here / "metrics.json").read_text())[missing] is None
+
+def test_evaluate_asks_for_no_covariance_of_a_single_image(here, random_lpips, monkeypatch):
+    """It would be NaN, whose eigenvalues crash LAPACK, and with it Python."""
+    fill(here / "few", ["1.png"])
+    sizes, distance = [], vqldm.frechet
+    monkeypatch.setattr(vqldm, "frechet", lambda a, b: (
+        sizes.append(min(len(a), len(b))), 0.0 if sizes[-1] < 2 else distance(a, b))[1])
+    assert cli(*"evaluate --ckpt runs/ldm --steps 1 --no-use-test --out".split(), here, "--data",
+               here / "few", "--cache", here) in (0, 2) and all(n > 1 for n in sizes)
+
+# ------------------------------------------------------------------------------------------------
+# C. Commands: the measures are what they are called
+# ------------------------------------------------------------------------------------------------
+
+def test_frechet_distance_of_known_gaussians():
+    """‖Δmean‖² + tr(A + B - 2√(AB)): a shift costs its length squared, doubling costs tr(A)."""
+    a = randn(500, 6).double() @ randn(6, 6, key=1).double()
+    a -= a.mean(0)
+    shift = torch.arange(6.0).double()
+    assert vqldm.frechet(a, a) == pytest.approx(0, abs=1e-6)
+    assert vqldm.frechet(a, a + shift) == pytest.approx(55, rel=1e-6)
+    assert vqldm.frechet(a, 2 * a) == pytest.approx(float(a.T.cov().trace()), rel=1e-6)
+
+def test_kernel_distance_is_the_unbiased_sum_over_pairs():
+    a, b = randn(5, 3).double(), randn(4, 3, key=1).double() + 1
+
+    def mean(pairs):
+        return np.mean([float((u @ v / 3 + 1) ** 3) for u, v in pairs])
+    want = mean(itertools.permutations(a, 2)) + mean(itertools.permutations(b, 2)) \
+        - 2 * mean(itertools.product(a, b))
+    assert vqldm.kernel_distance(a, b) == pytest.approx(want)
+
+def test_ssim_is_1_for_the_same_image_and_falls_with_noise():
+    u = vqldm.synthetic(4, 32, 0)[0] / 255
+    scores = [float(vqldm.ssim(u, u + s * randn(*u.shape))) for s in (0, 0.02, 0.1, 0.5)]
+    assert scores[0] == pytest.approx(1, abs=1e-5) and scores == sorted(scores, reverse=True)
+    a, b = (torch.full((1, 3, 32, 32), v) for v in (0.4, 0.6))         # only luminance differs
+    assert float(vqldm.ssim(a, b)) == pytest.approx((0.48 + 1e-4) / (0.52 + 1e-4), rel=1e-3)
+
+# ------------------------------------------------------------------------------------------------
+# C. Commands: what they refuse
+# ------------------------------------------------------------------------------------------------
+
+@pytest.fixture()
+def refused(capsys):
+    """refused(words) -> the one sentence on stderr with which the command ends, status 2."""
+    def call(*words):
+        capsys.readouterr()
+        assert cli(*words) == 2
+        text = capsys.readouterr().err
+        assert text.startswith("vqldm: ") and text.count("\n") == 1 and "Traceback" not in text
+        return text
+    return call
+
+def test_sample_refuses_what_it_cannot_do(here, refused):
+    for words, told in (("--class nevus", "--class nevus"), ("--steps 201", "--steps 201"),
+                        ("--ckpt runs/vq", "train-vq"), ("--ckpt nowhere", "--ckpt nowhere"),
+                        ("--ckpt runs/vq/log.csv", "--ckpt runs/vq/log.csv")):
+        assert told in refused("sample", "--out", here / "out", *words.split())
+    assert "--vq runs/ldm" in refused("train-ldm", "--vq", "runs/ldm", "--out", here / "ldm")
+    assert not (here / "out").exists()
+    (here / "full").mkdir()
+    Image.new("RGB", (9, 9)).save(here / "full/holiday.png")
+    assert "--overwrite" in refused("sample", "--out", here / "full")
+
+class Code:
+    """Pickled, this is an order to make a folder."""
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+def test_a_checkpoint_that_is_not_ours_or_not_whole_is_refused_and_runs_no_code(here, refused):
+    whole = Path("runs/ldm/last.pt").read_bytes()
+    state = torch.load("runs/ldm/last.pt", weights_only=True)
+    evil = Code(here / "made by the checkpoint")
+    files = {"cut.pt": whole[:len(whole) // 2], "empty.pt": b"", "text.pt": b"hello",
+             "bare.pt": pickle.dumps(evil), "old.pt": dict(state, format=0),
+             "evil.pt": dict(state, more=evil), "list.pt": [1, 2], "other.pt": dict(weights=1),
+             "wild.pt": dict(state, config=dict(state["config"], T=10**9)),
+             "alien.pt": dict(state, config=dict(state["config"], beyond=1)),
+             "small.pt": dict(state, ema={k: v[:1] for k, v in state["ema"].items()})}
+    files |= {f"no {k}.pt": {q: v for q, v in state.items() if q != k}
+              for k in ("format", "kind", "config", "ema", "scale", "classes", "vq")}
+    for name, content in files.items():
+        if isinstance(content, bytes):
+            (here / name).write_bytes(content)
+        else:
+            torch.save(content, here / name)
+        assert name in refused("sample", "--ckpt", here / name, "--out", here / "out", "--n", 1), name
+    assert not (here / "made by the checkpoint").exists()
+
+def test_a_run_is_not_touched_by_one_that_was_not_meant_for_it(trained, monkeypatch, refused):
+    monkeypatch.chdir(trained)
+    before = {p: p.read_bytes() for p in Path("runs").glob("*/*") if p.is_file()}
+    assert "--overwrite" in refused("train-vq", *TINY) and "--resume" in refused("train-ldm", *TINY)
+    said = refused("train-vq", *TINY, *"--resume --lpips off --n-images 96 --codes 32 --seed 1".split())
+    assert all(word in said for word in ("--codes", "64", "32", "--seed")) and "--size" not in said
+    assert "--preset" in refused("train-vq", "--resume", "--preset", "report")
+    with open("runs/vq/.lock", "r+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "another" in refused("train-vq", *TINY, "--overwrite")
+    assert before == {p: p.read_bytes() for p in before}
+
+def test_a_run_that_cannot_start_leaves_the_one_it_would_replace(trained, tmp_path, monkeypatch, refused):
+    """--overwrite takes away the old run once the new one really begins, not before its checks."""
+    shutil.copytree(trained / "runs", tmp_path / "runs")
+    monkeypatch.chdir(tmp_path)
+    for words in ("train-vq --data nowhere", "train-vq --device cuda:77", "train-ldm --vq nowhere",
+                  "train-ldm --unet-widths 8 8 8 8 8"):
+        refused(*words.split(), "--overwrite")
+        assert Path("runs/vq/last.pt").exists() and Path("runs/ldm/last.pt").exists(), words
+
+def test_training_and_sampling_delete_only_files_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    no_pictures(monkeypatch)
+    mine = fill(tmp_path / "mine", ["photo.png", "another.png"])
+    table(mine, [dict(isic_id="photo")])
+    for name in ("notes.json", "weights.pt"):
+        (mine / name).touch()
+    for more in ([], ["--overwrite"]):
+        assert cli(*SMALL_VQ, "--epochs", 1, "--data", mine, "--out", mine, *more) == 0
+    assert cli("train-ldm", *SMALL, "--vq", mine, *"--T 10 --unet-widths 8 --epochs 1".split()) == 0
+    assert cli("sample", "--n", 1, "--steps", 1, "--out", mine, "--overwrite") == 0
+    for name in ("photo.png", "another.png", "metadata.csv", "notes.json", "weights.pt"):
+        assert (mine / name).exists(), name
+
+# ------------------------------------------------------------------------------------------------
+# C. Commands: stopped, killed, resumed
+# ------------------------------------------------------------------------------------------------
+
+SMALL_LDM = ["train-ldm", *SMALL, *"--T 10 --unet-widths 8 --vq calm/vq".split()]
+STAGES = {"vq": [*SMALL_VQ, *"--epochs 3 --gan-start 1 --d-warmup .4 --revive-every 4".split()],
+          "ldm": [*SMALL_LDM, *"--epochs 3".split()]}
+
+@pytest.fixture(scope="session")
+def calm(tmp_path_factory):
+    """A folder in which both stages ran undisturbed, 17 steps each; the GAN began at step 6."""
+    folder = tmp_path_factory.mktemp("stopped")
+    with pytest.MonkeyPatch.context() as patch:
+        no_pictures(patch)
+        patch.chdir(folder)
+        for stage, words in STAGES.items():
+            assert cli(*words, "--out", f"calm/{stage}") == 0
+    return folder
+
+def same(a, b):
+    """Equal in all that matters, bit for bit."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b or a != a and b != b
+
+def assert_same_run(a, b):
+    names = {p.name for p in Path(a).glob("*.pt")}
+    assert names == {p.name for p in Path(b).glob("*.pt")}
+    for name in names:
+        one, two = (torch.load(Path(f, name), weights_only=True) for f in (a, b))
+        for part in one.keys() - {"config", "speed"}:
+            assert same(one[part], two[part]), (name, part)
+    assert Path(a, "log.csv").read_bytes() == Path(b, "log.csv").read_bytes()
+
+def stop_at(patch, step, number=signal.SIGINT):
+    """Like a user's Ctrl-C in the middle of this step."""
+    indices = vqldm.Run.indices
+
+    def asked(self):
+        if self.step == step:
+            os.kill(os.getpid(), number)
+        return indices(self)
+    patch.setattr(vqldm.Run, "indices", asked)
+
+@pytest.mark.parametrize("stage, step, number", [
+    ("vq", 0, signal.SIGINT), ("vq", 3, signal.SIGTERM), ("vq", 5, signal.SIGINT),
+    ("vq", 6, signal.SIGINT), ("vq", 12, signal.SIGTERM), ("ldm", 0, signal.SIGTERM),
+    ("ldm", 9, signal.SIGINT)])
+def test_stopped_and_resumed_is_bit_for_bit_the_undisturbed_run(
+        calm, tmp_path, monkeypatch, capsys, stage, step, number):
+    """Weights, both optimisers, EMA, best checkpoint and log; before, at and after the GAN's start.
+    The step in hand is finished; the exit status is the signal's."""
+    no_pictures(monkeypatch)
+    monkeypatch.chdir(calm)
+    with monkeypatch.context() as patch:
+        stop_at(patch, step, number)
+        assert cli(*STAGES[stage], "--out", tmp_path) == 128 + number
+    assert "--resume" in capsys.readouterr().out
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == step + 1
+    assert cli(STAGES[stage][0], "--resume", "--out", tmp_path) == 0       # all else is recorded
+    assert_same_run(f"calm/{stage}", tmp_path)
+
+def test_a_second_ctrl_c_ends_at_once(calm, tmp_path, monkeypatch):
+    no_pictures(monkeypatch)
+    monkeypatch.chdir(calm)
+    stop_at(monkeypatch, 3), stop_at(monkeypatch, 3)
+    assert cli(*STAGES["ldm"], "--out", tmp_path) == 130 and not (tmp_path / "last.pt").exists()
+
+def test_minutes_end_a_run_early_saved_and_at_rest(calm, tmp_path, monkeypatch):
+    """The learning rate has come down by then, as at the end of all epochs."""
+    no_pictures(monkeypatch)
+    monkeypatch.chdir(calm)
+    clock = iter(range(10**6))                      # each look at the clock finds a second gone
+    monkeypatch.setattr(vqldm.time, "monotonic", lambda: float(next(clock)))
+    assert cli(*STAGES["ldm"], "--epochs", 10**5, "--minutes", 2, "--out", tmp_path) == 0
+    state = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert 10 < state["step"] < 130
+    assert state["opt"]["param_groups"][0]["lr"] < 0.1 * vqldm.LDMConfig().lr
+
+def test_a_run_that_replaced_another_can_be_resumed(calm, tmp_path, monkeypatch):
+    no_pictures(monkeypatch)
+    monkeypatch.chdir(calm)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3)
+        cli(*STAGES["ldm"], "--out", tmp_path, "--overwrite")
+    assert cli("train-ldm", "--resume", "--out", tmp_path) == 0
+    assert cli("train-ldm", "--resume", "--out", tmp_path) == 0            # and once more: no harm
+    assert_same_run("calm/ldm", tmp_path)
+
+def test_last_pt_is_written_after_the_checkpoints_that_it_knows_of(calm, tmp_path, monkeypatch):
+    """Killed in between, resume repeats the step and writes them again; the other way round the
+    best checkpoint would be lost for good."""
+    no_pictures(monkeypatch)
+    monkeypatch.chdir(calm)
+    written, write = [], vqldm.write_whole
+    monkeypatch.setattr(vqldm, "write_whole", lambda path, f: (written.append(path.name), write(path, f)))
+    assert cli(*STAGES["vq"], "--out", tmp_path) == 0
+    saves = " ".join(n for n in written if n.endswith((".pt", "log.csv"))).split("log.csv")
+    assert any("best.pt" in s for s in saves) and all(s.split()[-1:] in ([], ["last.pt"]) for s in saves)
+
+def nan_at(patch, steps):
+    """A batch of NaN at these training steps."""
+    batch, n = vqldm.Images.batch, itertools.count()
+
+    def spoiled(self, indices, turns=None):
+        x = batch(self, indices, turns)
+        return x * math.nan if turns is not None and next(n) in steps else x
+    patch.setattr(vqldm.Images, "batch", spoiled)
+
+@pytest.mark.parametrize("step", [4, 9])
+def test_one_bad_batch_is_skipped(calm, tmp_path, monkeypatch, capsys, step):
+    no_pictures(monkeypatch)
+    monkeypatch.chdir(calm)
+    nan_at(monkeypatch, [step])
+    before, update = [], vqldm.Run.update
+
+    def watch(self, optimizer, params, losses):
+        old = [p.detach().clone() for p in params]
+        done = update(self, optimizer, params, losses)
+        before.append((self.step, done, all(map(torch.equal, old, params))))
+        return done
+    monkeypatch.setattr(vqldm.Run, "update", watch)
+    assert cli(*STAGES["vq"], "--out", tmp_path) == 0
+    assert [b for b in before if not b[1] or b[2]] == [(step, False, True)]     # nothing moved
+    assert f"step {step}: rec" in capsys.readouterr().out
+    state = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert state["step"] == 17 and all(w.isfinite().all() for w in state["model"].values())
+
+def test_five_bad_batches_in_a_row_end_the_run_and_name_the_term(calm, tmp_path, monkeypatch, refused):
+    no_pictures(monkeypatch)
+    monkeypatch.chdir(calm)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 8)
+        cli(*STAGES["vq"], "--out", tmp_path)
+    good = (tmp_path / "last.pt").read_bytes()
+    nan_at(monkeypatch, range(1, 99))
+    said = refused("train-vq", "--resume", "--out", tmp_path)
+    assert "rec" in said and "--lr" in said and (tmp_path / "last.pt").read_bytes() == good
+
+KILLER = """
+import json, os, random, signal, sys, time
+import torch, vqldm
+torch.set_num_threads(1)
+vqldm.SAVE_EVERY = 0                    # a checkpoint at each step: many kills hit one half written
+for name in ("draw_rows", "draw_curves", "draw_usage"):
+    setattr(vqldm, name, lambda *a, **kw: None)
+def start(*words):
+    if pid := os.fork():
+        return pid
+    sys.stdout = sys.stderr = open(os.devnull, "w")
+    try:
+        vqldm.main(list(words))
+        os._exit(0)
+    finally:
+        os._exit(1)
+def wait(pid):
+    return os.waitpid(pid, 0)[1]
+for stage, words in json.loads(sys.argv[2]).items():
+    began, dice = time.monotonic(), random.Random(stage)
+    assert wait(start(*words, "--out", f"calm/{stage}")) == 0
+    whole = time.monotonic() - began
+    words = [*words, "--out", f"killed/{stage}", "--resume", "--cache", "killed/cache"]
+    for _ in range(int(sys.argv[1])):
+        pid = start(*words)
+        time.sleep(whole * dice.random())
+        os.kill(pid, signal.SIGKILL)
+        wait(pid)
+    assert wait(start(*words)) == 0
+"""
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
+def test_killed_at_any_moment_and_resumed_is_the_undisturbed_run(tmp_path):
+    stages = {k: [str(w) for w in words] for k, words in STAGES.items()}
+    subprocess.run([sys.executable, "-c", KILLER, "20" if LONG else "3", json.dumps(stages)], check=True,
+                   cwd=tmp_path, env=dict(os.environ, PYTHONPATH=str(HERE), OMP_NUM_THREADS="1"))
+    for stage in STAGES:
+        assert_same_run(tmp_path / "calm" / stage, tmp_path / "killed" / stage)
+        assert not list((tmp_path / "killed" / stage).glob("*.tmp"))
+
+# ------------------------------------------------------------------------------------------------
+# C. Commands: who wins, and a demo
+# ------------------------------------------------------------------------------------------------
+
+def test_default_yields_to_preset_to_recorded_to_typed():
+    cls, tiny = vqldm.VQConfig, dict(preset="tiny")
+    assert vqldm.settings(cls, {}) == cls()
+    assert vqldm.settings(cls, tiny).epochs == vqldm.PRESETS["tiny"][cls]["epochs"] != cls().epochs
+    assert vqldm.settings(cls, dict(tiny, epochs=7)).epochs == 7
+    recorded = dataclasses.asdict(vqldm.settings(cls, dict(tiny, epochs=9, codes=48)))
+    resumed = vqldm.settings(cls, dict(resume=True), recorded)
+    assert (resumed.epochs, resumed.codes, resumed.size, resumed.preset) == (9, 48, 32, "tiny")
+    assert vqldm.settings(cls, dict(tiny, epochs=20), recorded).epochs == 20       # free to change
+    with pytest.raises(UserError, match="--codes was 48, now 64"):
+        vqldm.settings(cls, dict(codes=64), recorded)
+
+def test_every_preset_is_possible():
+    for preset, parts in vqldm.PRESETS.items():
+        for cls, values in parts.items():
+            cfg = vqldm.settings(cls, dict(preset=preset))
+            assert all(getattr(cfg, k) == v for k, v in values.items())
+            assert vqldm.check_values(cls, dataclasses.asdict(cfg)) == dataclasses.asdict(cfg)
+
+def test_demo_is_the_three_commands_in_a_row(monkeypatch):
+    run, ran = vqldm.run_command, []
+
+    def one(words):
+        if words[0] == "demo":
+            return run(words)
+        ran.append((words[0], vqldm.settings(*vqldm.parse_command(words)[1:])))
+        return 0
+    monkeypatch.setattr(vqldm, "run_command", one)
+    assert cli(*"demo --preset tiny --seed 3 --out d --data x".split()) == 0
+    (a, vq), (b, ldm), (c, sample) = ran
+    assert (a, b, c) == ("train-vq", "train-ldm", "sample") and vq.data == "x"
+    assert vq.out == ldm.vq and ldm.out == sample.ckpt and {vq.seed, ldm.seed, sample.seed} == {3}
+    assert vq.preset == ldm.preset == "tiny"

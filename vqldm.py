@@ -114,7 +114,7 @@ class VQConfig(Training):
     codebook_weight: float = opt(1.0, "weight of the codebook loss (3)", 0, 1e4)
     commit_weight: float = opt(0.25, "weight of the commitment loss (4)", 0, 1e4)
     revive_every: int = opt(50, "steps between two revivals of unused codes", 1, 10**6)
-    perceptual_weight: float = opt(1.0, "weight of LPIPS", 0, 1e4)
+    perceptual_weight: float = opt(0.5, "weight of LPIPS", 0, 1e4)
     lpips: str = opt("auto", "network of LPIPS; auto: squeeze if its weights can be had",
                      choices=("auto", "off", "squeeze", "alex", "vgg"))
     gan_weight: float = opt(0.5, "weight of the adversarial loss, beside lam; 0: no GAN", 0, 1e4)
@@ -124,7 +124,7 @@ class VQConfig(Training):
     d_widths: tuple[int, ...] = opt((32, 64, 128), "channels of the layers of D", 1, 4096)
     d_lr: float = opt(4e-4, "learning rate of D", 1e-9, 1)
     lr: float = opt(1e-3, "learning rate, never scaled by batch size or processes", 1e-9, 1)
-    codes_lr: float = opt(5e-3, "learning rate of the codes, which must keep up with z", 1e-9, 1)
+    codes_lr: float = opt(1e-2, "learning rate of the codes, which must keep up with z", 1e-9, 1)
     batch_size: int = opt(8, "images in a step, over all processes", 2, 2**20)
     epochs: int = opt(6, "passes over the training images", 1, 10**6, free=True)
 
@@ -229,8 +229,9 @@ PRESETS = {         # "report" is the recipe of the reference report
         LDMConfig: dict(unet_widths=(32, 64), batch_size=16, epochs=4, warmup=5, T=200)},
     "report": {
         VQConfig: dict(size=256, n_images=20_000, widths=(128, 128, 256, 256), z_dim=256,
-                       codes=1024, commit_weight=1.0, gan_weight=1.0, d_widths=(64, 128, 256),
-                       lr=1e-4, codes_lr=5e-4, d_lr=1e-4, epochs=40, decay=0.0),
+                       codes=1024, commit_weight=1.0, perceptual_weight=1.0, gan_weight=1.0,
+                       d_widths=(64, 128, 256), lr=1e-4, codes_lr=5e-4, d_lr=1e-4, epochs=40,
+                       decay=0.0),
         LDMConfig: dict(target="eps", unet_widths=(256, 512), class_cond=False, lr=1e-4, views=8,
                         batch_size=32, epochs=200, ema=0.9999, decay=0.0)}}
 
@@ -313,7 +314,7 @@ def settings(cls, typed, recorded=None):
     preset = PRESETS.get(typed.get("preset", "default"), {}).get(cls, {})
     cfg = cls(**{**preset, **(recorded or {}), **typed})
     differ = [f"{flag(fd.name)} was {recorded[fd.name]}, now {getattr(cfg, fd.name)}"
-              for fd in fields(cls) if recorded and not fd.metadata["free"]
+              for fd in fields(cls) if fd.name in (recorded or {}) and not fd.metadata["free"]
               and recorded[fd.name] != getattr(cfg, fd.name)]
     if differ:
         raise UserError("--resume goes on with the recorded settings, but " + "; ".join(differ)
@@ -1086,7 +1087,7 @@ FORMAT = 1              # of checkpoints; counts up when their meaning changes
 STAGES = {"vq": VQConfig, "ldm": LDMConfig}
 LOG_EVERY = 10          # steps between two rows of log.csv
 WRITTEN = ("last.pt", "best.pt", "pre_gan.pt", "log.csv", "curves.png", "data_preview.png",
-           "codebook.png", "recon_epoch_*.png", "samples_epoch_*.png", "evaluate.png", "metrics.json")
+           "codebook.png", "recon_epoch_*.png", "samples_epoch_*.png")
 SAVE_EVERY = 300        # seconds between two checkpoints inside a long epoch
 FIRST_LOOK = 100        # step of the first measurement and picture, before the first epoch ends
 
@@ -1192,9 +1193,6 @@ class Run:
         if last.exists() and not cfg.resume and not cfg.overwrite:
             raise UserError(f"--out {self.folder}: already holds a run; --resume goes on with it, "
                             "--overwrite replaces it, another --out leaves it alone")
-        if rank() == 0:
-            make_folder(self.folder)
-            self.lock = lock_folder(self.folder)
         if cfg.resume and last.exists():
             self.state = load_checkpoint(last, [kind], "--resume")
             for name in ("log", "best", "step", "bad"):
@@ -1202,19 +1200,22 @@ class Run:
             cfg = settings(type(cfg), typed, self.state["config"])
         elif cfg.resume:
             say(f"nothing to resume in {self.folder} yet: starting from the beginning")
-        for name in WRITTEN if rank() == 0 and not self.state else ():
-            for p in self.folder.glob(name):            # only what a run writes: never your files
-                p.unlink()
         self.cfg = cfg
         if cfg.batch_size % world():
             raise UserError(f"--batch-size {cfg.batch_size}: no multiple of {world()} processes")
         self.device, self.dtype = pick_device(cfg)
         torch.manual_seed(cfg.seed)     # first weights: the only use of the global generator
 
-    def restore(self, parts):
-        """{name: network or optimiser}: load them from the checkpoint, if there is one."""
+    def open(self, parts):
+        """The first writing, when all else is known to be right: lock the folder, then load {name:
+        network or optimiser} from the checkpoint, or clear away an old run. Never your files."""
+        if rank() == 0:
+            self.lock = lock_folder(make_folder(self.folder))
         for name, part in parts.items() if self.state else ():
             load_weights(part, self.state[name], self.folder)
+        for name in WRITTEN if rank() == 0 and not self.state else ():
+            for p in self.folder.glob(name):
+                p.unlink()
 
     def steps(self, n):
         """The one clock of a run: yields step numbers until all epochs, --minutes or a signal end
@@ -1390,7 +1391,7 @@ def train_vq(cfg, typed):
     codes = {vqgan.codebook.embedding.weight: cfg.codes_lr}
     opt = make_optimizer(vqgan, cfg.lr, (0.9, 0.99), codes)
     opt_d = make_optimizer(disc, cfg.d_lr, (0.5, 0.9))
-    run.restore(dict(model=vqgan, disc=disc, opt=opt, opt_d=opt_d))
+    run.open(dict(model=vqgan, disc=disc, opt=opt, opt_d=opt_d))
     forward = torch.compile(vqgan) if cfg.compile else vqgan
     params, params_d, last = [*vqgan.parameters()], [*disc.parameters()], vqgan.decoder.last.weight
     book, n, B = vqgan.codebook, len(images.train), cfg.batch_size
@@ -1480,7 +1481,7 @@ def train_vq(cfg, typed):
             names.append("pre_gan.pt")
         if looked or names or time.monotonic() - run.saved > SAVE_EVERY:
             run.save(state, names)
-    note = "" if perceptual else "trained WITHOUT the perceptual loss (no LPIPS weights); "
+    note = "" if perceptual or cfg.lpips == "off" else "trained WITHOUT LPIPS; "
     return run.finish(state, note, f"train-ldm --vq {run.folder}")
 
 # ------------------------------------------------------------------------------------------------
@@ -1755,7 +1756,7 @@ def train_ldm(cfg, typed):
     net.to(memory_format=torch.channels_last)
     ema = copy.deepcopy(net).requires_grad_(False).eval()
     opt = make_optimizer(net, cfg.lr, (0.9, 0.99))
-    run.restore(dict(model=net, ema=ema, opt=opt))
+    run.open(dict(model=net, ema=ema, opt=opt))
     forward, params = torch.compile(net) if cfg.compile else net, [*net.parameters()]
     n, B = len(images.train), cfg.batch_size
     say(f"UNet {count(net)}; {h}×{h}×{vq_cfg.z_dim} latents, {n_classes or 'no'} classes, target "
@@ -2202,7 +2203,8 @@ def main(argv=None):
         if isinstance(e, MemoryError) or "memory" in str(e).lower():
             text = "out of memory; a smaller --batch-size or --size helps. Checkpoints are whole"
         elif isinstance(e, OSError) and e.errno:
-            text = f"{e.filename or 'writing a file'}: {e.strerror}. Checkpoints are whole"
+            text = f"{e.filename or 'writing'}: {e.strerror}. Free some space, or use another " \
+                "folder; checkpoints are whole"
         else:
             raise
     if text is not None and rank() == 0:
