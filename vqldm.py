@@ -126,7 +126,7 @@ class VQConfig(Training):
     lr: float = opt(1e-3, "learning rate, never scaled by batch size or processes", 1e-9, 1)
     codes_lr: float = opt(2e-2, "learning rate of the codes, which must keep up with z", 1e-9, 1)
     batch_size: int = opt(8, "images in a step, over all processes", 2, 2**20)
-    epochs: int = opt(6, "passes over the training images", 1, 10**6, free=True)
+    epochs: int = opt(5, "passes over the training images", 1, 10**6, free=True)
 
     @property
     def f(self):        # derived: numbers that must agree are one number
@@ -1852,7 +1852,7 @@ def figure(path, size, draw, **layout):
     from matplotlib.figure import Figure
     fig = Figure(figsize=size, dpi=100, layout="constrained")
     draw(fig.subplots(squeeze=False, **layout).flatten())
-    write_whole(Path(path), lambda f: fig.savefig(f, format="png"))
+    write_whole(Path(path), lambda f: fig.savefig(f, format="png", bbox_inches="tight"))
 
 def draw_rows(path, rows, columns=8):
     """{label: uint8 images (n,3,H,W)} -> a picture with a labelled strip for each, without axes."""
