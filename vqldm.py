@@ -312,6 +312,7 @@ def parse_command(argv):
 def settings(cls, typed, recorded=None):
     """Default < preset < recorded < typed. What differs from the record is an error."""
     preset = PRESETS.get(typed.get("preset", "default"), {}).get(cls, {})
+    recorded = recorded and {**recorded, "overwrite": False}       # was for that session only
     cfg = cls(**{**preset, **(recorded or {}), **typed})
     differ = [f"{flag(fd.name)} was {recorded[fd.name]}, now {getattr(cfg, fd.name)}"
               for fd in fields(cls) if fd.name in (recorded or {}) and not fd.metadata["free"]
@@ -721,7 +722,7 @@ def load_images(source, size, n_images, held_out, cfg):
             raise UserError(f"--data {source}: no image in it, {other} other files; images end in "
                             + " ".join(SUFFIXES))
         classes, held = arrange(folder, names, held_out)
-        stats = [os.stat(folder / name) for name in names]
+        stats = [os.lstat(folder / name) for name in names]
         label, step = folder.resolve().name, 256
         key = (str(folder.resolve()), names, [(s.st_size, s.st_mtime_ns) for s in stats])
     key = f"{int(place(repr((key, classes, held, size))) * 2**52):013x}"
@@ -1090,6 +1091,8 @@ def load_perceptual(wanted, device):
 
 FORMAT = 1              # of checkpoints; counts up when their meaning changes
 STAGES = {"vq": VQConfig, "ldm": LDMConfig}
+PARTS = {"vq": ("model", "disc", "opt", "opt_d", "lpips"),
+         "ldm": ("model", "ema", "opt", "scale", "classes", "class_counts", "conditional", "vq")}
 LOG_EVERY = 10          # steps between two rows of log.csv
 WRITTEN = ("last.pt", "best.pt", "pre_gan.pt", "log.csv", "curves.png", "data_preview.png",
            "codebook.png", "recon_epoch_*.png", "samples_epoch_*.png")
@@ -1121,8 +1124,8 @@ def load_checkpoint(where, kinds, flag_name):
         raise UserError(f"{flag_name} {where}: no checkpoint there; {need} makes one")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["format"] != FORMAT:
-            raise ValueError("format")
+        if state["format"] != FORMAT or not all(part in state for part in PARTS[state["kind"]]):
+            raise ValueError("a part is missing")
         if state["kind"] in kinds:
             for part in [state, state["vq"]] if state["kind"] == "ldm" else [state]:
                 part["config"] = check_values(STAGES[part["kind"]], part["config"])
@@ -1164,16 +1167,15 @@ def lock_folder(folder):
     return f
 
 def quiet_bar(total, name, unit="img", start=0):
-    """A progress line, rewritten in a terminal; in a file, a line every half minute."""
-    live = sys.stderr.isatty()
-    return tqdm(total=total, initial=start, desc=name, unit=unit, disable=rank() > 0, leave=False,
-                mininterval=0.5 if live else 30, delay=0 if live else 30, dynamic_ncols=True,
+    """A progress line, rewritten in a terminal; none in a file, where report() says a line a minute."""
+    return tqdm(total=total, initial=start, desc=name, unit=unit, leave=False, dynamic_ncols=True,
+                disable=rank() > 0 or not sys.stderr.isatty(), mininterval=0.5,
                 bar_format="{desc} {n_fmt}/{total_fmt} {elapsed}<{remaining}{postfix}")
 
-def make_optimizer(net, lr, betas, own={}):
+def make_optimizer(net, lr, betas, own=()):
     """Adam, with learning rates of their own for some parameters. (fused: one pass over all.)"""
     groups = [dict(params=[p for p in net.parameters() if p not in set(own)], initial_lr=lr)]
-    groups += [dict(params=[p], initial_lr=own_lr) for p, own_lr in own.items()]
+    groups += [dict(params=[p], initial_lr=own_lr) for p, own_lr in dict(own).items()]
     return torch.optim.Adam(groups, lr, betas, fused=True)
 
 def memory_gb(device):
@@ -1194,7 +1196,7 @@ class Run:
     def __init__(self, cfg, typed, kind):
         self.kind, self.folder, last = kind, Path(cfg.out), Path(cfg.out) / "last.pt"
         self.state, self.log, self.best = None, [], math.inf
-        self.step, self.bad, self.signal = 0, 0, 0
+        self.step, self.bad, self.signal, self.skipped = 0, 0, 0, False
         if last.exists() and not cfg.resume and not cfg.overwrite:
             raise UserError(f"--out {self.folder}: already holds a run; --resume goes on with it, "
                             "--overwrite replaces it, another --out leaves it alone")
@@ -1227,7 +1229,7 @@ class Run:
         it. Ctrl-C and SIGTERM only ask: the step is finished and saved. A second one kills."""
         cfg, self.n, self.first, self.waited = self.cfg, n, self.step, 0.0
         self.total, self.began = math.ceil(cfg.epochs * n / cfg.batch_size), time.monotonic()
-        self.saved = self.began
+        self.saved = self.spoke = self.began
 
         def ask(number, frame):
             self.signal = number
@@ -1236,8 +1238,9 @@ class Run:
         self.bar = quiet_bar(self.total, f"train-{self.kind}", "step", self.step)
         try:
             while self.step < self.total:
-                now = torch.tensor([time.monotonic() - self.began, float(self.signal)]).double()
+                now = [time.monotonic() - self.began, self.signal]
                 if world() > 1:                     # all processes must see the same clock
+                    now = torch.tensor(now, dtype=torch.float32, device=self.device)
                     dist.all_reduce(now, dist.ReduceOp.MAX)
                 self.elapsed, self.signal = float(now[0]), int(now[1])
                 if self.signal or cfg.minutes and self.elapsed > cfg.minutes * 60:
@@ -1275,15 +1278,15 @@ class Run:
         the device, the only place in a step that does.)"""
         average_gradients(params)
         if math.isfinite(float(nn.utils.clip_grad_norm_(params, self.cfg.clip))):
-            self.bad = 0
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * self.lr_factor()
             optimizer.step()
             return True
-        self.bad += 1
-        names = [k for k, v in losses.items() if not math.isfinite(float(v))] or ["the gradient"]
+        self.bad, self.skipped = self.bad + 1, True
+        names = [k for k, v in losses.items() if not v.isfinite()] or ["the gradient"]
         say(f"WARNING step {self.step}: {', '.join(names)} not finite; this step is skipped")
         if self.bad >= 5:
+            self.bar.close()
             raise UserError(f"step {self.step}: {', '.join(names)} not finite five times in a row. "
                             "The last checkpoint is untouched; start anew with a lower --lr")
         return False
@@ -1292,7 +1295,7 @@ class Run:
         """Count the step; every LOG_EVERY steps a row of the log and the progress line. -> True
         when it is time to measure and draw: once early, some ten times a run, and at the end."""
         cfg, before, lr = self.cfg, self.epoch, self.cfg.lr * self.lr_factor()
-        self.step += 1
+        self.step, self.bad, self.skipped = self.step + 1, self.bad * self.skipped, False
         new = self.epoch > before and self.epoch % max(1, cfg.epochs // 10) == 0
         look = new or self.step in (FIRST_LOOK, self.total)
         if look or self.step % LOG_EVERY == 0:
@@ -1301,10 +1304,13 @@ class Run:
             at = self.step * cfg.batch_size / self.n
             self.log.append(dict(step=self.step, epoch=at, lr=lr, **row))
             waiting = 100 * self.waited / (time.monotonic() - self.began)
-            self.bar.set_postfix_str(
-                f"epoch {at:.1f} " + " ".join(f"{k} {v:.3g}" for k, v in row.items())
-                + f" | {self.speed():.0f} img/s, {waiting:.0f} % waiting for data, "
-                f"{memory_gb(self.device):.1f} GB", refresh=False)
+            text = f"epoch {at:.1f} " + " ".join(f"{k} {v:.3g}" for k, v in row.items()) \
+                + f" | {self.speed():.0f} img/s, {waiting:.0f} % waiting for data, " \
+                f"{memory_gb(self.device):.1f} GB"
+            self.bar.set_postfix_str(text, refresh=False)
+            if self.bar.disable and time.monotonic() - self.spoke > 60:
+                self.spoke = time.monotonic()
+                say(f"step {self.step} of {self.total}, {text}")
         return look
 
     def speed(self):                    # images per second, in this session
@@ -1316,7 +1322,7 @@ class Run:
             whole = dict(format=FORMAT, kind=self.kind, config=asdict(self.cfg), step=self.step,
                          log=self.log, best=self.best, bad=self.bad, torch=str(torch.__version__),
                          speed=[self.speed(), memory_gb(self.device)], **state())
-            for name in ("last.pt", *names):
+            for name in (*names, "last.pt"):    # in this order: a kill in between repeats them all
                 write_whole(self.folder / name, lambda f: torch.save(whole, f))
             keys = list(dict.fromkeys(k for row in self.log for k in row))
             rows = [[f"{row[k]:.6g}" if k in row else "" for k in keys] for row in self.log]
@@ -1940,7 +1946,8 @@ def sample(cfg, typed):
     """Noise -> latents -> codes -> pixels, batch by batch: memory does not grow with --n."""
     state = load_checkpoint(cfg.ckpt, ["ldm"], "--ckpt")
     classes = state["classes"] if state["conditional"] else []
-    names = [c.strip() for c in cfg.class_.split(",")] if cfg.class_ else []
+    names = [c.strip() for c in cfg.class_.split(",")] if cfg.class_ not in ("", *classes) \
+        else [cfg.class_] * bool(cfg.class_)        # a name may hold a comma: "Melanoma, NOS"
     names = list(classes) if names == ["all"] and classes else names
     for c in names:
         if c not in classes:
@@ -1974,17 +1981,17 @@ def sample(cfg, typed):
                 levels = max(1, round(cfg.strength * T))
                 z0 = make.encode(images.batch(source[numbers % len(source)]))
                 t = torch.full((len(z0),), levels - 1, device=make.device)
-                z = make.diffusion.add_noise(z0, t, make.noise_of(cfg.seed, numbers)())
+                z = make.diffusion.add_noise(z0, t, make.noise_of(f"{cfg.seed} from", numbers)())
             x, steps = make(cfg, numbers, label, z, levels)
             for c in shown:
                 mine = label == classes.index(c) if classes else numbers >= 0
-                to = folder / c if len(names) > 1 else folder
+                to = folder / re.sub(r"[^\w ,+-]", "_", c) if len(names) > 1 else folder
                 write_pngs(to, x[mine], numbers[mine].tolist())
                 shown[c].extend(x[mine][:max(0, (16 if classes else 64) - len(shown[c]))])
-            if cfg.trajectory and not bar.n:
+            if cfg.trajectory and numbers[0] == 0:
                 draw_trajectory(folder / "trajectory.png", steps, make)
-            z0 = steps[-1][0].double()
-            sums += torch.stack([z0.new_tensor(z0.numel()), z0.sum(), z0.square().sum()]).cpu()
+            z0 = steps[-1][0].cpu().double()
+            sums += torch.stack([torch.tensor(z0.numel()), z0.sum(), z0.square().sum()])
             bar.update(len(x))
     mean, square = (sums[1:] / sums[0]).tolist()
     std = (square - mean ** 2) ** 0.5
@@ -2095,6 +2102,8 @@ def evaluate(cfg, typed):
         held = torch.cat([test.train, test.held]).unique()
     held = held[torch.randperm(len(held), generator=rng(cfg.seed, "evaluate"))]
     real, second = held[:cfg.n], held[cfg.n:2 * cfg.n]
+    if len(held) < 2:
+        raise UserError(f"--data {cfg.data or source}: one held-out image is no set; give more")
     out = make_folder(cfg.out or (cfg.ckpt if Path(cfg.ckpt).is_dir() else Path(cfg.ckpt).parent))
     m, _, x, x_hat = measure_vq(vqgan, test, real, perceptual, device, dtype)
     say(f"{len(real)} held-out images of {test.source}")
