@@ -1167,7 +1167,7 @@ def lock_folder(folder):
     return f
 
 def quiet_bar(total, name, unit="img", start=0):
-    """A progress line, rewritten in a terminal; none in a file, where report() says a line a minute."""
+    """A progress line in a terminal; none in a file, where report() says a line a minute."""
     return tqdm(total=total, initial=start, desc=name, unit=unit, leave=False, dynamic_ncols=True,
                 disable=rank() > 0 or not sys.stderr.isatty(), mininterval=0.5,
                 bar_format="{desc} {n_fmt}/{total_fmt} {elapsed}<{remaining}{postfix}")
@@ -1491,7 +1491,7 @@ def train_vq(cfg, typed):
             look(names)
         if run.step == gan_at:
             names.append("pre_gan.pt")
-        if looked or names or time.monotonic() - run.saved > SAVE_EVERY:
+        if (looked or names or time.monotonic() - run.saved > SAVE_EVERY) and not run.bad:
             run.save(state, names)
     note = "" if perceptual or cfg.lpips == "off" else "trained WITHOUT LPIPS; "
     return run.finish(state, note, f"train-ldm --vq {run.folder}")
@@ -1835,7 +1835,7 @@ def train_ldm(cfg, typed):
         names, looked = [], run.report(dict(loss=loss))
         if looked and rank() == 0:
             look(names)
-        if looked or time.monotonic() - run.saved > SAVE_EVERY:
+        if (looked or time.monotonic() - run.saved > SAVE_EVERY) and not run.bad:
             run.save(state, names)
     return run.finish(state, "", f"sample --ckpt {run.folder}")
 
