@@ -721,6 +721,8 @@ def load_images(source, size, n_images, held_out, cfg):
         if not names:
             raise UserError(f"--data {source}: no image in it, {other} other files; images end in "
                             + " ".join(SUFFIXES))
+        if other:
+            say(f"passed over {other} files that are no photographs (masks, tables, unfinished ones)")
         classes, held = arrange(folder, names, held_out)
         stats = [os.lstat(folder / name) for name in names]
         label, step = folder.resolve().name, 256
@@ -1844,7 +1846,7 @@ def train_ldm(cfg, typed):
 # ------------------------------------------------------------------------------------------------
 # What a run leaves to look at. matplotlib is imported only where a picture is drawn.
 
-VQ_CURVES = {"losses": dict(rec="‖x - x̂‖²", perc="LPIPS", codebook="codebook", commit="commit"),
+VQ_CURVES = {"losses": dict(rec="‖x - x̂‖²", perc="LPIPS", codebook="codebook = commitment"),
              "GAN": dict(d_real="D(real)", d_fake="D(fake)", d_loss="hinge"), "λ": dict(lam="λ"),
              "held-out PSNR, dB": dict(held_psnr=""), "perplexity": dict(held_perplexity="")}
 LDM_CURVES = {"loss, 1 = none learnt": dict(loss="training", held_loss="held out"),
