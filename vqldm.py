@@ -126,7 +126,7 @@ class VQConfig(Training):
     lr: float = opt(1e-3, "learning rate, never scaled by batch size or processes", 1e-9, 1)
     codes_lr: float = opt(2e-2, "learning rate of the codes, which must keep up with z", 1e-9, 1)
     batch_size: int = opt(8, "images in a step, over all processes", 2, 2**20)
-    epochs: int = opt(5, "passes over the training images", 1, 10**6, free=True)
+    epochs: int = opt(4, "passes over the training images", 1, 10**6, free=True)
 
     @property
     def f(self):        # derived: numbers that must agree are one number
@@ -722,7 +722,7 @@ def load_images(source, size, n_images, held_out, cfg):
             raise UserError(f"--data {source}: no image in it, {other} other files; images end in "
                             + " ".join(SUFFIXES))
         if other:
-            say(f"passed over {other} files that are no photographs (masks, tables, unfinished ones)")
+            say(f"passed over {other} files that are no photographs: masks, tables, unfinished")
         classes, held = arrange(folder, names, held_out)
         stats = [os.lstat(folder / name) for name in names]
         label, step = folder.resolve().name, 256
