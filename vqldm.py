@@ -162,7 +162,7 @@ class LDMConfig(Training):
     ema: float = opt(0.999, "decay of the running mean of the weights, which samples", 0, 0.99999)
     lr: float = opt(1e-3, "learning rate, never scaled by batch size or processes", 1e-9, 1)
     batch_size: int = opt(32, "latents in a step, over all processes", 1, 2**20)
-    epochs: int = opt(20, "passes over the training latents", 1, 10**6, free=True)
+    epochs: int = opt(18, "passes over the training latents", 1, 10**6, free=True)
 
     def check(self):
         super().check()
