@@ -785,10 +785,11 @@ def test_images_are_decoded_once_and_again_when_they_change(tmp_path, load, monk
     assert not torch.equal(load(folder).rows(both), first)
 
 def test_folders_are_classes_and_train_and_test_the_split(tmp_path, load):
-    """As Kaggle has them, with spaces in the path."""
+    """As Kaggle has them, with spaces in the path. Folders outweigh a table."""
     for part, n in (("Train", 3), ("Test", 2)):
         for c in ("basal cell carcinoma", "nevus"):
             fill(tmp_path / "Skin cancer" / part / c, [f"{c[0]}{part}{i}.png" for i in range(n)])
+    table(tmp_path / "Skin cancer", [dict(image="nTrain0", dx="scar")])
     images = load(tmp_path / "Skin cancer")
     assert images.classes == ["basal cell carcinoma", "nevus"]
     assert len(images.train) == 6 and len(images.held) == 4
