@@ -619,7 +619,8 @@ def list_images(folder):
         seen.add((here.st_dev, here.st_ino))
         dirs[:] = [d for d in dirs if not d.startswith(".")]
         for p in (Path(base, name) for name in names):
-            ok = p.suffix.lower() in SUFFIXES and p.name[0] != "." and "-partial" not in p.name
+            ok = p.suffix.lower() in SUFFIXES and p.name[0] != "." and "-partial" not in p.name \
+                and not p.is_fifo()
             if ok and not p.stem.lower().endswith(NO_PHOTO) and p.name not in SHEETS:
                 found.append(p.relative_to(folder).as_posix())
             else:
@@ -628,10 +629,12 @@ def list_images(folder):
 
 def read_table(folder):
     """A metadata.csv or manifest.csv in the folder or beside it -> {image id: its row}."""
+    rows = []
     for path in (*sorted(folder.glob("*metadata*.csv")), folder / "manifest.csv",
                  folder.parent / "metadata.csv", folder.parent / "manifest.csv"):
         if path.is_file():
-            with open(path, newline="", encoding="utf-8-sig", errors="replace") as f:
+            with open(path, newline="", encoding="utf-8-sig", errors="replace") as f, \
+                    contextlib.suppress(csv.Error):         # no table: as if it were not there
                 rows = list(csv.DictReader(f))
             for key in ("isic_id", "image_id", "image"):
                 if rows and key in rows[0]:
@@ -1463,8 +1466,8 @@ def train_vq(cfg, typed):
         if step < gan_at:
             (l_rec + l_vq).backward()                                                          # (5)
         else:
-            # trap: without this line the generator's backward also fills D's gradients; zeroed
-            # too late, they make D(fake) settle at 0.65 instead of below 0.
+            # trap: a plain backward of g_adv also fills D's gradients; zeroed too late, they make
+            # D(fake) settle at 0.65 instead of below 0. D is frozen here, and walked only to x_hat.
             disc.requires_grad_(False)
             with autocast(device, dtype):
                 g_adv = -disc(x_hat).mean()                                                    # (7)
