@@ -955,7 +955,9 @@ class Codebook(nn.Module):
         few codes win everything and the others never get a gradient: the collapse. Here all codes
         start as encoder outputs, and one that has not won since the last revival starts again."""
         flat = gather(rearrange(z.detach().float(), "B d h w -> (B h w) d"))
-        n = int(dead.sum())
+        flat, n = flat[flat.isfinite().all(1)], int(dead.sum())
+        if not len(flat):               # a NaN batch: the codes stay as they are
+            return
         pick = torch.randint(len(flat), (n,), generator=generator).to(flat.device)
         apart = 0.01 * flat.std(0) * torch.randn(n, flat.shape[1], generator=generator).to(flat)
         self.embedding.weight[dead.to(flat.device)] = flat[pick] + apart
