@@ -1860,9 +1860,7 @@ LDM_CURVES = {"loss, 1 = none learnt": dict(loss="training", held_loss="held out
 
 def figure(path, size, draw, **layout):
     """A matplotlib figure of some axes, on which draw(axes) draws, to a PNG."""
-    import matplotlib
-    matplotlib.use("Agg")               # files only: needs no window system
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure    # not pyplot: needs no window, changes no global
     fig = Figure(figsize=size, dpi=100, layout="constrained")
     draw(fig.subplots(squeeze=False, **layout).flatten())
     write_whole(Path(path), lambda f: fig.savefig(f, format="png", bbox_inches="tight"))
