@@ -1406,7 +1406,7 @@ def train_vq(cfg, typed):
     for net in (vqgan, disc):
         net.to(memory_format=torch.channels_last)       # with bf16 on a CPU with AMX: 1.3 x faster
     # Adam divides by the gradient's size, so no loss weight makes a code move faster than its
-    # learning rate. At the networks' own, the codes lag behind the moving z: 0.8 dB of PSNR.
+    # learning rate. At the networks' own, the codes lag behind the moving z: about 0.8 dB.
     codes = {vqgan.codebook.embedding.weight: cfg.codes_lr}
     opt = make_optimizer(vqgan, cfg.lr, (0.9, 0.99), codes)
     opt_d = make_optimizer(disc, cfg.d_lr, (0.5, 0.9))
