@@ -114,6 +114,17 @@ def test_codes_that_start_from_encoder_outputs_are_nearly_all_used():
     book.revive(z, torch.ones(K, dtype=torch.bool), rng(0))
     assert len(book.nearest(others).unique()) > 0.95 * K
 
+def test_revive_never_takes_a_vector_that_is_not_finite():
+    """A NaN in the first batch would spoil all codes for good."""
+    book, z, e = codebook()
+    before, bad = e.detach().clone(), z.detach().clone()
+    bad[0] = math.nan
+    book.revive(bad, torch.ones(32, dtype=torch.bool), rng(0))
+    assert e.isfinite().all() and not torch.equal(e, before)
+    before = e.detach().clone()
+    book.revive(torch.full_like(bad, math.nan), torch.ones(32, dtype=torch.bool), rng(0))
+    assert torch.equal(e, before)
+
 def test_revive_moves_only_the_dead_codes_and_only_onto_encoder_outputs():
     book, z, e = codebook()
     k, before, dead = book.nearest(z), e.detach().clone(), torch.arange(32) % 3 == 0
@@ -761,6 +772,18 @@ def test_bad_images_are_named_counted_and_left_out(tmp_path, load, capsys):
     images = load(folder, allow_bad=True)
     assert len(images.train) + len(images.held) == 19
 
+def test_a_pipe_with_the_name_of_an_image_is_not_opened(tmp_path):
+    """Opening it would wait for a writer for ever."""
+    folder = fill(tmp_path / "photos", [f"{i}.png" for i in range(8)])
+    os.mkfifo(folder / "pipe.png")
+    names, other = vqldm.list_images(folder)
+    assert len(names) == 8 and other == 1
+
+def test_a_table_that_cannot_be_read_is_as_if_it_were_not_there(tmp_path):
+    folder = fill(tmp_path / "photos", [f"{i}.png" for i in range(8)])
+    (folder / "metadata.csv").write_text("isic_id,dx\n0," + "x" * 200_000)     # over csv's limit
+    assert vqldm.read_table(folder) == {}
+
 def test_a_link_to_nowhere_is_one_bad_image_not_the_end(tmp_path, load):
     folder = fill(tmp_path / "photos", [f"{i}.png" for i in range(8)])
     (folder / "gone.png").symlink_to(tmp_path / "nowhere.png")
@@ -1133,7 +1156,7 @@ def stop_at(patch, step, *signals):
 
     def asked(self):
         for number in signals if self.step == step else ():
-            os.kill(os.getpid(), number)
+            signal.raise_signal(number)
         return indices(self)
     patch.setattr(vqldm.Run, "indices", asked)
 
