@@ -9,26 +9,26 @@ second stage works on few numbers, and that is why all of this fits on a laptop.
   x ────E────► z ───nearest code───► z_q ────D────► x_hat         stage 1: VQGAN      (train-vq)
   (B,3,H,W)    (B,d,h,w)  │          (B,d,h,w)      (B,3,H,W)
                           └► k (B,h,w) in 0…K-1                   h = H/f, w = W/f, f = 2^m
-  z0 = (z-mean)/std ──noise──► z_t ──UNet(z_t,t)──► eps_hat       stage 2: diffusion  (train-ldm)
+  z0 = (z-mean)/std ──noise──► z_t ──UNet(z_t,t)──► eps or v      stage 2: diffusion  (train-ldm)
   image ◄──D── z_q ◄─nearest─ z ◄─·std+mean─ z0 ◄─t = T-1…0─ noise                    (sample)
 
 Letters   B batch · H W pixels · h w latent grid · d length of a code · K codes · N = h·w tokens
           C channels · T diffusion steps · S sampling steps · E length of the time embedding
           x image in [-1,1] · x_hat its reconstruction · z latent · z_q its code · k its number
           z0 standardised latent (DDPM's x_0) · z_t the same at noise level t in 0…T-1
-          eps noise · eps_hat its estimate · lam adaptive weight λ · D decoder; discriminator in (7)
+          eps noise · eps_hat its estimate · lam adaptive weight λ · D discriminator; above: decoder
 
 Equations (in the code each stands as its bare number. VQ: van den Oord 2017, arXiv 1711.00937.
           VQGAN: Esser 2021, 2012.09841. DDPM: Ho 2020, 2006.11239. DDIM: Song 2021, 2010.02502.
           LDM: Rombach 2022, 2112.10752. v: Salimans & Ho 2022, 2202.00512. CFG: Ho & Salimans
-          2022, 2207.12598)
+          2022, 2207.12598. Each ‖ ‖² is a mean over all numbers here, not a sum.)
   (1)  k = argmin_j ‖z - e_j‖,  z_q = e_k                                             VQ eq. 1, 2
   (2)  the value of z_q with the gradient of z: straight through                      VQ sec. 3.2
   (3)  codebook ‖sg[z] - z_q‖²        (4)  commitment ‖sg[z_q] - z‖²                  VQ eq. 3
-  (5)  min over E,G,Z max over D:  ‖x - x_hat‖² + LPIPS + (3) + (4) + lam L_GAN       VQGAN eq. 4-6
+  (5)  ‖x - x_hat‖² + LPIPS + (3) + (4) + lam L_GAN, each times its --…-weight        VQGAN eq. 4-6
   (6)  lam = ‖∇_L L_rec‖ / (‖∇_L L_GAN‖ + δ),  L the decoder's last layer             VQGAN eq. 7
-  (7)  hinge: D minimises relu(1 - D(x)) + relu(1 + D(x_hat)), G minimises -D(x_hat)
-  (8)  alpha_t = 1 - beta_t,  alpha_bar_t = alpha_0 · … · alpha_t                     DDPM eq. 4
+  (7)  hinge: D minimises ½ relu(1 - D(x)) + ½ relu(1 + D(x_hat)), L_GAN = -D(x_hat)
+  (8)  beta_t new noise at t, alpha_t = 1 - beta_t, alpha_bar_t = alpha_0 · … · alpha_t  DDPM eq. 4
   (9)  z_t = √alpha_bar_t z0 + √(1 - alpha_bar_t) eps                                 DDPM eq. 4
   (10) ‖eps - eps_hat(z_t, t)‖², t uniform: Algorithm 1                   DDPM eq. 14, LDM eq. 2
   (11) z_{t-1} = (z_t - (1-alpha_t)/√(1-alpha_bar_t) eps_hat) / √alpha_t + sigma_t n  Algorithm 2
@@ -91,11 +91,11 @@ class Training(Machine):
     resume: bool = opt(False, "go on with the run in --out where it was stopped", free=True)
     minutes: float = opt(0.0, "stop after so many minutes, saved; 0: all epochs", 0, 1e6, free=True)
     warmup: int = opt(50, "steps over which the learning rate rises from 0", 0, 10**6)
-    decay: float = opt(0.6, "last part of the run in which the learning rate falls to 0", 0, 1)
+    decay: float = opt(0.6, "last part of the run, in which the learning rate falls", 0, 1)
     clip: float = opt(1.0, "longest gradient; longer ones are scaled down", 1e-6, 1e9)
     compile: bool = opt(False, "torch.compile the network: slow to start, for GPUs", free=True)
 
-    def check(self):
+    def __post_init__(self):
         if self.resume and self.overwrite:
             raise UserError("--resume goes on, --overwrite starts anew: give one of them")
 
@@ -320,7 +320,8 @@ def settings(cls, typed, recorded=None):
     if differ:
         raise UserError("--resume goes on with the recorded settings, but " + "; ".join(differ)
                         + ". Leave these flags out, or start anew with another --out")
-    cfg.check()
+    if recorded or not typed.get("resume"):         # else what it goes on with is not known yet
+        cfg.check()
     return cfg
 
 if __name__ == "__main__":      # --help and mistakes end here, before the seconds that torch takes
@@ -331,7 +332,6 @@ if __name__ == "__main__":      # --help and mistakes end here, before the secon
         print(f"vqldm: {e}", file=sys.stderr)
         sys.exit(2)
 
-# The libraries come after section 1 on purpose: see there.
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")   # trap: read only when torch is imported
 import contextlib
 import copy
@@ -585,11 +585,8 @@ def to_bytes(x):        # and back
 
 def turn(x, turns):
     """Each image (B,C,H,H) in one of the square's eight symmetries (B,): dermoscopy has no up."""
-    out = x.clone()
-    for s in range(8):
-        y = x[turns == s].flip(3) if s >= 4 else x[turns == s]
-        out[turns == s] = y.rot90(s % 4, (2, 3))
-    return out
+    x = torch.where((turns >= 4).view(-1, 1, 1, 1), x.flip(3), x)
+    return torch.stack([y.rot90(int(s) % 4, (1, 2)) for y, s in zip(x, turns)])
 
 def decode(path, size):
     """A file -> uint8 (3, size, size), or an exception that says what is wrong with it."""
@@ -783,7 +780,7 @@ def get_images(cfg, source, vq_cfg):
 # concatenate, after upsampling, what the DownBlock of the same size put out (skip).
 
 class Norm(nn.GroupNorm):
-    """GroupNorm, at least four channels a group, for any width (32 groups would ask for 32·n). It
+    """GroupNorm for any width: as many groups as divide it, at least four channels in each. It
     treats each image alone, so batch size and number of processes change nothing."""
     def __init__(self, c):
         super().__init__(math.gcd(32, c // 4 or 1, c), c)
@@ -928,16 +925,15 @@ class Codebook(nn.Module):
 
     def forward(self, z):
         """z (B,d,h,w) -> z_q with the gradient of z, k (B,h,w), codebook loss, commitment loss."""
-        z = z.float()
         k = self.nearest(z)                                               # (B,h,w)
         z_q = self.lookup(k)                                              # (B,d,h,w)
         # One distance, two halves; sg[] (detach) decides who moves: codes to the vectors that they
         # won, and the encoder to its codes.
-        # trap: swapped weights; with 0.25 on the codebook's half instead the balance is off by 16.
+        # trap: swapped weights, 0.25 on (3) and 1 on (4): off by 16, and the curve looks better.
         codebook_loss = F.mse_loss(z_q, z.detach())                                            # (3)
         commit_loss = F.mse_loss(z, z_q.detach())                                              # (4)
-        # The value of z_q with the gradient of z. Rounding has no slope of its own, so what the
-        # decoder wants of z_q is passed on to z unchanged: a lie, but one that points downhill
+        # Straight through: the value of z_q with the gradient of z. Rounding has no slope, so what
+        # the decoder wants of z_q is passed on to z unchanged: a lie, but one that points downhill
         # while z and z_q are close, which is what (3) and (4) see to.
         # trap: both losses belong above this line; below it z_q no longer depends on the codes.
         return z + (z_q - z).detach(), k, codebook_loss, commit_loss                           # (2)
@@ -967,7 +963,7 @@ class Codebook(nn.Module):
     def settle(self, z):
         """Draw each vector of z towards its code until it is at most one code spacing away. The
         region that belongs to a code is convex, so the code stays the same. (B,d,h,w) -> same."""
-        e = self.embedding.weight[:4096]
+        e = self.embedding.weight[:4096]        # K² distances: enough of them for a median
         spacing = torch.cdist(e, e).fill_diagonal_(math.inf).amin(1).median()
         z_q = self.lookup(self.nearest(z))
         away = (z - z_q).norm(dim=1, keepdim=True).clamp(min=1e-12)       # (B,1,h,w)
@@ -1036,7 +1032,7 @@ def adaptive_weight(l_rec, l_gan, x_hat, last, delta=1e-4, cap=1e4):
         g, = torch.autograd.grad(x_hat, last, d, retain_graph=True)
         return (sum_over_processes(g) / world()).norm()
     lam = at_last(d_rec) / (at_last(d_gan) + delta)                                            # (6)
-    return lam.clamp(0, cap).detach(), d_rec, d_gan
+    return lam.clamp(max=cap), d_rec, d_gan
 
 class Perceptual:
     """LPIPS (Zhang et al. 2018) and, from the same network, features for the Fréchet distance.
@@ -1051,7 +1047,7 @@ class Perceptual:
             self.net = lpips.LPIPS(net=name, verbose=False).to(device).eval().requires_grad_(False)
         self.name, self.device = name, device
         x = torch.rand(1, 3, 64, 64, generator=rng("lpips")).to(device) * 2 - 1
-        if abs(float(self(x, x))) > 1e-4 or not float(self(x, -x)) > 0.01:      # trap: random heads
+        if abs(float(self(x, x))) > 1e-4 or not float(self(x, -x)) > 0.01:
             raise UserError(f"--lpips {name}: its weights are damaged; delete them from "
                             f"{torch.hub.get_dir()}/checkpoints")
 
@@ -1160,7 +1156,7 @@ def make_folder(path):
 
 def lock_folder(folder):
     """Two runs must not write into one folder. The system frees the lock of a killed process."""
-    f = open(folder / ".lock", "w")     # noqa: SIM115 (held open as long as the run lasts)
+    f = open(folder / ".lock", "w")             # held open as long as the run lasts
     try:
         if os.name == "nt":
             import msvcrt
@@ -1213,6 +1209,7 @@ class Run:
                 setattr(self, name, self.state[name])
             cfg = settings(type(cfg), typed, self.state["config"])
         elif cfg.resume:
+            cfg.check()
             say(f"nothing to resume in {self.folder} yet: starting from the beginning")
         self.cfg = cfg
         if cfg.batch_size % world():
@@ -1264,7 +1261,7 @@ class Run:
         return self.step * self.cfg.batch_size // self.n
 
     def lr_factor(self):
-        """On --lr: up in the first --warmup steps, down to 0 in the last part, --decay, of the run.
+        """On --lr: up in the first --warmup steps, down to nearly 0 in the last part, --decay.
         Its length is --epochs or --minutes, whichever ends first: short runs come to rest too."""
         cfg = self.cfg
         done = max(self.step / self.total, self.elapsed / (cfg.minutes * 60) if cfg.minutes else 0)
@@ -1302,7 +1299,8 @@ class Run:
         """Count the step; every LOG_EVERY steps a row of the log and the progress line. -> True
         when it is time to measure and draw: once early, some ten times a run, and at the end."""
         cfg, before, lr = self.cfg, self.epoch, self.cfg.lr * self.lr_factor()
-        self.step, self.bad, self.skipped = self.step + 1, self.bad * self.skipped, False
+        self.step += 1
+        self.bad, self.skipped = self.bad if self.skipped else 0, False     # five in a row count
         new = self.epoch > before and self.epoch % max(1, cfg.epochs // 10) == 0
         look = new or self.step in (FIRST_LOOK, self.total)
         if look or self.step % LOG_EVERY == 0:
@@ -1354,9 +1352,9 @@ class Run:
 # ------------------------------------------------------------------------------------------------
 # 9. Stage 1: training
 # ------------------------------------------------------------------------------------------------
-# Two players, one straight line. The generator (encoder, codebook, decoder) steps first, with D
-# frozen; then D steps on the same images. In the beginning D is not called at all; shortly before
-# gan_start it trains alone; then its wish fades in.
+# Two players, one straight line. The generator (encoder, codebook, decoder) steps first, then D on
+# the same images. In the beginning D is not called at all (from blobs it would learn only that blur
+# is fake); shortly before gan_start it trains alone, then its wish fades in.
 # What to look at: rec and perc fall, codes used and perplexity rise. With the GAN on, D(real) stays
 # above 0 and D(fake) below, within ±1: both at 0, D is blind; beyond ±1, D has won.
 
@@ -1375,7 +1373,7 @@ def measure_vq(vqgan, images, indices, perceptual, device, dtype):
                    ssim=ssim(u, v), rec=F.mse_loss(x_hat, x))
         if perceptual:
             one["lpips"] = perceptual(x, x_hat)
-        sums = {k: sums.get(k, 0) + float(v) * len(idx) / len(indices) for k, v in one.items()}
+        sums = {s: sums.get(s, 0) + float(m) * len(idx) / len(indices) for s, m in one.items()}
         pairs.append((to_bytes(x), to_bytes(x_hat)))
     p = usage / usage.sum()
     sums.update(codes_used_percent=100 * float((usage > 0).float().mean()), n=len(indices),
@@ -1464,17 +1462,15 @@ def train_vq(cfg, typed):
         losses = dict(rec=rec, perc=perc, codebook=codebook_loss, commit=commit_loss)
         l_rec = rec + cfg.perceptual_weight * perc
         l_vq = cfg.codebook_weight * codebook_loss + cfg.commit_weight * commit_loss
-        opt.zero_grad(set_to_none=True)
+        opt.zero_grad()
         if step < gan_at:
             (l_rec + l_vq).backward()                                                          # (5)
         else:
             # trap: a plain backward of g_adv also fills D's gradients; zeroed too late, they make
-            # D(fake) settle at 0.65 instead of below 0. D is frozen here, and walked only to x_hat.
-            disc.requires_grad_(False)
+            # D(fake) settle at 0.65 instead of below 0. Here D's graph is walked to x_hat only.
             with autocast(device, dtype):
                 g_adv = -disc(x_hat).mean()                                                    # (7)
             lam, d_rec, d_gan = adaptive_weight(l_rec, g_adv, x_hat, last)
-            disc.requires_grad_(True)
             weight = cfg.gan_weight * min(1.0, (step - gan_at + 1) / ramp) * lam
             torch.autograd.backward([x_hat, l_vq], [d_rec + weight * d_gan, None])             # (5)
             losses.update(g_adv=g_adv, lam=lam)
@@ -1488,7 +1484,7 @@ def train_vq(cfg, typed):
                     # trap: without detach, D's loss would teach the generator to give itself away.
                     real, fake = disc(torch.cat([x, x_hat.detach()])).chunk(2)
                 d_loss = hinge_loss(real, fake)                                                # (7)
-                opt_d.zero_grad(set_to_none=True)
+                opt_d.zero_grad()
                 d_loss.backward()
                 losses.update(d_loss=d_loss, d_real=real.mean(), d_fake=fake.mean())
                 run.update(opt_d, params_d, losses)
@@ -1516,7 +1512,7 @@ class Diffusion:
 
     beta, alpha, alpha_bar: (T,), made in float64; index t = 0 is the least noise. ValueError for a
     schedule that it does not know or a T too small to end in noise."""
-    def __init__(self, T, schedule="linear", target="v"):
+    def __init__(self, T=LDMConfig.T, schedule=LDMConfig.schedule, target=LDMConfig.target):
         self.T, self.target = T, target
         if schedule == "linear":
             # trap: 1e-4 and 0.02 belong to T = 1000. Unscaled, T = 50 ends at alpha_bar = 0.60, and
@@ -1554,8 +1550,8 @@ class Diffusion:
 
     def predict(self, out, z_t, t):
         """The network's answer, eps or v -> (z0_hat, eps_hat).
-        trap: from eps, z0_hat divides the network's error by √alpha_bar, 1/158 at t = T-1: briefly
-        trained, latents get a std of 1.8 to 3.3 instead of 1. v divides by nothing: the default.
+        trap: from eps, z0_hat divides the network's error by √alpha_bar, 1/157 (linear) or
+        1/20,291 (cosine) at t = T-1: the latents' std was 1.8 to 3.3 instead of 1. v never divides.
         trap: no clipping of z0_hat to ±1; latents are no pixels, their std would fall to 0.68."""
         a = self.at(t, z_t)
         if self.target == "eps":
@@ -1570,11 +1566,12 @@ class Diffusion:
         return list(zip(t, [*t[1:], -1]))
 
     @torch.no_grad()
-    def sample(self, net, z, steps, sampler="ddim", eta=1.0, noise=None, levels=None):
+    def sample(self, net, z, steps, sampler="ddim", eta=Sampling.eta, noise=None, levels=None):
         """Walk back from z: standard normal (B,d,h,w), or latents noised to `levels` levels.
         net(z_t, t) -> eps or v; noise() -> numbers like z. Yields (z_t, z0_hat) after each step.
+        ddpm takes T small random steps; ddim at eta 0 one smooth path, which bears long strides.
         trap: kept steps are further apart than the trained ones, so alpha_t of (11) is made anew
-        from them. With the trained alpha_t, 50 steps would stop a fifth of the way."""
+        from them. With the trained alpha_t, 50 steps would end a third of the way, with noise."""
         noise = noise or (lambda: torch.randn_like(z))
         for t, prev in self.pairs(steps, levels):
             time = torch.full((len(z),), t, device=z.device)
@@ -1582,14 +1579,14 @@ class Diffusion:
             alpha = a / a_prev
             z0_hat, eps_hat = self.predict(net(z, time).float(), z, time)
             if sampler == "ddpm":
-                sigma = (1 - alpha).sqrt()
+                sigma = (1 - alpha).sqrt()          # sigma² = beta_t (DDPM sec. 3.2)
                 z = (z - (1 - alpha) / (1 - a).sqrt() * eps_hat) / alpha.sqrt()               # (11)
-            else:               # eta 0: no fresh noise, a fixed path; 1: as DDPM (DDIM eq. 16)
+            else:               # eta 0: a fixed path; 1: DDPM with its smaller sigma (DDIM eq. 16)
                 sigma = eta * ((1 - a_prev) / (1 - a) * (1 - alpha)).sqrt()
                 rest = (1 - a_prev - sigma ** 2).clamp(min=0).sqrt()
                 z = a_prev.sqrt() * z0_hat + rest * eps_hat                                   # (13)
             if prev >= 0 and float(sigma) > 0:
-                # trap: noise after the last step leaves a grain of 0.01 in every sample.
+                # trap: noise after the last step leaves a grain, 0.01 to 0.08, in every sample.
                 z = z + sigma * noise()                                                # (11), (13)
             yield z, z0_hat
 
@@ -1635,7 +1632,7 @@ class UNet(nn.Module):
 def guided(net, label, w):
     """Classifier-free guidance: a net(z_t, t) in which the class counts w times."""
     if label is None or w == 0:
-        return lambda z_t, t: net(z_t, t)
+        return net
     if w == 1:
         return lambda z_t, t: net(z_t, t, label)
 
@@ -1691,8 +1688,9 @@ def cache_latents(vqgan, images, views, cfg, device, dtype):
     return path, torch.tensor(json.loads(path.with_suffix(".json").read_text()))
 
 def update_ema(ema, net, step, decay):
-    """ema <- d·ema + (1-d)·net. trap: without d's warm-up, after 1,000 steps at 0.9999 the mean is
-    still 90 % first weights, and samples are noise."""
+    """ema <- d·ema + (1-d)·net: the last 1/(1-d) steps together stray less than any one of them.
+    trap: without d's warm-up, after 1,000 steps at 0.9999 the mean is still 90 % first weights, and
+    samples are noise."""
     d = min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - d)
 
@@ -1752,7 +1750,7 @@ class Generator:
         if not self.classes:
             return None
         edges = torch.tensor(self.class_counts).double().cumsum(0) / sum(self.class_counts)
-        u = (torch.as_tensor(numbers).double() * 0.6180339887498949 + 0.5) % 1  # spreads evenly
+        u = (torch.as_tensor(numbers).double() * 0.6180339887498949 + 0.5) % 1  # golden ratio
         return torch.searchsorted(edges, u, right=True).clamp(max=len(edges) - 1)
 
 def train_ldm(cfg, typed):
@@ -1834,7 +1832,7 @@ def train_ldm(cfg, typed):
         with autocast(device, dtype):
             loss = diffusion.loss(forward, z0, t, eps, label if conditional else None)  # (10) (B,)
         loss = loss.mean()
-        opt.zero_grad(set_to_none=True)
+        opt.zero_grad()
         loss.backward()
         if run.update(opt, params, dict(loss=loss)):
             update_ema(ema, net, step, cfg.ema)
@@ -2132,7 +2130,7 @@ def evaluate(cfg, typed):
         if perceptual:
             # The floor needs a second set of real images: other held-out, else training images.
             second = test.rows(second) if len(second) == len(real) else \
-                images.rows(images.train[:len(real)])
+                images.rows(images.train[torch.arange(len(real)) % len(images.train)])
             fx, fr, fm, floor = map(perceptual.features, (x, x_hat, made, second))
             m.update(frechet=frechet(fx, fm), kernel=kernel_distance(fx, fm),
                      frechet_real=frechet(fx, floor), frechet_recon=frechet(fx, fr))
