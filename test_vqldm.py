@@ -3,7 +3,7 @@
 
     python -m pytest                    all of it: two minutes on one core; no network, no GPU
     python -m pytest -k oracle          one promise
-    VQLDM_LONG=1 python -m pytest -k killed         20 kills of each stage instead of 3
+    VQLDM_LONG=1 python -m pytest -k moment         20 kills of each stage instead of 3; =200: 200
 
 A. Laws: the mathematics, against closed forms     B. Data: lesions, epochs, a nasty folder
 C. Commands: train, sample, refuse, stop, resume   D. Command line: every flag, every mistake
@@ -21,6 +21,7 @@ import json
 import math
 import os
 import pickle
+import random
 import re
 import shlex
 import shutil
@@ -28,6 +29,7 @@ import signal
 import struct
 import subprocess
 import sys
+import time
 import types
 import typing
 import warnings
@@ -790,6 +792,60 @@ def test_a_link_to_nowhere_is_one_bad_image_not_the_end(tmp_path, load):
     images = load(folder)
     assert len(images.train) + len(images.held) == 8
 
+def mutate(content, others, dice):
+    """-> (an image file damaged in one of six ways, can it still be read as if it were whole)."""
+    flipped, at = bytearray(content), dice.randrange(len(content))
+    for _ in range(dice.choice([1, 3, 30])):            # most of them near the start
+        flipped[int(len(content) * dice.random() ** 2)] ^= 1 << dice.randrange(8)
+    how = dice.randrange(8)
+    return (b"", dice.randbytes(at), content[:at], dice.choice(others)[:40] + content[40:],
+            content + dice.randbytes(at), flipped, flipped, flipped)[how], how == 4
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+def test_of_hundreds_of_damaged_images_none_stops_the_loader_or_spoils_a_good_one(tmp_path, load):
+    """Flipped bits, cuts, foreign heads, noise, nothing at all, junk at the end, any suffix: each
+    is decoded or counted as bad; every good image is used, with the same pixels as without them."""
+    dice, good, twins, ends = random.Random(0), {}, {}, ("png", "jpg", "gif", "bmp", "tiff", "webp")
+    for i, x in enumerate(vqldm.synthetic(20, 24, 0)[0].permute(0, 2, 3, 1).numpy()):
+        name = fill(tmp_path / "calm", []) / f"good {i}.{ends[i % 6]}"
+        Image.fromarray(x).save(name)
+        good[name.name] = name.read_bytes()
+    shutil.copytree(tmp_path / "calm", tmp_path / "all")
+    for i in range(600):
+        twin, name = dice.choice(list(good)), f"m {i}{dice.choice(vqldm.SUFFIXES)}"
+        content, whole = mutate(good[twin], list(good.values()), dice)
+        (tmp_path / "all" / name).write_bytes(content)
+        twins.update({name: twin} if whole else {})
+    calm, images = load(tmp_path / "calm"), load(tmp_path / "all", allow_bad=True)
+    used = {images.names[i]: int(i) for i in torch.cat([images.train, images.held])}
+    bad = {name for name in images.names if any(repr(name) in text for text in images.bad)}
+    assert len(images.names) == 620 == len(used) + len(images.bad) and len(bad) == len(images.bad)
+    assert not used.keys() & bad and used.keys() >= good.keys() | twins.keys()
+    assert len(twins) > 50 and len(bad) > 200 and len(used) > 20 + len(twins) + 50
+    assert torch.equal(images.rows([used[n] for n in calm.names]), calm.rows(range(20)))
+    assert all(torch.equal(*images.rows([used[a], used[b]])) for a, b in twins.items())
+
+def test_an_image_that_changes_or_goes_between_scan_and_decoding_harms_only_itself(
+        tmp_path, load, monkeypatch):
+    """Replaced, it is decoded again in the next run; cut or gone, it is a bad one."""
+    folder = fill(tmp_path / "photos", [f"{i}.png" for i in range(24)])
+
+    def late(path, size, decode=vqldm.decode):
+        if path.name == "1.png":
+            picture(left="white", size=(30, 30)).save(path)
+        elif path.name in ("2.png", "3.png"):
+            path.unlink() if path.name == "3.png" else path.write_bytes(path.read_bytes()[:60])
+        return decode(path, size)
+    with monkeypatch.context() as patch:
+        patch.setattr(vqldm, "decode", late)
+        first = load(folder)
+    again = load(folder)
+    assert [len(images.bad) for images in (first, again)] == [2, 1] and len(again.names) == 23
+    for name in set(first.names) - {"2.png", "3.png"}:
+        want = torch.from_numpy(vqldm.decode(folder / name, 16).copy())
+        a, b = (images.rows([images.names.index(name)])[0] for images in (first, again))
+        assert torch.equal(b, want) and (name == "1.png" or torch.equal(a, want))
+
 @pytest.mark.parametrize("make", [lambda p: None, lambda p: p.mkdir(), lambda p: p.touch(),
                                   lambda p: (p.mkdir(), (p / "a.txt").touch()),
                                   lambda p: (p.mkdir(), (p / "a.png").touch())])
@@ -1057,12 +1113,21 @@ BROKEN = {          # name: what it holds, made from (bytes of a whole one, its 
     "cut": lambda b, s, c: b[:len(b) // 2], "empty": lambda b, s, c: b"",
     "text": lambda b, s, c: b"hello", "a list": lambda b, s, c: [1, 2],
     "bare code": lambda b, s, c: pickle.dumps(c, 2), "code inside": lambda b, s, c: dict(s, more=c),
+    "4 GB": lambda b, s, c: claims(b),
     "old": lambda b, s, c: dict(s, format=0), "foreign": lambda b, s, c: dict(weights=s["ema"]),
     "wild": lambda b, s, c: dict(s, config=dict(s["config"], T=10**9)),
     "alien": lambda b, s, c: dict(s, config=dict(s["config"], beyond=1)),
     "small": lambda b, s, c: dict(s, ema={k: v[:1] for k, v in s["ema"].items()}),
     **{f"no {key}": lambda b, s, c, key=key: {k: v for k, v in s.items() if k != key}
        for key in ("format", "kind", "config", "ema", "scale", "classes", "vq")}}
+
+def claims(content):
+    """The directory at the end of this checkpoint, a zip file, says that its parts have 4 GB."""
+    content, at = bytearray(content), content.find(b"PK\x01\x02")
+    while at >= 0:
+        struct.pack_into("<II", content, at + 20, 0xfffffff0, 0xfffffff0)
+        at = content.find(b"PK\x01\x02", at + 1)
+    return bytes(content)
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_checkpoint_not_ours_or_not_whole_is_refused_and_runs_no_code(here, refused, name):
@@ -1244,6 +1309,67 @@ def test_five_bad_batches_in_a_row_end_the_run_and_name_the_term(
     said = refused("train-vq", "--resume", "--out", tmp_path)
     assert "rec" in said and "--lr" in said and (tmp_path / "last.pt").read_bytes() == good
 
+PAIR = """
+import os, sys
+import torch, vqldm
+torch.set_num_threads(1)
+for name in ("draw_rows", "draw_curves", "draw_usage"):
+    setattr(vqldm, name, lambda *a, **kw: None)
+step, number, indices = int(sys.argv[1]), int(sys.argv[2]), vqldm.Run.indices
+def asked(self):                        # in this step the last process gets this signal
+    if self.step == step and vqldm.rank() == 1:
+        os.kill(os.getpid(), number)
+    return indices(self)
+vqldm.Run.indices = asked
+vqldm.main(sys.argv[3:])
+"""
+
+def two(folder, *words, step=-1, number=0):
+    """The command, in two processes of torchrun."""
+    (folder / "pair.py").write_text(PAIR)
+    return run_python(*"-m torch.distributed.run --standalone --nproc-per-node 2".split(),
+                      folder / "pair.py", step, number, *words, cwd=".", PYTHONPATH=str(HERE))
+
+def assert_nearly_same_run(a, b):
+    """Sums in another order, and nothing else: weights and log differ in the last digits."""
+    one, two = state_of(Path(a, "last.pt")), state_of(Path(b, "last.pt"))
+    assert one["step"] == two["step"] == 17
+    for part in one.keys() & {"model", "disc", "ema"}:
+        for name, w in one[part].items():
+            assert torch.allclose(w, two[part][name], rtol=1e-4, atol=1e-5), (part, name)
+    one, two = (list(csv.DictReader(open(Path(run, "log.csv")))) for run in (a, b))
+    assert len(one) == len(two) > 3
+    for row, other in zip(one, two):
+        values = [{k: float(v) for k, v in r.items() if v} for r in (row, other)]
+        assert values[0] == pytest.approx(values[1], rel=1e-3, abs=1e-5)
+
+@pytest.mark.parametrize("stage, first, then", [("vq", 2, 2), ("vq", 2, 1), ("ldm", 1, 2)])
+def test_two_processes_do_what_one_does_and_can_take_over_from_it(
+        calm, tmp_path, monkeypatch, stage, first, then):
+    """Same batches, weights, log; a run that two began (the wish to stop reaches one of them) is
+    ended by one, and the other way round."""
+    words, cut = [*STAGES[stage], "--out", tmp_path, "--cache", tmp_path / "cache"], 9
+    if first == then:
+        assert two(tmp_path, *words).returncode == 0
+        return assert_nearly_same_run(f"calm/{stage}", tmp_path)
+    with monkeypatch.context() as patch:
+        stop_at(patch, cut, signal.SIGTERM)
+        assert (cli(*words) if first == 1 else
+                two(tmp_path, *words, step=cut, number=signal.SIGTERM).returncode)
+    assert state_of(tmp_path / "last.pt")["step"] == cut + 1
+    assert not (cli(*words, "--resume") if then == 1 else
+                two(tmp_path, *words, "--resume").returncode)
+    assert_nearly_same_run(f"calm/{stage}", tmp_path)
+
+def test_if_one_of_two_processes_is_killed_the_other_ends_soon(calm, tmp_path):
+    """Not in half an hour; what was saved stays whole, and one process can go on from there."""
+    began = time.monotonic()
+    done = two(tmp_path, *STAGES["vq"], "--out", tmp_path, step=9, number=signal.SIGKILL)
+    assert done.returncode and time.monotonic() - began < 60
+    assert state_of(tmp_path / "last.pt")["step"] == 6              # of the end of the first epoch
+    assert cli("train-vq", "--resume", "--out", tmp_path) == 0
+    assert_nearly_same_run("calm/vq", tmp_path)
+
 KILLER = """
 import json, os, random, signal, sys, time
 import torch, vqldm
@@ -1273,19 +1399,56 @@ for stage, words in json.loads(sys.argv[2]).items():
     assert os.waitpid(start(*words), 0)[1] == 0
 """
 
-def run_python(*args, cwd, **env):
+def run_python(*args, cwd, limit=None, **env):
+    """limit: (what, how much), as ulimit sets it."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", **env}
+
+    def before():
+        import resource
+        resource.setrlimit(getattr(resource, limit[0]), (limit[1], limit[1]))
     return subprocess.run([sys.executable, *map(str, args)], cwd=cwd, env=env, text=True,
-                          capture_output=True)
+                          capture_output=True, preexec_fn=before if limit else None)
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
 def test_killed_at_any_moment_and_resumed_is_the_undisturbed_run(tmp_path):
     """Power cuts while images are drawn, latents cached, steps made, checkpoints written."""
-    kills = 20 if os.environ.get("VQLDM_LONG") else 3
+    long = int(os.environ.get("VQLDM_LONG") or 0)
+    kills = max(20, long) if long else 3
     done = run_python("-c", KILLER, kills, json.dumps(STAGES), cwd=tmp_path, PYTHONPATH=str(HERE))
     assert done.returncode == 0, done.stderr
     for stage in STAGES:
         assert_same_run(tmp_path / "calm" / stage, tmp_path / "killed" / stage)
+
+limits = pytest.mark.skipif(os.name == "nt", reason="needs the limits of POSIX")
+
+def told(done):
+    """The one sentence with which this process of run_python ended, status 2."""
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("vqldm: ")
+    return done.stderr
+
+@limits
+@pytest.mark.parametrize("size, more", [(10_000, "--cache new"), (10_000, "")])
+def test_a_full_disk_is_told_in_one_sentence_and_harms_no_checkpoint(calm, tmp_path, size, more):
+    """Found out while images or a picture are written."""
+    shutil.copytree("calm/vq", out := tmp_path / "vq")
+    assert "too large" in told(run_python(
+        HERE / "vqldm.py", *"train-vq --resume --epochs 4 --out".split(), out, *more.split(),
+        cwd=".", limit=("RLIMIT_FSIZE", size)))
+    assert (out / "last.pt").read_bytes() == Path("calm/vq/last.pt").read_bytes()
+    assert cli("train-vq", "--resume", "--epochs", 4, "--out", out) == 0
+
+@limits
+def test_too_little_memory_is_told_in_one_sentence_and_harms_no_checkpoint(
+        calm, tmp_path, monkeypatch, refused):
+    """At the first step of a run, and in the middle of one, of which a checkpoint exists."""
+    words = [*STAGES["vq"], *"--codes 1000000 --batch-size 64 --out".split(), tmp_path / "new"]
+    assert "out of memory" in told(run_python(HERE / "vqldm.py", *words, cwd=".",
+                                              limit=("RLIMIT_AS", 3 * 10**9)))
+    shutil.copytree("calm/vq", out := tmp_path / "vq")
+    monkeypatch.setattr(vqldm.Run, "indices", lambda run: torch.empty(2**50))
+    assert "out of memory" in refused("train-vq", "--resume", "--epochs", 4, "--out", out)
+    assert (out / "last.pt").read_bytes() == Path("calm/vq/last.pt").read_bytes()
 
 # ---- who wins, and a demo ----------------------------------------------------------------------
 
