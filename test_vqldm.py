@@ -839,8 +839,9 @@ def test_an_image_that_changes_or_goes_between_scan_and_decoding_harms_only_itse
     with monkeypatch.context() as patch:
         patch.setattr(vqldm, "decode", late)
         first = load(folder)
+    picture().save(folder / "3.png")
     again = load(folder)
-    assert [len(images.bad) for images in (first, again)] == [2, 1] and len(again.names) == 23
+    assert [len(images.bad) for images in (first, again)] == [2, 1] and first.names == again.names
     for name in set(first.names) - {"2.png", "3.png"}:
         want = torch.from_numpy(vqldm.decode(folder / name, 16).copy())
         a, b = (images.rows([images.names.index(name)])[0] for images in (first, again))
