@@ -419,7 +419,7 @@ def test_critic_trains_alone_first_and_on_a_detached_fake(watched_vq):
 
 def test_generator_step_leaves_no_gradient_in_the_critic(watched_vq):
     steps = [f for f in watched_vq.facts if f["mine"] and f["gan"]]
-    assert all(f["calls"] == [(True, False)] and not f["leak"] for f in steps)
+    assert all(f["calls"] == [(True, True)] and not f["leak"] for f in steps)
 
 def test_training_starts_its_codes_from_encoder_outputs(watched_vq):
     all_of_them, distance = watched_vq.start
@@ -461,7 +461,7 @@ def test_a_schedule_that_cannot_work_is_refused(wrong):
 def test_noise_is_added_in_closed_form_and_predict_takes_it_away(target):
     """z_t = √ᾱ z0 + √(1-ᾱ) eps, with ᾱ = 1 before all noise; from it and the right answer of a
     network comes (z0, eps), and a z0 beyond ±5 is not clipped."""
-    d, t = Diffusion(1000, target=target), torch.tensor([0, 7, 300, 700])
+    d, t = Diffusion(1000, "linear", target), torch.tensor([0, 7, 300, 700])
     z0, eps = 5 * randn(4, 4, 3, 3), randn(4, 4, 3, 3, key=1)
     a = torch.tensor([math.prod(1 - b for b in BETA["linear"](1000)[:i + 1]) for i in t])
     a = a.view(4, 1, 1, 1)
@@ -475,7 +475,7 @@ def test_noise_is_added_in_closed_form_and_predict_takes_it_away(target):
 @pytest.mark.parametrize("target", ["v", "eps"])
 def test_loss_is_0_for_the_right_answer_and_1_for_none(target):
     """On standardised latents, at every noise level: 1.0 on the screen means 'predicts nothing'."""
-    d, t = Diffusion(1000, target=target), torch.arange(1000)
+    d, t = Diffusion(1000, "linear", target), torch.arange(1000)
     z0, eps = randn(1000, 4, 4, 4), randn(1000, 4, 4, 4, key=1)
     a = d.alpha_bar.view(-1, 1, 1, 1)
 
@@ -502,7 +502,7 @@ SAMPLERS = [("ddpm", 1.0), ("ddim", 1.0), ("ddim", 0.0)]
 def test_last_step_is_free_of_noise_and_returns_the_clean_guess(S, sampler, eta):
     """If the data is one point, at 5, every sampler arrives there in any number of steps. Noise is
     drawn S-1 times: not after the last step, nor at all on DDIM's fixed path."""
-    d, point, drawn = Diffusion(1000, target="eps"), torch.full((3, 2, 2, 2), 5.0), []
+    d, point, drawn = Diffusion(1000, "linear", "eps"), torch.full((3, 2, 2, 2), 5.0), []
 
     def net(z_t, t):
         a = d.alpha_bar[t].view(-1, 1, 1, 1)

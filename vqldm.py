@@ -1335,12 +1335,15 @@ class Run:
             write_whole(self.folder / "log.csv", lambda f: f.write(text))
         self.saved = time.monotonic()
 
-    def finish(self, state, note, then):
+    def finish(self, state, look, note, then):
         """The last save and the last lines. -> exit status."""
-        self.save(state)
+        names, left = [], self.step < self.total
+        if left and not self.signal and rank() == 0:        # --minutes are over: where did we get?
+            look(names)
+        self.save(state, names)
         if rank() == 0:
             self.lock.close()
-        if self.step < self.total:
+        if left:
             why = f"signal {self.signal}" if self.signal else f"--minutes {self.cfg.minutes:g}"
             say(f"stopped by {why} at step {self.step} of {self.total}, saved; the same command "
                 "with --resume goes on")
@@ -1497,7 +1500,7 @@ def train_vq(cfg, typed):
         if (looked or names or time.monotonic() - run.saved > SAVE_EVERY) and not run.bad:
             run.save(state, names)
     note = "" if perceptual or cfg.lpips == "off" else "trained WITHOUT LPIPS; "
-    return run.finish(state, note, f"train-ldm --vq {run.folder}")
+    return run.finish(state, look, note, f"train-ldm --vq {run.folder}")
 
 # ------------------------------------------------------------------------------------------------
 # 10. Stage 2: diffusion
@@ -1842,7 +1845,7 @@ def train_ldm(cfg, typed):
             look(names)
         if (looked or time.monotonic() - run.saved > SAVE_EVERY) and not run.bad:
             run.save(state, names)
-    return run.finish(state, "", f"sample --ckpt {run.folder}")
+    return run.finish(state, look, "", f"sample --ckpt {run.folder}")
 
 # ------------------------------------------------------------------------------------------------
 # 13. Pictures and samples
