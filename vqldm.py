@@ -126,7 +126,7 @@ class VQConfig(Training):
     lr: float = opt(1e-3, "learning rate, never scaled by batch size or processes", 1e-9, 1)
     codes_lr: float = opt(2e-2, "learning rate of the codes, which must keep up with z", 1e-9, 1)
     batch_size: int = opt(8, "images in a step, over all processes", 2, 2**20)
-    epochs: int = opt(4, "passes over the training images", 1, 10**6, free=True)
+    epochs: int = opt(3, "passes over the training images", 1, 10**6, free=True)
 
     @property
     def f(self):        # derived: numbers that must agree are one number
@@ -159,10 +159,10 @@ class LDMConfig(Training):
     class_cond: bool = opt(True, "tell the UNet the class; no effect where there is only one")
     label_drop: float = opt(0.1, "fraction of labels hidden in training, for guidance", 0, 1)
     balance: bool = opt(False, "draw each class equally often, however rare it is")
-    ema: float = opt(0.999, "decay of the running mean of the weights, which samples", 0, 0.99999)
+    ema: float = opt(0.995, "decay of the running mean of the weights, which samples", 0, 0.99999)
     lr: float = opt(1e-3, "learning rate, never scaled by batch size or processes", 1e-9, 1)
     batch_size: int = opt(32, "latents in a step, over all processes", 1, 2**20)
-    epochs: int = opt(18, "passes over the training latents", 1, 10**6, free=True)
+    epochs: int = opt(24, "passes over the training latents", 1, 10**6, free=True)
 
     def check(self):
         super().check()
@@ -1231,7 +1231,7 @@ class Run:
     def steps(self, n):
         """The one clock of a run: yields step numbers until all epochs, --minutes or a signal end
         it. Ctrl-C and SIGTERM only ask: the step is finished and saved. A second one kills."""
-        cfg, self.n, self.first, self.waited = self.cfg, n, self.step, 0.0
+        cfg, self.n, self.first, self.waited, self.part = self.cfg, n, self.step, 0.0, 0
         self.total, self.began = math.ceil(cfg.epochs * n / cfg.batch_size), time.monotonic()
         self.saved = self.spoke = self.began
 
@@ -1297,12 +1297,14 @@ class Run:
 
     def report(self, losses):
         """Count the step; every LOG_EVERY steps a row of the log and the progress line. -> True
-        when it is time to measure and draw: once early, some ten times a run, and at the end."""
+        when it is time to measure and draw: once early, some ten times a run (five in --minutes),
+        and at the end."""
         cfg, before, lr = self.cfg, self.epoch, self.cfg.lr * self.lr_factor()
         self.step += 1
         self.bad, self.skipped = self.bad if self.skipped else 0, False     # five in a row count
         new = self.epoch > before and self.epoch % max(1, cfg.epochs // 10) == 0
-        look = new or self.step in (FIRST_LOOK, self.total)
+        part, self.part = self.part, int(self.elapsed / max(60, 12 * cfg.minutes or math.inf))
+        look = new or self.part > part or self.step in (FIRST_LOOK, self.total)
         if look or self.step % LOG_EVERY == 0:
             values = torch.stack([v.detach().float().to(self.device) for v in losses.values()])
             row = dict(zip(losses, (sum_over_processes(values) / world()).tolist()))
