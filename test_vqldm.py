@@ -774,6 +774,7 @@ def test_bad_images_are_named_counted_and_left_out(tmp_path, load, capsys):
     images = load(folder, allow_bad=True)
     assert len(images.train) + len(images.held) == 19
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
 def test_a_pipe_with_the_name_of_an_image_is_not_opened(tmp_path):
     """Opening it would wait for a writer for ever."""
     folder = fill(tmp_path / "photos", [f"{i}.png" for i in range(8)])
@@ -1247,22 +1248,39 @@ def test_a_second_ctrl_c_ends_at_once(calm, tmp_path, monkeypatch):
     assert cli(*STAGES["ldm"], "--out", tmp_path) == 130 and not (tmp_path / "last.pt").exists()
 
 def test_minutes_end_a_run_early_saved_and_at_rest(calm, tmp_path, monkeypatch):
-    """The learning rate has come down by then, as at the end of all epochs."""
+    """The learning rate has come down by then, as at the end of all epochs, and the last thing
+    that is done is to measure."""
     clock = itertools.count()                       # each look at the clock finds a second gone
     monkeypatch.setattr(vqldm.time, "monotonic", lambda: float(next(clock)))
     assert cli(*STAGES["ldm"], "--epochs", 10**5, "--minutes", 2, "--out", tmp_path) == 0
     state = state_of(tmp_path / "last.pt")
-    assert 10 < state["step"] < 130
+    assert 10 < state["step"] < 130 and "held_loss" in state["log"][-1]
     assert state["opt"]["param_groups"][0]["lr"] < 0.1 * vqldm.LDMConfig().lr
 
 def test_a_run_that_replaced_another_can_be_resumed_and_so_can_a_finished_one(
-        calm, tmp_path, monkeypatch):
+        calm, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         stop_at(patch, 3, signal.SIGINT)
         cli(*STAGES["ldm"], "--out", tmp_path, "--overwrite")
     assert cli("train-ldm", "--resume", "--out", tmp_path) == 0
+    assert "nothing left to do" not in capsys.readouterr().out
     assert cli("train-ldm", "--resume", "--out", tmp_path) == 0
+    assert "nothing left to do" in capsys.readouterr().out
     assert_same_run("calm/ldm", tmp_path)
+
+def test_resume_checks_the_settings_that_it_goes_on_with(tmp_path, monkeypatch, capsys):
+    """34 pixels fit the one width of this run, not the default's two. And photographs that changed
+    since are said: it is another run now."""
+    no_pictures(monkeypatch)
+    photos = fill(tmp_path / "photos", [f"{i}.png" for i in range(9)])
+    words = [*SMALL_VQ, *"--size 34 --widths 8 --d-widths 8 --epochs 1 --data".split(), photos]
+    assert cli(*words, "--out", tmp_path / "a") == 0
+    resume = "train-vq", "--resume", "--size", 34, "--epochs", 2, "--out"
+    assert cli(*resume, tmp_path / "none") == 2 and "multiple of f = 4" in capsys.readouterr().err
+    assert cli(*resume, tmp_path / "a") == 0 and "WARNING the image" not in capsys.readouterr().out
+    fill(photos, ["new.png"])
+    assert cli(*resume[:-2], 3, "--out", tmp_path / "a") == 0
+    assert "WARNING the image files were changed" in capsys.readouterr().out
 
 def test_last_pt_is_written_after_the_checkpoints_that_it_knows_of(calm, tmp_path, monkeypatch):
     """Killed in between, resume repeats the step and writes them again; the other way round the

@@ -761,13 +761,15 @@ def load_images(source, size, n_images, held_out, cfg):
         say(f"skipped: {text}")
     return images
 
-def get_images(cfg, source, vq_cfg):
-    """load_images on all processes, and say what was found."""
+def get_images(cfg, source, vq_cfg, state=None):
+    """load_images on all processes; say what was found, and if a resumed run (state) had others."""
     images = first_then_others(lambda: load_images(
         source, vq_cfg.size, vq_cfg.n_images, vq_cfg.held_out, cfg))
     n = torch.bincount(images.labels[images.labels >= 0]).tolist()
     say(f"data {source}: {len(images.train)} images to train on, {len(images.held)} held out; "
         f"classes: {', '.join(f'{c} {k}' for c, k in zip(images.classes, n))}")
+    if state and state["data"] != images.key:
+        say("WARNING the image files were changed or moved since this run began: not bit-equal now")
     if len(images.train) < 100:
         say(f"WARNING {len(images.train)} images are few: the networks will learn them by heart")
     return images
@@ -1094,8 +1096,9 @@ def load_perceptual(wanted, device):
 
 FORMAT = 1              # of checkpoints; counts up when their meaning changes
 STAGES = {"vq": VQConfig, "ldm": LDMConfig}
-PARTS = {"vq": ("model", "disc", "opt", "opt_d", "lpips"),
-         "ldm": ("model", "ema", "opt", "scale", "classes", "class_counts", "conditional", "vq")}
+PARTS = {"vq": ("model", "disc", "opt", "opt_d", "lpips", "data"),
+         "ldm": ("model", "ema", "opt", "scale", "classes", "class_counts", "conditional", "data",
+                 "vq")}
 LOG_EVERY = 10          # steps between two rows of log.csv
 WRITTEN = ("last.pt", "best.pt", "pre_gan.pt", "log.csv", "curves.png", "data_preview.png",
            "codebook.png", "recon_epoch_*.png", "samples_epoch_*.png")
@@ -1351,6 +1354,8 @@ class Run:
                 "with --resume goes on")
         if self.signal:
             return 128 + self.signal
+        if self.first == self.total:
+            note += f"nothing left to do, all {self.cfg.epochs} epochs were done; "
         say(f"{note}pictures are in {self.folder}. Next: python vqldm.py {then}")
         return 0
 
@@ -1401,7 +1406,7 @@ def train_vq(cfg, typed):
     """Stage 1, from images to a checkpoint."""
     run = Run(cfg, typed, "vq")
     cfg, device, dtype = run.cfg, run.device, run.dtype
-    images = get_images(cfg, cfg.data, cfg)
+    images = get_images(cfg, cfg.data, cfg, run.state)
     # A resumed run keeps the loss that it began with, even if the weights can be had only now.
     perceptual, lpips_name = load_perceptual(run.state["lpips"] if run.state else cfg.lpips, device)
     vqgan = VQGAN(cfg.widths, cfg.z_dim, cfg.codes, cfg.heads).to(device)
@@ -1768,7 +1773,7 @@ def train_ldm(cfg, typed):
     if h % 2 ** len(cfg.unet_widths):
         raise UserError(f"--unet-widths: {len(cfg.unet_widths)} of them are too many for {h}×{h} "
                         f"latents, which can be halved {(h & -h).bit_length() - 1} times")
-    images = get_images(cfg, cfg.data or vq_cfg.data, vq_cfg)
+    images = get_images(cfg, cfg.data or vq_cfg.data, vq_cfg, run.state)
     latents, scale = first_then_others(
         lambda: cache_latents(vqgan, images, cfg.views, cfg, device, dtype))
     diffusion = Diffusion(cfg.T, cfg.schedule, cfg.target)
