@@ -177,7 +177,7 @@ class Sampling(Machine):
     sampler: str = opt("ddim", "ddim (13), or ddpm (11), which wants more steps",
                        choices=("ddim", "ddpm"))
     eta: float = opt(0.0, "fresh noise in a ddim step: 0 none, 1 as in DDPM", 0, 1)
-    guidance: float = opt(1.0, "w of (14): 0 no class, 1 plain, more: exaggerated", 0, 100)
+    guidance: float = opt(2.0, "w of (14): 0 no class, 1 plain, more: more typical", 0, 100)
 
 @dataclass(frozen=True)
 class SampleConfig(Sampling):
@@ -344,6 +344,7 @@ import socket
 import subprocess
 import time
 import warnings
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -1129,6 +1130,9 @@ def load_checkpoint(where, kinds, flag_name):
     if not path.is_file():
         raise UserError(f"{flag_name} {where}: no checkpoint there; {need} makes one")
     try:
+        with zipfile.ZipFile(path) as z:            # nothing in it is packed: it holds what it says
+            if sum(part.file_size for part in z.infolist()) > path.stat().st_size:
+                raise ValueError("it claims to be larger than it is")
         state = torch.load(path, map_location="cpu", weights_only=True)
         if state["format"] != FORMAT or not all(part in state for part in PARTS[state["kind"]]):
             raise ValueError("a part is missing")
