@@ -591,25 +591,28 @@ def turn(x, turns):
 
 def decode(path, size):
     """A file -> uint8 (3, size, size), or an exception that says what is wrong with it."""
-    with warnings.catch_warnings():
-        # A small file can claim to be gigabytes of pixels: above 89 million it is refused.
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(path) as im:
-            im.draft("RGB", (size, size))       # JPEG at 1/2, 1/4, 1/8 of its size: 4 times faster
-            im = ImageOps.exif_transpose(im)    # cameras store "turn me" beside the pixels
-            if im.mode[0] in "IF":
-                a = np.asarray(im, np.float64)          # 16 bits: PIL would clip at 255, to white
-                top = 65535 if im.mode[0] == "I" and a.max() > 255 else max(a.max(), 1)
-                im = Image.fromarray((a / top * 255).clip(0, 255).astype(np.uint8))
-            if "A" in im.getbands() or "transparency" in im.info:   # hidden pixels are often junk
-                im = im.convert("RGBA")
-                im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im)
-            return np.asarray(ImageOps.fit(im.convert("RGB"), (size, size))).transpose(2, 0, 1)
+    # trap: whatever its suffix, PIL would open 40 kinds of files, and run Ghostscript for one.
+    with Image.open(path, formats=("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")) as im:
+        if im.width * im.height > Image.MAX_IMAGE_PIXELS:       # a small file can claim gigabytes
+            raise ValueError(f"{im.width}×{im.height} pixels: exceeds limit")
+        im.draft("RGB", (size, size))       # JPEG at 1/2, 1/4, 1/8 of its size: 4 times faster
+        im = ImageOps.exif_transpose(im)    # cameras store "turn me" beside the pixels
+        if im.mode[0] in "IF":
+            a = np.asarray(im, np.float64)              # 16 bits: PIL would clip at 255, to white
+            top = 65535 if im.mode[0] == "I" and a.max() > 255 else max(a.max(), 1)
+            im = Image.fromarray((a / top * 255).clip(0, 255).astype(np.uint8))
+        if "A" in im.getbands() or "transparency" in im.info:   # hidden pixels are often junk
+            im = im.convert("RGBA")
+            im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im)
+        return np.asarray(ImageOps.fit(im.convert("RGB"), (size, size))).transpose(2, 0, 1)
 
 def list_images(folder):
     """-> (the image files under a folder, sorted, relative to it; how many files are none)."""
     found, other, seen = [], 0, set()
-    for base, dirs, names in os.walk(folder, followlinks=True):
+
+    def closed(e):                      # os.walk alone would pass over it in silence
+        raise UserError(f"--data {e.filename}: cannot be opened ({e.strerror})")
+    for base, dirs, names in os.walk(folder, followlinks=True, onerror=closed):
         here = os.stat(base)
         if (here.st_dev, here.st_ino) in seen:      # a link back up would go round for ever
             dirs.clear()
@@ -741,7 +744,9 @@ def load_images(source, size, n_images, held_out, cfg):
                 return np.zeros((3, size, size), np.uint8)
 
         with npy_writer(path, np.uint8, (len(names), 3, size, size)) as write, \
-                ThreadPoolExecutor() as pool, quiet_bar(len(names), "preparing images") as bar:
+                warnings.catch_warnings(), ThreadPoolExecutor() as pool, \
+                quiet_bar(len(names), "preparing images") as bar:
+            warnings.simplefilter("ignore")         # PIL's own, about images that it can read
             for i in range(0, len(names), step):
                 n = min(step, len(names) - i)
                 write(synthetic(n, size, cfg.seed, i)[0] if source == "synthetic"
@@ -1097,9 +1102,10 @@ def load_perceptual(wanted, device):
 
 FORMAT = 1              # of checkpoints; counts up when their meaning changes
 STAGES = {"vq": VQConfig, "ldm": LDMConfig}
-PARTS = {"vq": ("model", "disc", "opt", "opt_d", "lpips", "data"),
-         "ldm": ("model", "ema", "opt", "scale", "classes", "class_counts", "conditional", "data",
-                 "vq")}
+LOOP = dict(step=int, log=list, best=float, bad=int, data=str)      # of what kind each part is
+PARTS = {"vq": LOOP | dict(model=dict, disc=dict, opt=dict, opt_d=dict, lpips=str),
+         "ldm": LOOP | dict(model=dict, ema=dict, opt=dict, scale=torch.Tensor, classes=list,
+                            class_counts=list, conditional=bool, vq=dict)}
 LOG_EVERY = 10          # steps between two rows of log.csv
 WRITTEN = ("last.pt", "best.pt", "pre_gan.pt", "log.csv", "curves.png", "data_preview.png",
            "codebook.png", "recon_epoch_*.png", "samples_epoch_*.png")
@@ -1110,11 +1116,14 @@ def write_whole(path, write):
     """A file appears complete or not at all: written aside, flushed to the disk, renamed.
     trap: torch.save straight onto the old file leaves neither old nor new when killed half way."""
     tmp = path.with_name(f".{path.name}.tmp")
-    with open(tmp, "wb") as f:
-        write(f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(tmp, path)
+    try:
+        with open(tmp, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(tmp, path)
+    finally:
+        tmp.unlink(missing_ok=True)
     if os.name == "posix":              # the new name is an entry of the folder: flushed by itself
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)
@@ -1134,8 +1143,16 @@ def load_checkpoint(where, kinds, flag_name):
             if sum(part.file_size for part in z.infolist()) > path.stat().st_size:
                 raise ValueError("it claims to be larger than it is")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["format"] != FORMAT or not all(part in state for part in PARTS[state["kind"]]):
-            raise ValueError("a part is missing")
+        if state["format"] != FORMAT or not all(
+                isinstance(state[part], kind) for part, kind in PARTS[state["kind"]].items()):
+            raise ValueError("a part is missing or of the wrong kind")
+        if state["kind"] == "ldm" and not (
+                {str} >= set(map(type, state["classes"])) and
+                {int} >= set(map(type, state["class_counts"])) and
+                len(state["classes"]) == len(state["class_counts"]) and
+                state["scale"].shape == (2, state["vq"]["config"]["z_dim"]) and
+                isinstance(state["vq"]["model"], dict)):
+            raise ValueError("its parts do not fit")
         if state["kind"] in kinds:
             for part in [state, state["vq"]] if state["kind"] == "ldm" else [state]:
                 part["config"] = check_values(STAGES[part["kind"]], part["config"])
@@ -1146,9 +1163,9 @@ def load_checkpoint(where, kinds, flag_name):
         raise UserError(f"{flag_name} {path}: made by train-{state['kind']}; give one of {need}")
     return state
 
-def load_weights(net, weights, path):
+def load_weights(net, weights, path, **how):
     try:
-        net.load_state_dict(weights)
+        net.load_state_dict(weights, **how)
     except Exception as e:
         raise UserError(f"{path}: the weights do not fit the settings beside them; the file is "
                         f"damaged ({type(e).__name__})") from None
@@ -1711,8 +1728,11 @@ def update_ema(ema, net, step, decay):
 def build_vqgan(state, device, path):
     """The frozen VQGAN of a stage-1 state, and its settings."""
     c = VQConfig(**state["config"])
-    vqgan = load_weights(VQGAN(c.widths, c.z_dim, c.codes, c.heads), state["model"], path)
-    return vqgan.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), c
+    with torch.device("meta"):          # no memory yet: a stranger's settings may ask for any size
+        vqgan = VQGAN(c.widths, c.z_dim, c.codes, c.heads)
+    load_weights(vqgan, state["model"], path, assign=True)
+    vqgan.float().eval().requires_grad_(False)
+    return vqgan.to(device, memory_format=torch.channels_last), c
 
 class Generator:
     """All that sampling needs, from a stage-2 state: the UNet's EMA, Diffusion, VQGAN, scale."""
@@ -1722,9 +1742,10 @@ class Generator:
         self.diffusion = Diffusion(self.cfg.T, self.cfg.schedule, self.cfg.target)
         self.classes = state["classes"] if state["conditional"] else []
         self.class_counts, self.scale = state["class_counts"], state["scale"].to(device)
-        net = UNet(self.vq_cfg.z_dim, self.cfg.unet_widths, self.cfg.heads, len(self.classes))
-        load_weights(net, state["ema"], path).eval()
-        self.net = net.to(device, memory_format=torch.channels_last)
+        with torch.device("meta"):
+            net = UNet(self.vq_cfg.z_dim, self.cfg.unet_widths, self.cfg.heads, len(self.classes))
+        load_weights(net, state["ema"], path, assign=True).eval()
+        self.net = net.float().to(device, memory_format=torch.channels_last)
         self.shape = (self.vq_cfg.z_dim, *[self.vq_cfg.size // self.vq_cfg.f] * 2)
 
     def noise_of(self, seed, numbers):
@@ -2233,11 +2254,15 @@ def main(argv=None):
     except KeyboardInterrupt:
         text, code = "interrupted; checkpoints are whole", 130
     except (MemoryError, RuntimeError, OSError) as e:
+        if isinstance(e.__context__, OSError):      # torch.save hides a full disk behind its own
+            e = e.__context__
         if isinstance(e, MemoryError) or "memory" in str(e).lower():
             text = "out of memory; a smaller --batch-size or --size helps. Checkpoints are whole"
         elif isinstance(e, OSError) and e.errno:
             text = f"{e.filename or 'writing'}: {e.strerror}. Free some space, or use another " \
                 "folder; checkpoints are whole"
+        elif world() > 1 and (isinstance(e, dist.DistError) or "gloo" in str(e)):
+            text = "another process of this run has ended; checkpoints are whole, --resume goes on"
         else:
             raise
     if text is not None and rank() == 0:
