@@ -382,7 +382,7 @@ def pick_device(cfg):
         units = [unit for test, unit in (("_is_amx_tile_supported", "AMX"),
                                          ("_is_avx512_bf16_supported", "AVX512-BF16"))
                  if getattr(torch.cpu, test, lambda: False)()]
-        fast, why = bool(units), f"this CPU has {units[0] if units else 'no bf16 units'}"
+        fast, why = bool(units), f"this CPU has {units[0] if units else 'no bf16 units known'}"
     bf16 = fast if cfg.precision == "auto" else cfg.precision == "bf16"
     say(f"device {device}, {'bf16' if bf16 else 'fp32'} "
         f"({why if cfg.precision == 'auto' else 'as asked'}), {torch.get_num_threads()} threads"
@@ -1049,8 +1049,8 @@ class Perceptual:
     would carry its weights. Frozen, in eval mode, fp32, for images in [-1,1]."""
     def __init__(self, name, device):
         socket.setdefaulttimeout(20)                # without a network: say so soon
-        with warnings.catch_warnings():             # torchvision tells lpips about new arguments
-            warnings.filterwarnings("ignore", category=UserWarning, module="torchvision")
+        with warnings.catch_warnings():             # torch and torchvision have advice for lpips
+            warnings.simplefilter("ignore")
             import lpips
             self.net = lpips.LPIPS(net=name, verbose=False).to(device).eval().requires_grad_(False)
         self.name, self.device = name, device
