@@ -632,12 +632,13 @@ def test_ema_is_the_closed_form_with_warm_up_and_is_what_samples(watched_ldm):
     ema, weights = watched_ldm.state["ema"]["first.weight"], watched_ldm.make.net.first.weight
     assert len(rest) == 66 and torch.allclose(ema, want, atol=1e-5)
     assert torch.equal(weights, ema) and not torch.equal(weights, rest[-1])
-    one, none = (nn.Linear(1, 1, bias=False).requires_grad_(False) for _ in range(2))
-    one.weight.fill_(1), none.weight.fill_(0)
+    one, none = (nn.Linear(1, 1, bias=False).requires_grad_(mine) for mine in (False, True))
+    one.weight.data.fill_(1), none.weight.data.fill_(0)
     for i in range(1000):
         vqldm.update_ema(one, none, i, 0.9999)
     left = math.prod((1 + i) / (10 + i) for i in range(1000))
     assert left < 1e-6 and float(one.weight) == pytest.approx(left, rel=1e-3)
+    assert not one.weight.requires_grad         # else it would hold the history of all steps
 
 # ------------------------------------------------------------------------------------------------
 # B. Data

@@ -1718,6 +1718,7 @@ def cache_latents(vqgan, images, views, cfg, device, dtype):
         write_whole(path.with_suffix(".json"), lambda f: f.write(json.dumps(scale).encode()))
     return path, torch.tensor(json.loads(path.with_suffix(".json").read_text()))
 
+@torch.no_grad()        # trap: without it the mean carries the history of all steps: memory grows
 def update_ema(ema, net, step, decay):
     """ema <- d·ema + (1-d)·net: the last 1/(1-d) steps together stray less than any one of them.
     trap: without d's warm-up, after 1,000 steps at 0.9999 the mean is still 90 % first weights, and
