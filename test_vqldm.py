@@ -16,6 +16,7 @@ import csv
 import dataclasses
 import functools
 import gc
+import inspect
 import itertools
 import json
 import math
@@ -494,6 +495,12 @@ def test_pairs_are_exactly_S_steps_for_every_S():
         assert len(t) == S and t[0] == levels - 1 and prev == (*t[1:], -1)
         assert all(a > b for a, b in zip(t, prev))
     assert d.pairs(50) == d.pairs(50, 1000)
+
+def test_diffusion_has_no_defaults_of_its_own():
+    d, cfg = Diffusion(), vqldm.LDMConfig()
+    assert (d.T, d.target) == (cfg.T, cfg.target)
+    assert torch.equal(d.alpha_bar, Diffusion(cfg.T, cfg.schedule).alpha_bar)
+    assert inspect.signature(d.sample).parameters["eta"].default == vqldm.Sampling().eta
 
 SAMPLERS = [("ddpm", 1.0), ("ddim", 1.0), ("ddim", 0.0)]
 
@@ -1170,6 +1177,12 @@ def test_a_checkpoint_not_ours_or_not_whole_is_refused_and_runs_no_code(here, re
     assert "bad.pt" in refused("sample", "--ckpt", here / "bad.pt", "--out", here / "out")
     assert not trace.exists() and not (here / "out").exists()
 
+def test_a_checkpoint_that_claims_more_than_it_holds_is_not_even_read(here, refused, monkeypatch):
+    """Reading it would take the memory that it claims, before it is refused."""
+    (here / "bad.pt").write_bytes(claims(Path("runs/ldm/last.pt").read_bytes()))
+    monkeypatch.setattr(torch, "load", lambda *args, **kw: pytest.fail("it was read"))
+    assert "bad.pt" in refused("sample", "--ckpt", here / "bad.pt", "--out", here / "out")
+
 def test_a_run_is_not_touched_by_one_that_was_not_meant_for_it(trained, monkeypatch, refused):
     monkeypatch.chdir(trained)
     before = {p: p.read_bytes() for p in Path("runs").glob("*/*.*")}
@@ -1279,13 +1292,14 @@ def test_a_second_ctrl_c_ends_at_once(calm, tmp_path, monkeypatch):
     signal.signal(signal.SIGINT, before)
 
 def test_minutes_end_a_run_early_saved_and_at_rest(calm, tmp_path, monkeypatch):
-    """The learning rate has come down by then, as at the end of all epochs, and the last thing
-    that is done is to measure."""
+    """The learning rate has come down by then, as at the end of all epochs. It measures once a
+    minute (five times in a longer run), and at the step where it ends."""
     clock = itertools.count()                       # each look at the clock finds a second gone
     monkeypatch.setattr(vqldm.time, "monotonic", lambda: float(next(clock)))
-    assert cli(*STAGES["ldm"], "--epochs", 10**5, "--minutes", 2, "--out", tmp_path) == 0
+    assert cli(*STAGES["ldm"], "--epochs", 10**5, "--minutes", 1.5, "--out", tmp_path) == 0
     state = state_of(tmp_path / "last.pt")
-    assert 10 < state["step"] < 130 and "held_loss" in state["log"][-1]
+    looks = [row["step"] for row in state["log"] if "held_loss" in row]
+    assert 10 < looks[0] < looks[1] == state["step"] < 90 and len(looks) == 2
     assert state["opt"]["param_groups"][0]["lr"] < 0.1 * vqldm.LDMConfig().lr
 
 def test_a_run_that_replaced_another_can_be_resumed_and_so_can_a_finished_one(

@@ -1327,7 +1327,8 @@ class Run:
         self.step += 1
         self.bad, self.skipped = self.bad if self.skipped else 0, False     # five in a row count
         new = self.epoch > before and self.epoch % max(1, cfg.epochs // 10) == 0
-        part, self.part = self.part, int(self.elapsed / max(60, 12 * cfg.minutes or math.inf))
+        every = max(60, 12 * cfg.minutes) if cfg.minutes else math.inf      # seconds to a look
+        part, self.part = self.part, int(self.elapsed / every)
         look = new or self.part > part or self.step in (FIRST_LOOK, self.total)
         if look or self.step % LOG_EVERY == 0:
             values = torch.stack([v.detach().float().to(self.device) for v in losses.values()])
