@@ -493,18 +493,17 @@ def test_loss_is_0_for_the_right_answer_and_1_for_none(target):
     nothing = d.loss(lambda z_t, t, label: torch.zeros_like(z_t), z0, t, eps)
     assert nothing.shape == (1000,) and abs(nothing.mean() - 1) < 5 * math.sqrt(2 / z0.numel())
 
-@pytest.mark.parametrize("target", ["v", "eps"])
-def test_weight_turns_the_loss_into_the_error_of_z0_times_the_capped_snr(target):
-    """Hang et al. 2023: whatever the network answers, and however wrong. Cap 0: all t alike."""
-    d, t = Diffusion(1000, "linear", target), torch.arange(0, 1000, 9)
+def test_weight_makes_of_vs_loss_twice_the_geometric_mean_of_both_errors():
+    """Unweighted it is their sum. Whatever the network answers, and however wrong."""
+    d, t = Diffusion(1000, "linear", "v"), torch.arange(0, 1000, 9)
     z0, eps, out = (randn(len(t), 2, 3, 3, key=i) for i in range(3))
-    z0_hat, _ = d.predict(out, d.add_noise(z0, t, eps), t)
-    error = (z0_hat - z0).square().flatten(1).mean(1)
-    snr = d.alpha_bar[t] / (1 - d.alpha_bar[t])
+    guesses = d.predict(out, d.add_noise(z0, t, eps), t)
+    of_z0, of_eps = ((guess - true).square().flatten(1).mean(1)
+                     for guess, true in zip(guesses, (z0, eps)))
     loss = d.loss(lambda z_t, t, label: out, z0, t, eps)
-    for cap in (0.5, 5, 1e9):
-        assert torch.allclose(d.weight(t, cap) * loss, snr.clamp(max=cap) * error, rtol=1e-2)
-    assert torch.equal(d.weight(t, 0), torch.ones(len(t)))
+    assert torch.allclose(loss, of_z0 + of_eps, rtol=1e-3)
+    assert torch.allclose(d.weight(t) * loss, 2 * (of_z0 * of_eps).sqrt(), rtol=1e-2)
+    assert d.weight(t).max() == pytest.approx(1, abs=1e-3)
 
 def test_pairs_are_exactly_S_steps_for_every_S():
     """From T-1, or the level that one starts from, strictly down to -1."""
@@ -621,7 +620,7 @@ def watched_ldm(watched_vq):
         patch.setattr(Diffusion, "loss", watch_loss)
         patch.setattr(vqldm, "update_ema", watch_average)
         assert cli("train-ldm", *SMALL, *"--T 10 --unet-widths 8 --epochs 12 --ema .8 "
-                   "--label-drop .3 --lr .01 --min-snr 1".split()) == 0
+                   "--label-drop .3 --lr .01".split()) == 0
         state = vqldm.load_checkpoint("runs/ldm", ["ldm"], "--ckpt")
     make = vqldm.Generator(state, CPU, None, "")
     return types.SimpleNamespace(**{k: torch.cat([s[k] for s in steps]) for k in steps[0]},
@@ -635,9 +634,19 @@ def test_training_draws_every_t_alike_and_hides_labels(watched_ldm):
     assert abs(watched_ldm.eps.std() - 1) < 0.02 and abs(watched_ldm.eps.mean()) < 0.02
 
 def test_training_descends_the_weighted_loss(watched_ldm):
-    """With v and cap 1 the weight of (15) is the smaller of alpha_bar and 1 - alpha_bar."""
-    a = Diffusion(10, "cosine").alpha_bar[watched_ldm.t]
-    assert torch.allclose(watched_ldm.pull, a.clamp(max=1 - a), atol=1e-6)
+    weight = Diffusion(10, "cosine").weight(watched_ldm.t)
+    assert torch.allclose(watched_ldm.pull, weight, atol=1e-6)
+
+def test_all_t_alike_is_one_word_away(watched_vq, monkeypatch):
+    def never(self, t):
+        raise AssertionError("weighted")
+    no_pictures(monkeypatch)
+    monkeypatch.chdir(watched_vq.folder)
+    monkeypatch.setattr(Diffusion, "weight", never)
+    words = [*SMALL, *"--T 10 --unet-widths 8 --epochs 1 --out runs/alike".split()]
+    assert cli("train-ldm", *words, "--weighting", "alike") == 0
+    with pytest.raises(AssertionError, match="weighted"):
+        cli("train-ldm", *words, "--overwrite")
 
 def test_latents_are_standardised_over_the_whole_training_set(watched_ldm):
     z0 = watched_ldm.z0.double().transpose(0, 1).flatten(1)             # each image twelve times

@@ -21,7 +21,7 @@ Letters   B batch · H W pixels · h w latent grid · d length of a code · K co
 Equations (in the code each stands as its bare number. VQ: van den Oord 2017, arXiv 1711.00937.
           VQGAN: Esser 2021, 2012.09841. DDPM: Ho 2020, 2006.11239. DDIM: Song 2021, 2010.02502.
           LDM: Rombach 2022, 2112.10752. v: Salimans & Ho 2022, 2202.00512. CFG: Ho & Salimans
-          2022, 2207.12598. Min-SNR: Hang 2023, 2303.09556. Each ‖ ‖² is a mean, not a sum.)
+          2022, 2207.12598. Each ‖ ‖² is a mean over all numbers here, not a sum.)
   (1)  k = argmin_j ‖z - e_j‖,  z_q = e_k                                             VQ eq. 1, 2
   (2)  the value of z_q with the gradient of z: straight through                      VQ sec. 3.2
   (3)  codebook ‖sg[z] - z_q‖²        (4)  commitment ‖sg[z_q] - z‖²                  VQ eq. 3
@@ -35,7 +35,7 @@ Equations (in the code each stands as its bare number. VQ: van den Oord 2017, ar
   (12) v = √alpha_bar eps - √(1-alpha_bar) z0,  z0 = √alpha_bar z_t - √(1-alpha_bar) v   v app. D
   (13) z_prev = √alpha_bar_prev z0_hat + √(1-alpha_bar_prev-sigma²) eps_hat + sigma n DDIM eq. 12
   (14) out = out(no class) + w · (out(class) - out(no class))                CFG eq. 6, w there + 1
-  (15) weight of t: min(SNR, cap) / SNR for eps, / (SNR + 1) for v, SNR = alpha_bar / (1-alpha_bar)
+  (15) weight of t in training: 2 √(alpha_bar_t (1 - alpha_bar_t))                 measured here
 
 Contents  1. Settings                  5. Blocks                    9. Stage 1: training
           2. Machine                   6. Stage 1: the VQGAN       10. Stage 2: diffusion
@@ -160,7 +160,8 @@ class LDMConfig(Training):
     class_cond: bool = opt(True, "tell the UNet the class; no effect where there is only one")
     label_drop: float = opt(0.1, "fraction of labels hidden in training, for guidance", 0, 1)
     balance: bool = opt(False, "draw each class equally often, however rare it is")
-    min_snr: float = opt(5.0, "cap of the weight (15) of a noise level; 0: all count alike", 0, 1e9)
+    weighting: str = opt("middle", "which t count most in training: the middle (15), or all alike",
+                         choices=("middle", "alike"))
     ema: float = opt(0.995, "decay of the running mean of the weights, which samples", 0, 0.99999)
     lr: float = opt(1e-3, "learning rate, never scaled by batch size or processes", 1e-9, 1)
     batch_size: int = opt(32, "latents in a step, over all processes", 1, 2**20)
@@ -234,8 +235,9 @@ PRESETS = {         # "report" is the recipe of the reference report
                        codes=1024, commit_weight=1.0, perceptual_weight=1.0, gan_weight=1.0,
                        d_widths=(64, 128, 256), lr=1e-4, codes_lr=5e-4, d_lr=1e-4, epochs=40,
                        decay=0.0),
-        LDMConfig: dict(target="eps", schedule="linear", min_snr=0.0, unet_widths=(256, 512),
-                        class_cond=False, lr=1e-4, views=8, epochs=200, ema=0.9999, decay=0.0)}}
+        LDMConfig: dict(target="eps", schedule="linear", weighting="alike",
+                        unet_widths=(256, 512), class_cond=False, lr=1e-4, views=8, epochs=200,
+                        ema=0.9999, decay=0.0)}}
 
 def flag(name):
     return "--" + name.rstrip("_").replace("_", "-")
@@ -1585,14 +1587,13 @@ class Diffusion:
         out = net(self.add_noise(z0, t, eps), t, label).float()
         return (out - goal).square().flatten(1).mean(1)                                       # (10)
 
-    def weight(self, t, cap):
-        """How much each t (B,) counts in training: as its error on z0 does, SNR times, up to a cap.
-        Uncapped v or eps spends most of the net on the last, faint noise, which is finer than the
-        codes that decoding rounds to. Cap 1: Fréchet 800 instead of 837 after equal steps."""
-        if not cap:
-            return torch.ones(len(t), device=t.device)
-        snr = self.at(t, t) / (1 - self.at(t, t))
-        return snr.clamp(max=cap) / (snr + (self.target == "v"))                              # (15)
+    def weight(self, t):
+        """How much each t (B,) counts in training: 1 where signal and noise are equal, 0 at both
+        ends. There the loss is large but cannot be helped: what is finer than a code, or drowned.
+        v's loss is the sum of the squared errors of z0 and of eps; (15) makes of it twice their
+        geometric mean. After equal steps: Fréchet 753 instead of 837 (embedded data)."""
+        a = self.at(t, t)
+        return 2 * (a * (1 - a)).sqrt()                                                       # (15)
 
     def predict(self, out, z_t, t):
         """The network's answer, eps or v -> (z0_hat, eps_hat).
@@ -1883,8 +1884,8 @@ def train_ldm(cfg, typed):
         with autocast(device, dtype):
             loss = diffusion.loss(forward, z0, t, eps, label if conditional else None)  # (10) (B,)
         opt.zero_grad()
-        (diffusion.weight(t, cfg.min_snr) * loss).mean().backward()
-        losses = dict(loss=loss.mean())             # all t alike: 1 = none learnt
+        (loss * (diffusion.weight(t) if cfg.weighting == "middle" else 1)).mean().backward()
+        losses = dict(loss=loss.mean())             # told unweighted: 1 = none learnt
         if run.update(opt, params, losses):
             update_ema(ema, net, step, cfg.ema)
         # ---- report -----------------------------------------------------------------------------
