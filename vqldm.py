@@ -1107,7 +1107,7 @@ def load_perceptual(wanted, device):
 # appears whole or not at all; what a step depends on is in it, or is a function of seed and step
 # (rng above); and differing settings are refused. Nothing here is about the method.
 
-FORMAT = 1              # of checkpoints; counts up when their meaning changes
+FORMAT = 2              # of checkpoints; counts up when their meaning or a default changes
 STAGES = {"vq": VQConfig, "ldm": LDMConfig}
 LOOP = dict(step=int, log=list, best=float, bad=int, data=str)      # of what kind each part is
 PARTS = {"vq": LOOP | dict(model=dict, disc=dict, opt=dict, opt_d=dict, lpips=str),
@@ -1150,9 +1150,10 @@ def load_checkpoint(where, kinds, flag_name):
             if sum(part.file_size for part in z.infolist()) > path.stat().st_size:
                 raise ValueError("it claims to be larger than it is")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["format"] != FORMAT or not all(
-                isinstance(state[part], kind) for part, kind in PARTS[state["kind"]].items()):
-            raise ValueError("a part is missing or of the wrong kind")
+        if state["format"] != FORMAT:
+            raise ValueError("made by another version of it")
+        if not all(isinstance(state[part], kind) for part, kind in PARTS[state["kind"]].items()):
+            raise ValueError("a part is of the wrong kind")
         if state["kind"] == "ldm" and not (
                 {str} >= set(map(type, state["classes"])) and
                 {int} >= set(map(type, state["class_counts"])) and
@@ -1164,8 +1165,9 @@ def load_checkpoint(where, kinds, flag_name):
             for part in [state, state["vq"]] if state["kind"] == "ldm" else [state]:
                 part["config"] = check_values(STAGES[part["kind"]], part["config"])
     except Exception as e:              # unpickling junk raises nearly anything
-        raise UserError(f"{flag_name} {path}: not a whole checkpoint of this program "
-                        f"({type(e).__name__}); nothing in it was run") from None
+        why = e if type(e) is ValueError else type(e).__name__
+        raise UserError(f"{flag_name} {path}: not a whole checkpoint of this program ({why}); "
+                        "nothing in it was run") from None
     if state["kind"] not in kinds:
         raise UserError(f"{flag_name} {path}: made by train-{state['kind']}; give one of {need}")
     return state
