@@ -432,6 +432,15 @@ def test_training_starts_its_codes_from_encoder_outputs(watched_vq):
     all_of_them, distance = watched_vq.start
     assert all_of_them and distance < 0.2
 
+@pytest.mark.parametrize("real, fake, lam, told", [
+    (0.4, -0.3, 1.0, ""), (0.2, 0.2, 1.0, "blind"), (1.4, -1.2, 1.0, "won"), (0.4, 0, 1e4, "cap")])
+def test_a_game_that_goes_wrong_is_told_in_plain_words(real, fake, lam, told):
+    """Judged by the last hundred steps, and not before there are so many."""
+    good, row = dict(d_real=0.5, d_fake=-0.5), dict(d_real=real, d_fake=fake, lam=lam)
+    trouble = vqldm.gan_trouble([good] * 20 + [row, dict(held_psnr=9)] * 10)
+    assert told in trouble and bool(trouble) == bool(told)
+    assert not vqldm.gan_trouble([dict(rec=1)] * 50 + [row] * 9)
+
 def test_learning_rate_is_absolute_and_gradients_are_clipped(watched_vq):
     """What was typed, after the warm-up: neither times the batch nor over it."""
     for f in watched_vq.facts:
@@ -779,11 +788,19 @@ def test_every_kind_of_image_comes_out_upright_and_in_its_colours(tmp_path):
              "four inks.jpg": (picture().convert("CMYK"), {}, red, blue),
              "large.jpg": (picture(size=(2000, 1500)), {}, red, blue),
              "tiny.bmp": (picture(size=(4, 4)), {}, red, blue)}
+    small = []
     for name, (im, how, *colours) in kinds.items():
         im.save(tmp_path / name, **how)
-        x = vqldm.decode(tmp_path / name, 16).astype(float)
+        x = vqldm.decode(tmp_path / name, 16, small).astype(float)
         for half, colour in zip((x[:, 3:13, 1:6], x[:, 3:13, 10:15]), colours):
             assert x.shape == (3, 16, 16) and abs(half.mean((1, 2)) - colour).max() <= 8, name
+    assert [path.name for path in small] == ["tiny.bmp"]
+
+def test_small_images_are_enlarged_with_a_warning(tmp_path, load, capsys):
+    load(fill(tmp_path / "photos", ["a.png", "b.png"], size=(15, 40)))
+    assert "WARNING 2 images are smaller than 16×16" in "".join(capsys.readouterr())
+    load(fill(tmp_path / "large", ["a.png", "b.png"], size=(16, 40)))
+    assert "WARNING" not in "".join(capsys.readouterr())
 
 def test_only_photographs_are_listed(tmp_path):
     """Not hidden or half-loaded files, masks, or our own contact sheets; a loop of links is walked
@@ -845,7 +862,7 @@ def test_a_file_of_another_kind_is_no_image_whatever_its_name(tmp_path, load):
     picture().save(folder / "x.eps")
     (folder / "x.eps").rename(folder / "x.png")
     with pytest.raises(Image.UnidentifiedImageError):
-        vqldm.decode(folder / "x.png", 16)
+        vqldm.decode(folder / "x.png", 16, [])
     assert len(load(folder).bad) == 1
 
 def test_a_table_that_cannot_be_read_is_as_if_it_were_not_there(tmp_path):
@@ -897,12 +914,12 @@ def test_an_image_that_changes_or_goes_between_scan_and_decoding_harms_only_itse
     """Replaced, it is decoded again in the next run; cut or gone, it is a bad one."""
     folder = fill(tmp_path / "photos", [f"{i}.png" for i in range(24)])
 
-    def late(path, size, decode=vqldm.decode):
+    def late(path, size, small, decode=vqldm.decode):
         if path.name == "1.png":
             picture(left="white", size=(30, 30)).save(path)
         elif path.name in ("2.png", "3.png"):
             path.unlink() if path.name == "3.png" else path.write_bytes(path.read_bytes()[:60])
-        return decode(path, size)
+        return decode(path, size, small)
     with monkeypatch.context() as patch:
         patch.setattr(vqldm, "decode", late)
         first = load(folder)
@@ -910,7 +927,7 @@ def test_an_image_that_changes_or_goes_between_scan_and_decoding_harms_only_itse
     again = load(folder)
     assert [len(images.bad) for images in (first, again)] == [2, 1] and first.names == again.names
     for name in set(first.names) - {"2.png", "3.png"}:
-        want = torch.from_numpy(vqldm.decode(folder / name, 16).copy())
+        want = torch.from_numpy(vqldm.decode(folder / name, 16, []).copy())
         a, b = (images.rows([images.names.index(name)])[0] for images in (first, again))
         assert torch.equal(b, want) and (name == "1.png" or torch.equal(a, want))
 

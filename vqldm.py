@@ -593,12 +593,15 @@ def turn(x, turns):
     x = torch.where((turns >= 4).view(-1, 1, 1, 1), x.flip(3), x)
     return torch.stack([y.rot90(int(s) % 4, (1, 2)) for y, s in zip(x, turns)])
 
-def decode(path, size):
-    """A file -> uint8 (3, size, size), or an exception that says what is wrong with it."""
+def decode(path, size, enlarged):
+    """A file -> uint8 (3, size, size), or an exception that says what is wrong with it. The path of
+    one that is smaller than that is put into the list `enlarged`."""
     # trap: whatever its suffix, PIL would open 40 kinds of files, and run Ghostscript for one.
     with Image.open(path, formats=("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")) as im:
         if im.width * im.height > Image.MAX_IMAGE_PIXELS:       # a small file can claim gigabytes
             raise ValueError(f"{im.width}×{im.height} pixels: exceeds limit")
+        if min(im.size) < size:
+            enlarged.append(path)
         im.draft("RGB", (size, size))       # JPEG at 1/2, 1/4, 1/8 of its size: 4 times faster
         im = ImageOps.exif_transpose(im)    # cameras store "turn me" beside the pixels
         if im.mode[0] in "IF":
@@ -738,11 +741,11 @@ def load_images(source, size, n_images, held_out, cfg):
     key = f"{int(place(repr((key, classes, held, size))) * 2**52):013x}"
     path = Path(cfg.cache) / f"{label}-{size}-{key}.npy"
     if not (path.exists() and path.with_suffix(".json").exists()):
-        bad = {}
+        bad, enlarged = {}, []
 
         def one(i):
             try:
-                return decode(folder / names[i], size)
+                return decode(folder / names[i], size, enlarged)
             except Exception as e:      # PIL raises nearly anything on a broken file
                 bad[i] = f"{names[i]!r} ({' '.join(str(e).split())[:60] or type(e).__name__})"
                 return np.zeros((3, size, size), np.uint8)
@@ -756,6 +759,9 @@ def load_images(source, size, n_images, held_out, cfg):
                 write(synthetic(n, size, cfg.seed, i)[0] if source == "synthetic"
                       else np.stack(list(pool.map(one, range(i, i + n)))))
                 bar.update(n)
+        if enlarged:
+            say(f"WARNING {len(enlarged)} images are smaller than {size}×{size} and were enlarged: "
+                "the networks will learn their blur")
         kinds = sorted({c for i, c in enumerate(classes) if i not in bad})
         info = dict(source=source, key=key, size=size, names=names, classes=kinds, held=held,
                     labels=[-1 if i in bad else kinds.index(c) for i, c in enumerate(classes)],
@@ -776,8 +782,9 @@ def get_images(cfg, source, vq_cfg, state=None):
     images = first_then_others(lambda: load_images(
         source, vq_cfg.size, vq_cfg.n_images, vq_cfg.held_out, cfg))
     n = torch.bincount(images.labels[images.labels >= 0]).tolist()
-    say(f"data {source}: {len(images.train)} images to train on, {len(images.held)} held out; "
-        f"classes: {', '.join(f'{c} {k}' for c, k in zip(images.classes, n))}")
+    say(f"data {source} at {images.size}×{images.size}: {len(images.train)} images to train on, "
+        f"{len(images.held)} held out; classes: "
+        + ", ".join(f"{c} {k}" for c, k in zip(images.classes, n)))
     if state and state["data"] != images.key:
         say("WARNING the image files were changed or moved since this run began: not bit-equal now")
     if len(images.train) < 100:
@@ -1433,6 +1440,18 @@ def ssim(u, v):
     return ((2 * mu * mv + 1e-4) * (2 * suv + 9e-4)
             / (mu ** 2 + mv ** 2 + 1e-4) / (suu + svv + 9e-4)).mean()
 
+def gan_trouble(log):
+    """What the last rows of a log say about the two players, in plain words; '' if all is well."""
+    rows = [row for row in log if "d_real" in row][-10:]
+    if len(rows) < 10:
+        return ""
+    real, fake, lam = (sum(r.get(k, 0.0) for r in rows) / 10 for k in ("d_real", "d_fake", "lam"))
+    if real > 1 and fake < -1:
+        return f"D has won, D(real) {real:.1f} and D(fake) {fake:.1f}; a lower --d-lr may help"
+    if real - fake < 0.05:
+        return "D is blind, the same for real and fake; a higher --d-lr or --d-widths may help"
+    return "lam is near its cap, D has hardly a gradient; --gan-start later" if lam > 5e3 else ""
+
 def train_vq(cfg, typed):
     """Stage 1, from images to a checkpoint."""
     run = Run(cfg, typed, "vq")
@@ -1477,6 +1496,8 @@ def train_vq(cfg, typed):
             + f"codes used {m['codes_used_percent']:.0f} %, perplexity {m['perplexity']:.0f}")
         if m["codes_used_percent"] < 25 and run.epoch > 1:
             say("WARNING few codes are used; a lower --commit-weight or --revive-every may help")
+        if trouble := gan_trouble(run.log):
+            say(f"WARNING {trouble}")
         draw_rows(run.folder / f"recon_epoch_{run.epoch:03d}.png",
                   {"original": x[:8], "reconstruction": x_hat[:8]})
         draw_curves(run.folder / "curves.png", run.log, VQ_CURVES)
