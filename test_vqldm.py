@@ -433,7 +433,8 @@ def test_training_starts_its_codes_from_encoder_outputs(watched_vq):
     assert all_of_them and distance < 0.2
 
 @pytest.mark.parametrize("real, fake, lam, told", [
-    (0.4, -0.3, 1.0, ""), (0.2, 0.2, 1.0, "blind"), (1.4, -1.2, 1.0, "won"), (0.4, 0, 1e4, "cap")])
+    (0.4, -0.3, 1.0, ""), (1.4, -0.5, 1.0, ""), (0.5, -1.2, 1.0, ""),
+    (0.2, 0.2, 1.0, "blind"), (1.4, -1.2, 1.0, "won"), (0.4, 0, 1e4, "cap")])
 def test_a_game_that_goes_wrong_is_told_in_plain_words(real, fake, lam, told):
     """Judged by the last hundred steps, and not before there are so many."""
     good, row = dict(d_real=0.5, d_fake=-0.5), dict(d_real=real, d_fake=fake, lam=lam)
