@@ -701,21 +701,17 @@ class Images:
         x = self.rows(indices)
         return to_float(x if turns is None else turn(x, turns))
 
-@contextlib.contextmanager
-def npy_writer(path, dtype, shape):
-    """Write a .npy row by row, without holding it; it appears when it is complete."""
+def write_npy(path, dtype, shape, parts, name):
+    """Arrays of rows, one after the other -> a .npy file; no more than one of them is held."""
+    def write(f):
+        head = dict(descr=np.dtype(dtype).str, fortran_order=False, shape=shape)
+        np.lib.format.write_array_header_1_0(f, head)
+        with quiet_bar(shape[0], name) as bar:
+            for part in parts:
+                f.write(np.ascontiguousarray(part, dtype).tobytes())
+                bar.update(len(part))
     path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(tmp, "wb") as f:
-            head = dict(descr=np.dtype(dtype).str, fortran_order=False, shape=shape)
-            np.lib.format.write_array_header_1_0(f, head)
-            yield lambda rows: f.write(np.ascontiguousarray(rows, dtype).tobytes())
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(tmp, path)
-    finally:
-        tmp.unlink(missing_ok=True)
+    write_whole(path, write)
 
 def load_images(source, size, n_images, held_out, cfg):
     """'synthetic' or a folder -> Images; drawn or decoded once, then read from the cache."""
@@ -750,15 +746,12 @@ def load_images(source, size, n_images, held_out, cfg):
                 bad[i] = f"{names[i]!r} ({' '.join(str(e).split())[:60] or type(e).__name__})"
                 return np.zeros((3, size, size), np.uint8)
 
-        with npy_writer(path, np.uint8, (len(names), 3, size, size)) as write, \
-                warnings.catch_warnings(), ThreadPoolExecutor() as pool, \
-                quiet_bar(len(names), "preparing images") as bar:
+        with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
             warnings.simplefilter("ignore")         # PIL's own, about images that it can read
-            for i in range(0, len(names), step):
-                n = min(step, len(names) - i)
-                write(synthetic(n, size, cfg.seed, i)[0] if source == "synthetic"
-                      else np.stack(list(pool.map(one, range(i, i + n)))))
-                bar.update(n)
+            groups = (range(i, min(i + step, len(names))) for i in range(0, len(names), step))
+            write_npy(path, np.uint8, (len(names), 3, size, size), (
+                synthetic(len(g), size, cfg.seed, g[0])[0] if source == "synthetic"
+                else np.stack(list(pool.map(one, g))) for g in groups), "preparing images")
         if enlarged:
             say(f"WARNING {len(enlarged)} images are smaller than {size}×{size} and were enlarged: "
                 "the networks will learn their blur")
@@ -1121,15 +1114,15 @@ PARTS = {"vq": LOOP | dict(model=dict, disc=dict, opt=dict, opt_d=dict, lpips=st
          "ldm": LOOP | dict(model=dict, ema=dict, opt=dict, scale=torch.Tensor, classes=list,
                             class_counts=list, conditional=bool, vq=dict)}
 LOG_EVERY = 10          # steps between two rows of log.csv
-WRITTEN = ("last.pt", "best.pt", "pre_gan.pt", "log.csv", "curves.png", "data_preview.png",
-           "codebook.png", "recon_epoch_*.png", "samples_epoch_*.png")
+WRITTEN = ["last.pt", "best.pt", "pre_gan.pt", "log.csv", "curves.png", "data_preview.png",
+           "codebook.png", "recon_epoch_*.png", "samples_epoch_*.png"]
 SAVE_EVERY = 300        # seconds between two checkpoints inside a long epoch
 FIRST_LOOK = 100        # step of the first measurement and picture, before the first epoch ends
 
 def write_whole(path, write):
     """A file appears complete or not at all: written aside, flushed to the disk, renamed.
     trap: torch.save straight onto the old file leaves neither old nor new when killed half way."""
-    tmp = path.with_name(f".{path.name}.tmp")
+    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")     # two runs may make the same cache
     try:
         with open(tmp, "wb") as f:
             write(f)
@@ -1264,7 +1257,8 @@ class Run:
             self.lock = lock_folder(make_folder(self.folder))
         for name, part in parts.items() if self.state else ():
             load_weights(part, self.state[name], self.folder)
-        for name in WRITTEN if rank() == 0 and not self.state else ():
+        half = [".*.tmp"]                           # left by a killed run
+        for name in (half if self.state else half + WRITTEN) if rank() == 0 else ():
             for p in self.folder.glob(name):
                 p.unlink()
 
@@ -1744,15 +1738,16 @@ def cache_latents(vqgan, images, views, cfg, device, dtype):
         train = torch.zeros(N, dtype=torch.bool).index_fill_(0, images.train, True)
         sums = torch.zeros(3, d, dtype=torch.float64)                     # count, Σz, Σz²
         shape = (views * N, d, *[images.size // vqgan.f] * 2)
-        with npy_writer(path, np.float32, shape) as write, quiet_bar(views * N, "encoding") as bar:
-            for view, i in ((v, i) for v in range(views) for i in torch.arange(N).split(64)):
-                x = images.batch(i, torch.full((len(i),), view)).to(device)
-                with autocast(device, dtype):
-                    z = vqgan.codebook.settle(vqgan.encode(x)).cpu()                    # (B,d,h,w)
-                write(z.numpy())
-                v = rearrange(z[train[i]].double(), "B d h w -> d (B h w)")
-                sums += torch.stack([torch.full((d,), v.shape[1]), v.sum(1), v.square().sum(1)])
-                bar.update(len(i))
+
+        def encoded(view, i):
+            x = images.batch(i, torch.full((len(i),), view)).to(device)
+            with autocast(device, dtype):
+                z = vqgan.codebook.settle(vqgan.encode(x)).cpu()                        # (B,d,h,w)
+            v = rearrange(z[train[i]].double(), "B d h w -> d (B h w)")
+            sums.add_(torch.stack([torch.full((d,), v.shape[1]), v.sum(1), v.square().sum(1)]))
+            return z.numpy()
+        write_npy(path, np.float32, shape, (encoded(view, i) for view in range(views)
+                                            for i in torch.arange(N).split(64)), "encoding")
         mean, square = sums[1:] / sums[0]
         scale = torch.stack([mean, (square - mean ** 2).clamp(min=1e-12).sqrt()]).tolist()
         write_whole(path.with_suffix(".json"), lambda f: f.write(json.dumps(scale).encode()))
@@ -1808,6 +1803,17 @@ class Generator:
             steps = list(self.diffusion.sample(net, z, min(s.steps, levels), s.sampler, s.eta,
                                                noise, levels))
         return self.decode(steps[-1][0]), steps
+
+    def many(self, s, numbers, label):
+        """The same in batches, with a progress line. -> uint8 (n,3,H,W), their z0 (n,d,h,w)."""
+        x, z0 = [], []
+        with quiet_bar(len(numbers), "sampling") as bar:
+            for i in torch.arange(len(numbers)).split(32):
+                u8, steps = self(s, numbers[i], None if label is None else label[i])
+                x.append(u8)
+                z0.append(steps[-1][0].float().cpu())
+                bar.update(len(i))
+        return torch.cat(x), torch.cat(z0)
 
     @torch.no_grad()
     def decode(self, z0):
@@ -1933,11 +1939,11 @@ LDM_CURVES = {"loss, 1 = none learnt": dict(loss="training", held_loss="held out
                                                        held_t2of4="2", held_t3of4="3",
                                                        held_t4of4="most noise")}
 
-def figure(path, size, draw, **layout):
+def figure(path, size, draw, nrows=1, ncols=1, heights=None):
     """A matplotlib figure of some axes, on which draw(axes) draws, to a PNG."""
     from matplotlib.figure import Figure    # not pyplot: needs no window, changes no global
     fig = Figure(figsize=size, dpi=100, layout="constrained")
-    draw(fig.subplots(squeeze=False, **layout).flatten())
+    draw(fig.subplots(nrows, ncols, squeeze=False, height_ratios=heights).flatten())
     write_whole(Path(path), lambda f: fig.savefig(f, format="png", bbox_inches="tight"))
 
 def draw_rows(path, rows, columns=8):
@@ -1957,7 +1963,7 @@ def draw_rows(path, rows, columns=8):
             ax.set(xticks=[], yticks=[])
             ax.spines[:].set_visible(False)
     size = columns + 0.2 + 0.085 * max(map(len, rows)), sum(lines) * 1.02 + 0.1
-    figure(path, size, draw, nrows=len(rows), height_ratios=lines)
+    figure(path, size, draw, nrows=len(rows), heights=lines)
 
 def draw_curves(path, log, panels):
     panels = {t: keys for t, keys in panels.items() if any(k in row for row in log for k in keys)}
@@ -2020,21 +2026,44 @@ def slerp(a, b, w):
     angle = torch.acos(F.cosine_similarity(a.flatten(), b.flatten(), 0).clamp(-1, 1))
     return (torch.sin((1 - w) * angle) * a + torch.sin(w * angle) * b) / torch.sin(angle)
 
+def draw_more(cfg, make, labels):
+    """What else sample draws, for each class asked for {name: its number (1,)}."""
+    if cfg.interpolate:         # a fixed path (eta 0) from noises on the way between two
+        a, b = make.noise_of(cfg.seed, range(2))()
+        z = torch.stack([slerp(a, b, w) for w in torch.linspace(0, 1, 8)])
+        still = Sampling(steps=cfg.steps, eta=0.0, guidance=cfg.guidance)
+        draw_rows(Path(cfg.out, "interpolate.png"), {
+            c: make(still, range(8), k if k is None else k.expand(8), z)[0]
+            for c, k in (labels or {"between two noises": None}).items()})
+    if labels:
+        ws = (0, 1, 2, 3, 5, 8)
+        draw_rows(Path(cfg.out, "guidance.png"), {c: torch.cat([
+            make(Sampling(seed=cfg.seed, steps=cfg.steps, guidance=w), [0], k)[0] for w in ws])
+            for c, k in labels.items()})
+        say(f"guidance.png shows one noise under guidance {', '.join(map(str, ws))}")
+
 def write_pngs(folder, images, numbers):
     for i, x in zip(numbers, images):
         Image.fromarray(x.permute(1, 2, 0).numpy()).save(make_folder(folder) / f"{i:05d}.png")
 
-def sample(cfg, typed):
-    """Noise -> latents -> codes -> pixels, batch by batch: memory does not grow with --n."""
-    state = load_checkpoint(cfg.ckpt, ["ldm"], "--ckpt")
+def asked_classes(state, text):
+    """--class, as typed -> (the names that the model knows, those that are asked for)."""
     classes = state["classes"] if state["conditional"] else []
-    names = [c.strip() for c in cfg.class_.split(",")] if cfg.class_ not in ("", *classes) \
-        else [cfg.class_] * bool(cfg.class_)        # a name may hold a comma: "Melanoma, NOS"
-    names = list(classes) if names == ["all"] and classes else names
+    names = [c.strip() for c in text.split(",")] if text else []
+    if text in classes:                     # a name may hold a comma: "Melanoma, NOS"
+        names = [text]
+    elif text == "all" and classes:
+        names = list(classes)
     for c in names:
         if c not in classes:
             raise UserError(f"--class {c}: must be one of {', '.join([*classes, 'all'])}" if classes
                             else f"--class {c}: this model knows no classes; leave it out")
+    return classes, names
+
+def sample(cfg, typed):
+    """Noise -> latents -> codes -> pixels, batch by batch: memory does not grow with --n."""
+    state = load_checkpoint(cfg.ckpt, ["ldm"], "--ckpt")
+    classes, names = asked_classes(state, cfg.class_)
     if cfg.steps > state["config"]["T"]:
         raise UserError(f"--steps {cfg.steps}: at most T = {state['config']['T']} of this model")
     folder = Path(cfg.out)
@@ -2082,19 +2111,7 @@ def sample(cfg, typed):
         say("WARNING that is far off, so colours and contrast are too; train stage 2 for longer")
     shown = {c: torch.stack(v) for c, v in shown.items() if v}
     draw_rows(folder / "grid.png", shown)
-    some = {c: torch.tensor([classes.index(c)]) for c in names} or {"": None}
-    if cfg.interpolate:         # a fixed path (eta 0) from noises on the way between two
-        a, b = make.noise_of(cfg.seed, range(2))()
-        z = torch.stack([slerp(a, b, w) for w in torch.linspace(0, 1, 8)])
-        still = Sampling(steps=cfg.steps, eta=0.0, guidance=cfg.guidance)
-        draw_rows(folder / "interpolate.png", {c or "between two noises": make(
-            still, range(8), k if k is None else k.expand(8), z)[0] for c, k in some.items()})
-    if names:
-        ws = (0, 1, 2, 3, 5, 8)
-        draw_rows(folder / "guidance.png", {c: torch.cat([
-            make(Sampling(seed=cfg.seed, steps=cfg.steps, guidance=w), [0], k)[0] for w in ws])
-            for c, k in some.items()})
-        say(f"guidance.png shows one noise under guidance {', '.join(map(str, ws))}")
+    draw_more(cfg, make, {c: torch.tensor([classes.index(c)]) for c in names})
     if cfg.nearest:
         mixed = torch.cat([v[i::8] for i in range(8) for v in shown.values()])
         perceptual, _ = load_perceptual("auto", make.device)
@@ -2141,8 +2158,7 @@ def use_test(make, images, test, truth, perceptual, cfg):
     on real held-out ones (features and classes): balanced accuracy. Do they recognise the made?"""
     C, per = len(make.classes), max(20, cfg.n // len(make.classes))
     label = torch.arange(C).repeat_interleave(per)
-    made = torch.cat([perceptual.features(make(cfg, 10**6 + i, label[i])[0])
-                      for i in torch.arange(len(label)).split(32)])
+    made = perceptual.features(make.many(cfg, 10**6 + torch.arange(len(label)), label)[0])
     rows = images.train[torch.randperm(len(images.train), generator=rng(cfg.seed, "use"))[:4000]]
     real, y = perceptual.features(images.rows(rows)), images.labels[rows]
     n = torch.bincount(y, minlength=C).float()
@@ -2169,6 +2185,40 @@ def use_test(make, images, test, truth, perceptual, cfg):
     return dict(use_real=float(a.mean()), use_made=float(scores["made"].mean()),
                 use_both=float(b.mean()), recognised_percent=float(seen.mean()))
 
+def evaluate_samples(make, images, test, held, perceptual, cfg):
+    """Samples against held-out images, with two references. -> numbers by name, reals, samples."""
+    _, _, x, x_hat = measure_vq(make.vqgan, test, held[:cfg.n], None, make.device, make.dtype)
+    n, second = len(x), held[len(x):2 * len(x)]
+    label = make.labels(range(n))
+    made, z0 = make.many(cfg, torch.arange(n), label)
+    m = dict(frechet=None, kernel=None, frechet_real=None, frechet_recon=None,
+             latent_mean=float(z0.mean()), latent_std=float(z0.std()), n=n)
+    same = test.classes == images.classes
+    if perceptual:
+        # The floor needs a second set of real images: other held-out, else training images.
+        second = test.rows(second) if len(second) == n else \
+            images.rows(images.train[torch.arange(n) % len(images.train)])
+        fx, fr, fm, floor = map(perceptual.features, (x, x_hat, made, second))
+        m.update(frechet=frechet(fx, fm), kernel=kernel_distance(fx, fm),
+                 frechet_real=frechet(fx, floor), frechet_recon=frechet(fx, fr))
+        say(f"  in features of LPIPS-{perceptual.name}, comparable at equal n".ljust(60)
+            + "Fréchet   kernel")
+        for name, f in (("real images against real ones: the floor", floor), ("samples", fm),
+                        ("reconstructions: the best with this VQGAN", fr)):
+            say(f"  {name:58}{frechet(fx, f):9.1f}{kernel_distance(fx, f):9.3f}")
+        for c, name in enumerate(make.classes if same else []):
+            a, b = test.labels[held[:n]] == c, label == c
+            if min(a.sum(), b.sum()) >= 10:
+                m[f"frechet_{name}"] = frechet(fx[a], fm[b])
+                say((f"    {name}: {b.sum()} made, {a.sum()} real, reconstructions "
+                     f"{frechet(fx[a], fr[a]):.1f}").ljust(60) + f"{m[f'frechet_{name}']:9.1f}")
+    say(f"  samples' latents: mean {m['latent_mean']:+.3f}, std {m['latent_std']:.3f} "
+        "(healthy: 0 and 1)")
+    if make.classes and perceptual and cfg.use_test and same:
+        m.update(use_test(make, images, perceptual.features(test.rows(held[:2000])),
+                          test.labels[held[:2000]], perceptual, cfg))
+    return m, x, made
+
 def evaluate(cfg, typed):
     """Measure a checkpoint of either stage on held-out images."""
     state = load_checkpoint(cfg.ckpt, ["ldm", "vq"], "--ckpt")
@@ -2183,52 +2233,19 @@ def evaluate(cfg, typed):
         test = get_images(cfg, cfg.data, vq_cfg)
         held = torch.cat([test.train, test.held]).unique()
     held = held[torch.randperm(len(held), generator=rng(cfg.seed, "evaluate"))]
-    real, second = held[:cfg.n], held[cfg.n:2 * cfg.n]
     if len(held) < 2:
         raise UserError(f"--data {cfg.data or source}: one held-out image is no set; give more")
     out = make_folder(cfg.out or (cfg.ckpt if Path(cfg.ckpt).is_dir() else Path(cfg.ckpt).parent))
-    m, _, x, x_hat = measure_vq(vqgan, test, real, perceptual, device, dtype)
-    say(f"{len(real)} held-out images of {test.source}")
-    if not make:
-        names = ("psnr", "ssim", "lpips", "codes_used_percent", "perplexity", "n")
-        m, kind, made = {name: m.get(name) for name in names}, "recon", x_hat
+    say(f"{min(cfg.n, len(held))} held-out images of {test.source}")
+    if make:
+        kind, (m, x, made) = "samples", evaluate_samples(make, images, test, held, perceptual, cfg)
+    else:
+        kind = "recon"
+        m, _, x, made = measure_vq(vqgan, test, held[:cfg.n], perceptual, device, dtype)
+        m = {name: m.get(name) for name in
+             ("psnr", "ssim", "lpips", "codes_used_percent", "perplexity", "n")}
         for name, value in m.items():
             say(f"  {name:20}" + ("  no weights" if value is None else f"{value:9.3f}"))
-    else:
-        kind, label, made, z0 = "samples", make.labels(range(len(real))), [], []
-        with quiet_bar(len(real), "sampling") as bar:
-            for i in torch.arange(len(real)).split(32):
-                u8, steps = make(cfg, i, None if label is None else label[i])
-                made.append(u8)
-                z0.append(steps[-1][0].float().cpu())
-                bar.update(len(i))
-        made, z0 = torch.cat(made), torch.cat(z0)
-        m = dict(frechet=None, kernel=None, frechet_real=None, frechet_recon=None,
-                 latent_mean=float(z0.mean()), latent_std=float(z0.std()), n=len(real))
-        same = test.classes == images.classes
-        if perceptual:
-            # The floor needs a second set of real images: other held-out, else training images.
-            second = test.rows(second) if len(second) == len(real) else \
-                images.rows(images.train[torch.arange(len(real)) % len(images.train)])
-            fx, fr, fm, floor = map(perceptual.features, (x, x_hat, made, second))
-            m.update(frechet=frechet(fx, fm), kernel=kernel_distance(fx, fm),
-                     frechet_real=frechet(fx, floor), frechet_recon=frechet(fx, fr))
-            say(f"  in features of LPIPS-{perceptual.name}, comparable at equal n".ljust(60)
-                + "Fréchet   kernel")
-            for name, f in (("real images against real ones: the floor", floor), ("samples", fm),
-                            ("reconstructions: the best with this VQGAN", fr)):
-                say(f"  {name:58}{frechet(fx, f):9.1f}{kernel_distance(fx, f):9.3f}")
-            for c, name in enumerate(make.classes if same else []):
-                a, b = test.labels[real] == c, label == c
-                if min(a.sum(), b.sum()) >= 10:
-                    m[f"frechet_{name}"] = frechet(fx[a], fm[b])
-                    say((f"    {name}: {b.sum()} made, {a.sum()} real, reconstructions "
-                         f"{frechet(fx[a], fr[a]):.1f}").ljust(60) + f"{m[f'frechet_{name}']:9.1f}")
-        say("  samples' latents: mean {latent_mean:+.3f}, std {latent_std:.3f} (healthy: 0 and 1)"
-            .format(**m))
-        if make.classes and perceptual and cfg.use_test and same:
-            m.update(use_test(make, images, perceptual.features(test.rows(held[:2000])),
-                              test.labels[held[:2000]], perceptual, cfg))
     draw_rows(out / "evaluate.png", {"held out": x[:16], kind: made[:16]})
     for name, pictures in (("real", x), (kind, made)) if cfg.save_images else ():
         write_pngs(Path(cfg.save_images) / name, pictures, range(len(pictures)))
