@@ -275,7 +275,8 @@ def random_lpips(monkeypatch):
     features = vqldm.Perceptual.features
     monkeypatch.setattr(lpips, "LPIPS", functools.partial(lpips.LPIPS, pnet_rand=True,
                                                           eval_mode=False))
-    monkeypatch.setattr(vqldm.Perceptual, "features", lambda self, u8, _=0: features(self, u8, 64))
+    monkeypatch.setattr(vqldm.Perceptual, "features", lambda self, u8, _=0, every=False: (
+        features(self, u8, 64, every)))
     torch.manual_seed(0)
 
 def test_lpips_is_in_no_network_and_stays_frozen_in_eval_mode(random_lpips):
@@ -1124,6 +1125,43 @@ def test_evaluate_writes_the_flat_numbers_of_the_design(here, random_lpips):
                              "n").split() and ldm["n"] == 8
     assert all(math.isfinite(v) for m in (vq, ldm) for v in m.values())
     assert 0 < vq["codes_used_percent"] <= 100 and 1 <= vq["perplexity"] <= 64
+
+@pytest.mark.parametrize("kind, lo, hi", [("real ones", 60, 101), ("noise", 0, 45)])
+def test_the_use_test_tells_good_samples_from_worthless_ones(random_lpips, capsys, kind, lo, hi):
+    """Oracles: a generator that copies training images is as good as they are, and recognised; one
+    that makes noise is worth nothing. Only samples of the rarer classes join the real ones."""
+    images = vqldm.load_images("synthetic", 32, 480, 0.3, vqldm.VQConfig(cache="runs/cache"))
+    rare = (images.labels[images.train] == 0) & (torch.arange(len(images.train)) % 8 > 0)
+    images.train, sets, fit = images.train[~rare], [], vqldm.linear_classifier
+
+    def many(cfg, numbers, label):
+        rows = [images.train[images.labels[images.train] == c][int(i) % 12]
+                for i, c in zip(numbers, label)]
+        x = images.rows(torch.stack(rows))
+        return (x if kind == "real ones" else vqldm.to_bytes(randn(*x.shape))), None
+
+    def watch(f, y, C, seed):
+        sets.append(torch.bincount(y, minlength=C).tolist())
+        return fit(f, y, C, seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vqldm, "linear_classifier", watch)
+        m = vqldm.use_test(types.SimpleNamespace(classes=images.classes, many=many), images, images,
+                           images.held, vqldm.Perceptual("squeeze", CPU),
+                           vqldm.EvaluateConfig(n=80))
+    assert lo <= m["use_made"] <= hi and m["use_real"] > 70
+    assert lo <= m["recognised_percent"] <= hi
+    real, made, both = sets[0], sets[3], sets[6]
+    assert made == [20] * 4 and [b - r for b, r in zip(both, real)] == [20, 0, 0, 0]
+    assert "classifier trained on made" in capsys.readouterr().out
+
+def test_a_classifier_weighs_each_class_the_same():
+    """Two Gaussians of unit width, 2 apart, 20 times as many of one: the border lies half way, not
+    where least squares without weights would put it, which gives nearly all to the larger one."""
+    f = torch.cat([randn(2000, 3), randn(100, 3, key=1) + torch.tensor([2.0, 0, 0])]).double()
+    judge = vqldm.linear_classifier(f, torch.arange(2100) // 2000, 2, 0)
+    line = torch.stack([torch.linspace(-1, 3, 401), torch.zeros(401), torch.zeros(401)], 1).double()
+    border = float(line[400 - int(judge(line).sum()), 0])
+    assert abs(border - 1) < 0.25
 
 def test_evaluate_works_without_lpips(here, monkeypatch):
     monkeypatch.setattr(vqldm, "load_perceptual", lambda *a: (None, "off"))
