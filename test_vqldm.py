@@ -963,6 +963,16 @@ def test_folders_are_classes_and_train_and_test_the_split(tmp_path, load):
         assert images.classes[images.labels[i]] == Path(name).parts[1]
         assert (i in images.held) == name.startswith("Test")
 
+def test_the_first_held_out_images_are_a_mixture_of_classes(tmp_path, load):
+    """Files are sorted by folder: measured on the first few as they lie, a run sees one class."""
+    for part, n in (("train", 1), ("test", 40)):
+        for c in "ab":
+            fill(tmp_path / "x" / part / c, [f"{i}.png" for i in range(n)], size=(8, 8))
+    images = load(tmp_path / "x")
+    first = torch.bincount(images.labels[images.held[:20]], minlength=2)
+    assert first.min() > 3 and len(images.held.unique()) == 80
+    assert torch.equal(images.held, load(tmp_path / "x").held)          # the same in each run
+
 def test_a_flat_folder_takes_its_classes_from_metadata_csv(tmp_path, load):
     folder = fill(tmp_path / "isic", ["ISIC_1.png", "ISIC_2.png", "ISIC_3.png"])
     table(folder, [dict(isic_id="ISIC_1", diagnosis_1="Benign", diagnosis_3="Nevus"),
@@ -1083,6 +1093,15 @@ def test_pictures_to_look_at_come_on_request(here, random_lpips):
                     "nevus-like,melanoma-like")
     wanted = {"interpolate.png", "nearest.png", "guidance.png", "nevus-like/00000.png"}
     assert wanted < set(files) and all(is_picture(here / "a" / name) for name in wanted)
+
+def test_seed_is_of_the_samples_not_of_the_images_that_they_are_compared_with(here, monkeypatch):
+    """--seed 7 must not draw other training images; nor may --from be taken for them."""
+    seen = []
+    monkeypatch.setattr(vqldm, "draw_nearest", lambda path, x, images, *a: seen.append(images.key))
+    monkeypatch.setattr(vqldm, "load_perceptual", lambda *a: (None, "off"))
+    for i, words in enumerate(("--seed 0", "--seed 7", f"--from {fill(here / 'own', ['a.png'])}")):
+        sampled(here / str(i), *words.split(), *"--n 2 --nearest --no-trajectory".split())
+    assert seen == [state_of("runs/ldm/last.pt")["data"]] * 3
 
 def test_strength_is_how_far_sample_leaves_the_images_that_it_varies(here, load, monkeypatch):
     """Almost not at all: they come out as the VQGAN's reconstructions. Fully: from noise alone. The
@@ -1480,11 +1499,12 @@ vqldm.Run.indices = asked
 vqldm.main(sys.argv[3:])
 """
 
-def two(folder, *words, step=-1, number=0):
+def two(folder, *words, step=-1, number=0, **env):
     """The command, in two processes of torchrun."""
     (folder / "pair.py").write_text(PAIR)
+    env["PYTHONPATH"] = str(HERE)
     return run_python(*"-m torch.distributed.run --standalone --nproc-per-node 2".split(),
-                      folder / "pair.py", step, number, *words, cwd=".", PYTHONPATH=str(HERE))
+                      folder / "pair.py", step, number, *words, cwd=".", **env)
 
 def assert_nearly_same_run(a, b):
     """Sums in another order, and nothing else: weights and log differ in the last digits."""
@@ -1522,6 +1542,49 @@ def test_a_mistake_in_two_processes_is_told_once(calm, tmp_path):
     assert done.returncode and "[rank" not in done.stderr
     assert [line for line in done.stderr.splitlines() if "vqldm: " in line] == [
         "vqldm: --data nowhere: no such folder; a folder of images or 'synthetic'"]
+
+def test_balance_bears_a_class_without_training_images(calm, tmp_path):
+    """A single lesion of a kind may fall to the held-out side."""
+    for part, c in (("train", "a"), ("test", "a"), ("test", "b")):
+        fill(tmp_path / "x" / part / c, [f"{i}.png" for i in range(9)])
+    more = ["--cache", tmp_path, "--batch-size", 8, "--epochs", 2, "--out"]
+    assert cli(*SMALL_VQ, "--data", tmp_path / "x", *more, tmp_path / "vq") == 0
+    words = ["--balance", "--unet-widths", 8, "--T", 10, "--vq", tmp_path / "vq"]
+    assert cli("train-ldm", *SMALL, *words, *more, tmp_path / "ldm") == 0
+    assert state_of(tmp_path / "ldm/last.pt")["class_counts"] == [9, 0]
+
+def test_demo_hands_on_what_it_was_told(monkeypatch):
+    seen, run = [], vqldm.run_command
+    monkeypatch.setattr(vqldm, "run_command", lambda words: seen.append(words) or 0)
+    assert run(["demo", "--allow-bad", "--overwrite", "--seed", "3", "--out", "x"]) == 0
+    assert [words[0] for words in seen] == ["train-vq", "train-ldm", "sample"]
+    for words in seen:
+        vqldm.parse_command(words)
+        assert {"--allow-bad", "--overwrite", "--seed", "3"} < set(words)
+
+def test_two_processes_go_on_without_the_weights_of_lpips(calm, tmp_path):
+    """Both of them, at once: the second waits for the first to load them, even if that fails."""
+    words = [w for w in map(str, STAGES["vq"]) if w not in ("--lpips", "off")]
+    done = two(tmp_path, *words, "--out", tmp_path, "--minutes", 1, TORCH_HOME=str(tmp_path),
+               http_proxy="http://127.0.0.1:9", https_proxy="http://127.0.0.1:9")
+    assert done.returncode == 0 and done.stdout.count("WITHOUT the perceptual loss") == 1
+    assert state_of(tmp_path / "last.pt")["lpips"] == "off"
+
+@pytest.mark.parametrize("command", ["sample", "demo", "evaluate", "bench"])
+def test_only_training_runs_in_many_processes(command, monkeypatch):
+    monkeypatch.setattr(vqldm, "world", lambda: 2)
+    with pytest.raises(UserError, match="runs in one process"):
+        vqldm.run_command([command])
+
+def test_looking_does_not_count_as_training(monkeypatch):
+    """bench and the progress line tell the speed of steps, not of pictures."""
+    run = object.__new__(vqldm.Run)
+    run.cfg, run.first, run.step, run.looking = vqldm.VQConfig(batch_size=8), 10, 20, 0.0
+    now = [0.0]
+    monkeypatch.setattr(vqldm.time, "monotonic", lambda: now[0])
+    run.began, now[0] = 0.0, 4.0
+    run.show(lambda names: now.__setitem__(0, 9.0), [])
+    assert run.speed() == 8 * 10 / 4
 
 def test_if_one_of_two_processes_is_killed_the_other_ends_soon(calm, tmp_path):
     """Not in half an hour; what was saved stays whole, and one process can go on from there."""

@@ -34,7 +34,7 @@ Equations (in the code each stands as its bare number. VQ: van den Oord 2017, ar
   (11) z_{t-1} = (z_t - (1-alpha_t)/√(1-alpha_bar_t) eps_hat) / √alpha_t + sigma_t n  Algorithm 2
   (12) v = √alpha_bar eps - √(1-alpha_bar) z0,  z0 = √alpha_bar z_t - √(1-alpha_bar) v   v app. D
   (13) z_prev = √alpha_bar_prev z0_hat + √(1-alpha_bar_prev-sigma²) eps_hat + sigma n DDIM eq. 12
-  (14) out = out(no class) + w · (out(class) - out(no class))                CFG eq. 6, w there + 1
+  (14) out = out(no class) + w · (out(class) - out(no class))               CFG eq. 6, our w = 1 + w
   (15) weight of t in training: 2 √(alpha_bar_t (1 - alpha_bar_t))      found by trial (README)
 
 Contents  1. Settings                  5. Blocks                    9. Stage 1: training
@@ -52,7 +52,7 @@ import math
 import os
 import sys
 import typing
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 
 # ------------------------------------------------------------------------------------------------
 # 1. Settings
@@ -75,7 +75,7 @@ class Machine:
     """Settings of every command."""
     seed: int = opt(0, "random seed; every random number is a function of it", 0, 2**31 - 1)
     device: str = opt("auto", "auto (cuda, mps or cpu), or a torch device: cuda:1", free=True)
-    precision: str = opt("auto", "of matrix products; auto: bf16 where that is faster",
+    precision: str = opt("auto", "numbers in matrix products; auto: bf16 where that is faster",
                          choices=("auto", "fp32", "bf16"), free=True)
     cache: str = opt("runs/cache", "folder of decoded images and latents; deletable", free=True)
     allow_bad: bool = opt(False, "go on with more than 20 % unreadable images", free=True)
@@ -92,7 +92,7 @@ class Training(Machine):
     resume: bool = opt(False, "go on with the run in --out where it was stopped", free=True)
     minutes: float = opt(0.0, "stop after so many minutes, saved; 0: all epochs", 0, 1e6, free=True)
     warmup: int = opt(50, "steps over which the learning rate rises from 0", 0, 10**6)
-    decay: float = opt(0.6, "last part of the run, in which the learning rate falls", 0, 1)
+    decay: float = opt(0.6, "last fraction of the run, in which the learning rate falls", 0, 1)
     clip: float = opt(1.0, "longest gradient; longer ones are scaled down", 1e-6, 1e9)
     compile: bool = opt(False, "torch.compile the network: slow to start, for GPUs", free=True)
 
@@ -134,7 +134,6 @@ class VQConfig(Training):
         return 2 ** len(self.widths)
 
     def check(self):
-        super().check()
         if self.size % self.f or self.size < 2 * self.f:
             raise UserError(f"--size {self.size}: must be a multiple of f = {self.f}, 2 to "
                             f"the number of --widths, and at least {2 * self.f}")
@@ -162,20 +161,19 @@ class LDMConfig(Training):
     balance: bool = opt(False, "draw each class equally often, however rare it is")
     weighting: str = opt("middle", "which t count most in training: the middle (15), or all alike",
                          choices=("middle", "alike"))
-    ema: float = opt(0.995, "decay of the running mean of the weights, which samples", 0, 0.99999)
+    ema: float = opt(0.995, "decay of the running mean of the weights, used to sample", 0, 0.99999)
     lr: float = opt(1e-3, "learning rate, never scaled by batch size or processes", 1e-9, 1)
     batch_size: int = opt(32, "latents in a step, over all processes", 1, 2**20)
     epochs: int = opt(30, "passes over the training latents", 1, 10**6, free=True)
 
     def check(self):
-        super().check()
         if self.unet_widths[-1] % self.heads:
             raise UserError(f"--heads {self.heads}: must divide the last of --unet-widths")
 
 @dataclass(frozen=True)
 class Sampling(Machine):
     """Settings of the commands that sample."""
-    ckpt: str = opt("runs/ldm", "run folder or checkpoint of train-ldm; evaluate takes both stages")
+    ckpt: str = opt("runs/ldm", "run folder or checkpoint of train-ldm; evaluate takes both")
     steps: int = opt(50, "S, steps from noise to image, at most T", 1, 10**5)
     sampler: str = opt("ddim", "ddim (13), or ddpm (11), which wants more steps",
                        choices=("ddim", "ddpm"))
@@ -316,22 +314,21 @@ def parse_command(argv):
 def settings(cls, typed, recorded=None):
     """Default < preset < recorded < typed. What differs from the record is an error."""
     preset = PRESETS.get(typed.get("preset", "default"), {}).get(cls, {})
-    recorded = recorded and {**recorded, "overwrite": False}       # was for that session only
-    cfg = cls(**{**preset, **(recorded or {}), **typed})
-    differ = [f"{flag(fd.name)} was {recorded[fd.name]}, now {getattr(cfg, fd.name)}"
-              for fd in fields(cls) if fd.name in (recorded or {}) and not fd.metadata["free"]
-              and recorded[fd.name] != getattr(cfg, fd.name)]
+    old = {**recorded, "overwrite": False} if recorded else {}      # was for that session only
+    cfg = cls(**{**preset, **old, **typed})
+    differ = [f"{flag(fd.name)} was {old[fd.name]}, now {getattr(cfg, fd.name)}"
+              for fd in fields(cls) if fd.name in old and not fd.metadata["free"]
+              and old[fd.name] != getattr(cfg, fd.name)]
     if differ:
         raise UserError("--resume goes on with the recorded settings, but " + "; ".join(differ)
                         + ". Leave these flags out, or start anew with another --out")
-    if recorded or not typed.get("resume"):         # else what it goes on with is not known yet
+    if old or not typed.get("resume"):         # else what it goes on with is not known yet
         cfg.check()
     return cfg
 
 if __name__ == "__main__":      # --help and mistakes end here, before the seconds that torch takes
     try:
-        _command, _cls, _typed = parse_command(sys.argv[1:])
-        settings(_cls, _typed)
+        settings(*parse_command(sys.argv[1:])[1:])
     except UserError as e:
         print(f"vqldm: {e}", file=sys.stderr)
         sys.exit(2)
@@ -350,6 +347,7 @@ import time
 import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -368,18 +366,22 @@ from tqdm import tqdm
 # numbers come from? Every line of training depends on these, so they are answered once.
 
 def pick_device(cfg):
-    """-> (device, autocast dtype, None for fp32). Says which, and why."""
-    name = cfg.device if cfg.device != "auto" else \
-        f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else \
+    """-> (device, dtype for autocast or None for plain fp32). Says which, and why."""
+    name = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else \
         "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        device = torch.device(name)
+        device = torch.device(                      # with torchrun each process has its own GPU
+            f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if name == "cuda" else name)
         torch.zeros(1, device=device)
     except Exception:       # torch raises anything from AssertionError to RuntimeError here
         raise UserError(f"--device {name}: not on this machine; auto and cpu work") from None
     fast, why = False, f"not measured on {device.type}"
     if device.type == "cuda":
-        fast, why = torch.cuda.get_device_capability(device) >= (8, 0), torch.cuda.get_device_name()
+        if (n := int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) > torch.cuda.device_count():
+            raise UserError(f"torchrun --nproc-per-node {n}: there are only "
+                            f"{torch.cuda.device_count()} GPUs")
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
+        why = torch.cuda.get_device_name(device)
         torch.backends.cudnn.benchmark = True
         torch.cuda.set_device(device)
     elif device.type == "cpu":      # without units for it bf16 is emulated: slower than fp32
@@ -414,7 +416,7 @@ def world():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 def rank():
-    return int(os.environ.get("RANK", "0"))
+    return dist.get_rank() if dist.is_initialized() else 0
 
 def share(batch):       # this process's part of what has one entry per image of the global batch
     n = len(batch) // world()
@@ -440,10 +442,13 @@ def average_gradients(params):
             g.copy_(m.view_as(g))
 
 def first_then_others(make):        # process 0 makes a file, then the others read it
-    made = make() if rank() == 0 else None
-    if world() > 1:
+    if rank() > 0:
         dist.barrier()
-    return made if rank() == 0 else make()
+    try:
+        return make()
+    finally:                        # even if it failed: the others wait, and fail alike
+        if world() > 1 and rank() == 0:
+            dist.barrier()
 
 def say(text):
     if rank() == 0:
@@ -614,7 +619,7 @@ def decode(path, size, enlarged):
         return np.asarray(ImageOps.fit(im.convert("RGB"), (size, size))).transpose(2, 0, 1)
 
 def list_images(folder):
-    """-> (the image files under a folder, sorted, relative to it; how many files are none)."""
+    """-> (the image files under a folder, sorted, relative to it; the number of others)."""
     found, other, seen = [], 0, set()
 
     def closed(e):                      # os.walk alone would pass over it in silence
@@ -667,7 +672,7 @@ def arrange(folder, names, held_out):
         row = table.get(Path(name).stem, {})
         told = next(filter(None, map(row.get, ("diagnosis_3", "diagnosis_1", "dx", "class"))), "")
         parent = parents[-1] if parents and parents[-1].lower() not in SPLITS else ""
-        classes.append((told or parent if flat else parent or told) or "images")
+        classes.append(((told or parent) if flat else (parent or told)) or "images")
         sides.append(max((SPLITS[p.lower()] for p in parents if p.lower() in SPLITS), default=0))
         lesions.append(row.get("lesion_id") or ("" if known else Path(name).stem))
     if any(sides):
@@ -683,14 +688,16 @@ class Images:
 
     def __init__(self, path):
         info = json.loads(path.with_suffix(".json").read_text())
-        self.path, self.source, self.names = path, info["source"], info["names"]
+        self.path, self.names, self.classes = path, info["names"], info["classes"]
         self.size, self.key, self.bad = info["size"], info["key"], info["bad"]
-        self.classes = info["classes"]
         self.labels = torch.tensor(info["labels"])              # -1: unreadable
         good, held = self.labels >= 0, torch.tensor(info["held"])
-        self.train, self.held = (m.nonzero().flatten() for m in (good & ~held, good & held))
+        self.all, self.train, self.held = (
+            m.nonzero().flatten() for m in (good, good & ~held, good & held))
         if not len(self.train) or not len(self.held):           # one image: measure on it too
-            self.train = self.held = good.nonzero().flatten()
+            self.train = self.held = self.all
+        # In a folder the first images are of one class: measure on a mixture.
+        self.held = self.held[torch.randperm(len(self.held), generator=rng("held"))]
 
     def rows(self, indices):
         """uint8 (B,3,H,W). Mapped anew each time: pages of an old map would count as our memory."""
@@ -729,7 +736,7 @@ def load_images(source, size, n_images, held_out, cfg):
             raise UserError(f"--data {source}: no image in it, {other} other files; images end in "
                             + " ".join(SUFFIXES))
         if other:
-            say(f"passed over {other} files that are no photographs: masks, tables, unfinished")
+            say(f"passed over {other} files that are no photographs: masks, tables, half downloads")
         classes, held = arrange(folder, names, held_out)
         stats = [os.lstat(folder / name) for name in names]
         label, step = folder.resolve().name, 256
@@ -756,7 +763,7 @@ def load_images(source, size, n_images, held_out, cfg):
             say(f"WARNING {len(enlarged)} images are smaller than {size}×{size} and were enlarged: "
                 "the networks will learn their blur")
         kinds = sorted({c for i, c in enumerate(classes) if i not in bad})
-        info = dict(source=source, key=key, size=size, names=names, classes=kinds, held=held,
+        info = dict(key=key, size=size, names=names, classes=kinds, held=held,
                     labels=[-1 if i in bad else kinds.index(c) for i, c in enumerate(classes)],
                     bad=[bad[i] for i in sorted(bad)])
         write_whole(path.with_suffix(".json"), lambda f: f.write(json.dumps(info).encode()))
@@ -772,6 +779,7 @@ def load_images(source, size, n_images, held_out, cfg):
 
 def get_images(cfg, source, vq_cfg, state=None):
     """load_images on all processes; say what was found, and if a resumed run (state) had others."""
+    cfg = replace(cfg, seed=vq_cfg.seed)        # of the images, not of this command
     images = first_then_others(lambda: load_images(
         source, vq_cfg.size, vq_cfg.n_images, vq_cfg.held_out, cfg))
     n = torch.bincount(images.labels[images.labels >= 0]).tolist()
@@ -792,7 +800,7 @@ def get_images(cfg, source, vq_cfg, state=None):
 # concatenate, after upsampling, what the DownBlock of the same size put out (skip).
 
 class Norm(nn.GroupNorm):
-    """GroupNorm for any width: as many groups as divide it, at least four channels in each. It
+    """GroupNorm for any width: up to 32 groups, a power of two, at least four channels in each. It
     treats each image alone, so batch size and number of processes change nothing."""
     def __init__(self, c):
         super().__init__(math.gcd(32, c // 4 or 1, c), c)
@@ -941,7 +949,7 @@ class Codebook(nn.Module):
         z_q = self.lookup(k)                                              # (B,d,h,w)
         # One distance, two halves; sg[] (detach) decides who moves: codes to the vectors that they
         # won, and the encoder to its codes.
-        # trap: swapped weights, 0.25 on (3) and 1 on (4): off by 16, and the curve looks better.
+        # trap: swapped weights, 0.25 on (3) and 1 on (4): 16 times off, and the curve looks better.
         codebook_loss = F.mse_loss(z_q, z.detach())                                            # (3)
         commit_loss = F.mse_loss(z, z_q.detach())                                              # (4)
         # Straight through: the value of z_q with the gradient of z. Rounding has no slope, so what
@@ -1052,7 +1060,7 @@ class Perceptual:
     trap: not an nn.Module, nor inside one: .train() would switch its dropout on, and checkpoints
     would carry its weights. Frozen, in eval mode, fp32, for images in [-1,1]."""
     def __init__(self, name, device):
-        socket.setdefaulttimeout(20)                # without a network: say so soon
+        socket.setdefaulttimeout(20)                # without a network: give up soon
         with warnings.catch_warnings():             # torch and torchvision have advice for lpips
             warnings.simplefilter("ignore")
             import lpips
@@ -1111,7 +1119,7 @@ def load_perceptual(wanted, device):
 
 FORMAT = 2              # of checkpoints; counts up when their meaning or a default changes
 STAGES = {"vq": VQConfig, "ldm": LDMConfig}
-LOOP = dict(step=int, log=list, best=float, bad=int, data=str)      # of what kind each part is
+LOOP = dict(step=int, log=list, best=float, bad=int, data=str)      # checked on loading
 PARTS = {"vq": LOOP | dict(model=dict, disc=dict, opt=dict, opt_d=dict, lpips=str),
          "ldm": LOOP | dict(model=dict, ema=dict, opt=dict, scale=torch.Tensor, classes=list,
                             class_counts=list, conditional=bool, vq=dict)}
@@ -1204,9 +1212,9 @@ def lock_folder(folder):
         raise UserError(f"--out {folder}: another run is writing there; use another") from None
     return f
 
-def quiet_bar(total, name, unit="img", start=0):
+def quiet_bar(total, name, start=0):
     """A progress line in a terminal; none in a file, where report() says a line a minute."""
-    return tqdm(total=total, initial=start, desc=name, unit=unit, leave=False, dynamic_ncols=True,
+    return tqdm(total=total, initial=start, desc=name, leave=False, dynamic_ncols=True,
                 disable=rank() > 0 or not sys.stderr.isatty(), mininterval=0.5,
                 bar_format="{desc} {n_fmt}/{total_fmt} {elapsed}<{remaining}{postfix}")
 
@@ -1250,32 +1258,32 @@ class Run:
         if cfg.batch_size % world():
             raise UserError(f"--batch-size {cfg.batch_size}: no multiple of {world()} processes")
         self.device, self.dtype = pick_device(cfg)
-        torch.manual_seed(cfg.seed)     # first weights: the only use of the global generator
+        torch.manual_seed(cfg.seed)     # for the first weights: all else looks up its numbers
 
-    def open(self, parts):
-        """The first writing, when all else is known to be right: lock the folder, then load {name:
-        network or optimiser} from the checkpoint, or clear away an old run. Never your files."""
+    def open(self, parts, n):
+        """The first writing, when all else is known to be right: lock the folder, clear away an old
+        run (what it wrote, nothing else), or load {name: network or optimiser} from its checkpoint.
+        n: how many images to train on."""
         if rank() == 0:
             self.lock = lock_folder(make_folder(self.folder))
+            for name in [".*.tmp", *([] if self.state else WRITTEN)]:   # .tmp: left by a killed run
+                for p in self.folder.glob(name):
+                    p.unlink()
         for name, part in parts.items() if self.state else ():
             load_weights(part, self.state[name], self.folder)
-        half = [".*.tmp"]                           # left by a killed run
-        for name in (half if self.state else half + WRITTEN) if rank() == 0 else ():
-            for p in self.folder.glob(name):
-                p.unlink()
+        self.n, self.total = n, math.ceil(self.cfg.epochs * n / self.cfg.batch_size)
 
-    def steps(self, n):
+    def steps(self):
         """The one clock of a run: yields step numbers until all epochs, --minutes or a signal end
         it. Ctrl-C and SIGTERM only ask: the step is finished and saved. A second one kills."""
-        cfg, self.n, self.first, self.waited, self.part = self.cfg, n, self.step, 0.0, 0
-        self.total, self.began = math.ceil(cfg.epochs * n / cfg.batch_size), time.monotonic()
-        self.saved = self.spoke = self.began
+        cfg, self.first, self.looks, self.looking, self.waited = self.cfg, self.step, 0, 0.0, 0.0
+        self.began = self.saved = self.spoke = time.monotonic()
 
         def ask(number, frame):
             self.signal = number
             signal.signal(number, before[number])
         before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
-        self.bar = quiet_bar(self.total, f"train-{self.kind}", "step", self.step)
+        self.bar = quiet_bar(self.total, f"train-{self.kind}", self.step)
         try:
             while self.step < self.total:
                 now = [time.monotonic() - self.began, self.signal]
@@ -1315,7 +1323,7 @@ class Run:
     def update(self, optimizer, params, losses):
         """After backward: average over processes, clip, step. False: this step was skipped.
         One bad batch must not end a night; five in a row mean divergence. (float(norm) waits for
-        the device, the only place in a step that does.)"""
+        the device, as Codebook.count does.)"""
         average_gradients(params)
         if math.isfinite(float(nn.utils.clip_grad_norm_(params, self.cfg.clip))):
             for group in optimizer.param_groups:
@@ -1331,18 +1339,18 @@ class Run:
                             "The last checkpoint is untouched; start anew with a lower --lr")
         return False
 
-    def report(self, losses):
-        """Count the step; every LOG_EVERY steps a row of the log and the progress line. -> True
-        when it is time to measure and draw: once early, some ten times a run (five in --minutes),
-        and at the end."""
-        cfg, before, lr = self.cfg, self.epoch, self.cfg.lr * self.lr_factor()
+    def report(self, losses, state, look, names=()):
+        """Count the step; every LOG_EVERY steps a row of the log and the progress line. Measure,
+        draw and save when it is time: once early, some ten times a run (with --minutes at most
+        five, a minute apart), and at the end. names: checkpoints wanted beside last.pt."""
+        cfg, before, lr, names = self.cfg, self.epoch, self.cfg.lr * self.lr_factor(), [*names]
         self.step += 1
         self.bad, self.skipped = self.bad if self.skipped else 0, False     # five in a row count
         new = self.epoch > before and self.epoch % max(1, cfg.epochs // 10) == 0
         every = max(60, 12 * cfg.minutes) if cfg.minutes else math.inf      # seconds to a look
-        part, self.part = self.part, int(self.elapsed / every)
-        look = new or self.part > part or self.step in (FIRST_LOOK, self.total)
-        if look or self.step % LOG_EVERY == 0:
+        looks, self.looks = self.looks, int(self.elapsed / every)
+        due = new or self.looks > looks or self.step in (FIRST_LOOK, self.total)
+        if due or self.step % LOG_EVERY == 0:
             values = torch.stack([v.detach().float().to(self.device) for v in losses.values()])
             row = dict(zip(losses, (sum_over_processes(values) / world()).tolist()))
             at = self.step * cfg.batch_size / self.n
@@ -1355,10 +1363,20 @@ class Run:
             if self.bar.disable and time.monotonic() - self.spoke > 60:
                 self.spoke = time.monotonic()
                 say(f"step {self.step} of {self.total}, {text}")
-        return look
+        if due:
+            self.show(look, names)
+        if (due or names or time.monotonic() - self.saved > SAVE_EVERY) and not self.bad:
+            self.save(state, names)
 
-    def speed(self):                    # images per second, in this session
-        return (self.step - self.first) * self.cfg.batch_size / (time.monotonic() - self.began)
+    def show(self, look, names):        # process 0 measures and draws; the clock of speed() stands
+        if rank() == 0:
+            began = time.monotonic()
+            look(names)
+            self.looking += time.monotonic() - began
+
+    def speed(self):                    # images per second of training, in this session
+        return (self.step - self.first) * self.cfg.batch_size \
+            / (time.monotonic() - self.began - self.looking)
 
     def save(self, state, names=()):
         """state(): what the stage wants kept. Beside it: all that the loop needs to go on."""
@@ -1369,7 +1387,7 @@ class Run:
             for name in (*names, "last.pt"):    # in this order: a kill in between repeats them all
                 write_whole(self.folder / name, lambda f: torch.save(whole, f))
             keys = list(dict.fromkeys(k for row in self.log for k in row))
-            rows = [[f"{row[k]:.6g}" if k in row else "" for k in keys] for row in self.log]
+            rows = [[f"{row[k]:.9g}" if k in row else "" for k in keys] for row in self.log]
             text = "".join(",".join(row) + "\n" for row in [keys, *rows]).encode()
             write_whole(self.folder / "log.csv", lambda f: f.write(text))
         self.saved = time.monotonic()
@@ -1377,8 +1395,8 @@ class Run:
     def finish(self, state, look, note, then):
         """The last save and the last lines. -> exit status."""
         names, left = [], self.step < self.total
-        if left and not self.signal and rank() == 0:        # --minutes are over: where did we get?
-            look(names)
+        if left and not self.signal:        # --minutes are over: where did we get?
+            self.show(look, names)
         self.save(state, names)
         if rank() == 0:
             self.lock.close()
@@ -1388,7 +1406,7 @@ class Run:
                 "with --resume goes on")
         if self.signal:
             return 128 + self.signal
-        if self.first == self.total:
+        if self.first >= self.total:
             note += f"nothing left to do, all {self.cfg.epochs} epochs were done; "
         say(f"{note}pictures are in {self.folder}. Next: python vqldm.py {then}")
         return 0
@@ -1455,22 +1473,23 @@ def train_vq(cfg, typed):
     images = get_images(cfg, cfg.data, cfg, run.state)
     # A resumed run keeps the loss that it began with, even if the weights can be had only now.
     perceptual, lpips_name = load_perceptual(run.state["lpips"] if run.state else cfg.lpips, device)
-    vqgan = VQGAN(cfg.widths, cfg.z_dim, cfg.codes, cfg.heads).to(device)
-    disc = PatchDiscriminator(cfg.d_widths).to(device)
-    for net in (vqgan, disc):
-        net.to(memory_format=torch.channels_last)       # VQGAN in bf16 on a CPU: 7 % faster
+    layout = dict(device=device, memory_format=torch.channels_last)     # bf16 on a CPU: 7 % faster
+    vqgan = VQGAN(cfg.widths, cfg.z_dim, cfg.codes, cfg.heads).to(**layout)
+    disc = PatchDiscriminator(cfg.d_widths).to(**layout)
     # Adam divides by the gradient's size, so no loss weight makes a code move faster than its
     # learning rate. At the networks' own, the codes lag behind the moving z: 0.8 dB (d 4, K 512).
     codes = {vqgan.codebook.embedding.weight: cfg.codes_lr}
     opt = make_optimizer(vqgan, cfg.lr, (0.9, 0.99), codes)
     opt_d = make_optimizer(disc, cfg.d_lr, (0.5, 0.9))
-    run.open(dict(model=vqgan, disc=disc, opt=opt, opt_d=opt_d))
+    n, B = len(images.train), cfg.batch_size
+    run.open(dict(model=vqgan, disc=disc, opt=opt, opt_d=opt_d), n)
     forward = torch.compile(vqgan) if cfg.compile else vqgan
+    if cfg.compile:     # lam (6) walks from x_hat to the last layer twice: keep what that needs
+        torch._functorch.config.donated_buffer = False
     params, params_d, last = [*vqgan.parameters()], [*disc.parameters()], vqgan.decoder.last.weight
-    book, n, B = vqgan.codebook, len(images.train), cfg.batch_size
+    book, steps = vqgan.codebook, run.total
     gan_at = round(cfg.gan_start * n / B) if cfg.gan_weight else math.inf
     d_at, ramp = gan_at - round(cfg.d_warmup * n / B), max(1, round(cfg.gan_ramp * n / B))
-    steps = math.ceil(cfg.epochs * n / B)
     say(f"VQGAN {count(vqgan)}, D {count(disc)}; {cfg.epochs} epochs = {steps} steps of {B}; "
         f"{f'GAN from step {gan_at}' if gan_at < steps else 'no GAN'}; LPIPS {lpips_name}; "
         f"writing to {run.folder}")
@@ -1491,7 +1510,7 @@ def train_vq(cfg, typed):
             f"{m['ssim']:.3f}, " + (f"LPIPS {m['lpips']:.3f}, " if perceptual else "")
             + f"codes used {m['codes_used_percent']:.0f} %, perplexity {m['perplexity']:.0f}")
         if m["codes_used_percent"] < 25 and run.epoch > 1:
-            say("WARNING few codes are used; a lower --commit-weight or --revive-every may help")
+            say("WARNING few codes are used; a higher --codes-lr or lower --revive-every may help")
         if trouble := gan_trouble(run.log):
             say(f"WARNING {trouble}")
         draw_rows(run.folder / f"recon_epoch_{run.epoch:03d}.png",
@@ -1503,7 +1522,7 @@ def train_vq(cfg, typed):
         kinds = images.labels[images.train]
         draw_rows(run.folder / "data_preview.png", {c: images.rows(images.train[kinds == i][:8])
                                                     for i, c in enumerate(images.classes[:12])})
-    for step in run.steps(n):
+    for step in run.steps():
         # ---- learn: the generator ---------------------------------------------------------------
         tick = time.monotonic()
         turns = torch.randint(8, (B,), generator=rng(cfg.seed, "turns", step))
@@ -1547,13 +1566,7 @@ def train_vq(cfg, typed):
                 losses.update(d_loss=d_loss, d_real=real.mean(), d_fake=fake.mean())
                 run.update(opt_d, params_d, losses)
         # ---- report -----------------------------------------------------------------------------
-        names, looked = [], run.report(losses)
-        if looked and rank() == 0:
-            look(names)
-        if run.step == gan_at:
-            names.append("pre_gan.pt")
-        if (looked or names or time.monotonic() - run.saved > SAVE_EVERY) and not run.bad:
-            run.save(state, names)
+        run.report(losses, state, look, ["pre_gan.pt"] if step + 1 == gan_at else [])
     note = "" if perceptual or cfg.lpips == "off" else "trained WITHOUT LPIPS; "
     return run.finish(state, look, note, f"train-ldm --vq {run.folder}")
 
@@ -1641,10 +1654,10 @@ class Diffusion:
         from them. With the trained alpha_t, 50 steps would end a third of the way, with noise."""
         noise = noise or (lambda: torch.randn_like(z))
         for t, prev in self.pairs(steps, levels):
-            time = torch.full((len(z),), t, device=z.device)
+            t_all = torch.full((len(z),), t, device=z.device)                 # (B,)
             a, a_prev = self.at(t, z), self.at(prev, z)     # alpha_bar_t, alpha_bar_{t-1}
             alpha = a / a_prev
-            z0_hat, eps_hat = self.predict(net(z, time).float(), z, time)
+            z0_hat, eps_hat = self.predict(net(z, t_all).float(), z, t_all)
             if sampler == "ddpm":
                 sigma = (1 - alpha).sqrt()          # sigma² = beta_t (DDPM sec. 3.2)
                 z = (z - (1 - alpha) / (1 - a).sqrt() * eps_hat) / alpha.sqrt()               # (11)
@@ -1853,15 +1866,15 @@ def train_ldm(cfg, typed):
     diffusion = Diffusion(cfg.T, cfg.schedule, cfg.target)
     conditional = cfg.class_cond and len(images.classes) > 1
     n_classes = len(images.classes) if conditional else 0
-    net = UNet(vq_cfg.z_dim, cfg.unet_widths, cfg.heads, n_classes).to(device)
-    net.to(memory_format=torch.channels_last)
+    net = UNet(vq_cfg.z_dim, cfg.unet_widths, cfg.heads, n_classes)
+    net.to(device, memory_format=torch.channels_last)
     ema = copy.deepcopy(net).requires_grad_(False).eval()
     opt = make_optimizer(net, cfg.lr, (0.9, 0.99))
-    run.open(dict(model=net, ema=ema, opt=opt))
+    B = cfg.batch_size
+    run.open(dict(model=net, ema=ema, opt=opt), len(images.train))
     forward, params = torch.compile(net) if cfg.compile else net, [*net.parameters()]
-    n, B = len(images.train), cfg.batch_size
     say(f"UNet {count(net)}; {h}×{h}×{vq_cfg.z_dim} latents, {n_classes or 'no'} classes, target "
-        f"{cfg.target}; {cfg.epochs} epochs = {math.ceil(cfg.epochs * n / B)} steps of {B}; "
+        f"{cfg.target}; {cfg.epochs} epochs = {run.total} steps of {B}; "
         f"writing to {run.folder}")
     of_class = [images.train[images.labels[images.train] == c] for c in range(len(images.classes))]
 
@@ -1889,21 +1902,22 @@ def train_ldm(cfg, typed):
         if mean < run.best:
             run.best = mean
             names.append("best.pt")
-        say(f"epoch {run.epoch:3d}, step {run.step}: held-out loss {mean:.3f} (1 = none learnt); "
-            f"from little to much noise {' '.join(f'{v:.3f}' for v in parts.values())}")
+        say(f"epoch {run.epoch:3d}, step {run.step}: held-out loss {mean:.3f} (1 = nothing "
+            f"learnt); from little to much noise {' '.join(f'{v:.3f}' for v in parts.values())}")
         make = Generator(dict(state(), config=asdict(cfg)), device, dtype, run.folder)
         some = torch.arange(16) * n_classes // 16 if conditional else None
         x, _ = make(Sampling(seed=cfg.seed, steps=25), range(16), some)
         draw_rows(run.folder / f"samples_epoch_{run.epoch:03d}.png", {f"epoch {run.epoch}": x})
         draw_curves(run.folder / "curves.png", run.log, LDM_CURVES)
 
-    for step in run.steps(n):
+    for step in run.steps():
         # ---- learn ------------------------------------------------------------------------------
         tick, g = time.monotonic(), rng(cfg.seed, "step", step)
         rows = images.train[run.indices()]
         if cfg.balance:
-            rows = torch.stack([of_class[c][torch.randint(len(of_class[c]), (), generator=g)]
-                                for c in torch.randint(len(of_class), (B,), generator=g).tolist()])
+            some = [c for c in of_class if len(c)]
+            rows = torch.stack([some[c][torch.randint(len(some[c]), (), generator=g)]
+                                for c in torch.randint(len(some), (B,), generator=g).tolist()])
         # Each t equally likely, but one from each B-th part of 0…T-1: a steadier loss.
         # trap: t from 1…T-1 or 0…T-2 leaves a step that is sampled but was never trained.
         t = (torch.arange(B) * cfg.T + torch.randint(cfg.T, (B,), generator=g)) // B    # (B,)
@@ -1917,15 +1931,11 @@ def train_ldm(cfg, typed):
             loss = diffusion.loss(forward, z0, t, eps, label if conditional else None)  # (10) (B,)
         opt.zero_grad()
         (loss * (diffusion.weight(t) if cfg.weighting == "middle" else 1)).mean().backward()
-        losses = dict(loss=loss.mean())             # told unweighted: 1 = none learnt
+        losses = dict(loss=loss.mean())             # told unweighted: 1 = nothing learnt
         if run.update(opt, params, losses):
             update_ema(ema, net, step, cfg.ema)
         # ---- report -----------------------------------------------------------------------------
-        names, looked = [], run.report(losses)
-        if looked and rank() == 0:
-            look(names)
-        if (looked or time.monotonic() - run.saved > SAVE_EVERY) and not run.bad:
-            run.save(state, names)
+        run.report(losses, state, look)
     return run.finish(state, look, "", f"sample --ckpt {run.folder}")
 
 # ------------------------------------------------------------------------------------------------
@@ -1936,16 +1946,17 @@ def train_ldm(cfg, typed):
 VQ_CURVES = {"losses": dict(rec="‖x - x̂‖²", perc="LPIPS", codebook="codebook = commitment"),
              "GAN": dict(d_real="D(real)", d_fake="D(fake)", d_loss="hinge"), "λ": dict(lam="λ"),
              "held-out PSNR, dB": dict(held_psnr=""), "perplexity": dict(held_perplexity="")}
-LDM_CURVES = {"loss, 1 = none learnt": dict(loss="training", held_loss="held out"),
-              "by quarter of t, 1 = none learnt": dict(held_t1of4="least noise",
+LDM_CURVES = {"loss, 1 = nothing learnt": dict(loss="training", held_loss="held out"),
+              "by quarter of t, 1 = nothing learnt": dict(held_t1of4="least noise",
                                                        held_t2of4="2", held_t3of4="3",
                                                        held_t4of4="most noise")}
 
-def figure(path, size, draw, nrows=1, ncols=1, heights=None):
-    """A matplotlib figure of some axes, on which draw(axes) draws, to a PNG."""
+@contextlib.contextmanager
+def figure(path, size, nrows=1, ncols=1, heights=None):
+    """with figure(...) as axes: draw on them; at the end they become a PNG."""
     from matplotlib.figure import Figure    # not pyplot: needs no window, changes no global
     fig = Figure(figsize=size, dpi=100, layout="constrained")
-    draw(fig.subplots(nrows, ncols, squeeze=False, height_ratios=heights).flatten())
+    yield fig.subplots(nrows, ncols, squeeze=False, height_ratios=heights).flatten()
     write_whole(Path(path), lambda f: fig.savefig(f, format="png", bbox_inches="tight"))
 
 def draw_rows(path, rows, columns=8):
@@ -1954,8 +1965,8 @@ def draw_rows(path, rows, columns=8):
     rows = {label: images for label, images in rows.items() if len(images)}
     columns = min(columns, max(len(images) for images in rows.values()))
     lines = [-(-len(images) // columns) for images in rows.values()]
-
-    def draw(axes):
+    size = columns + 0.2 + 0.085 * max(map(len, rows)), sum(lines) * 1.02 + 0.1
+    with figure(path, size, nrows=len(rows), heights=lines) as axes:
         for ax, (label, images) in zip(axes, rows.items()):
             blank = images.new_full((-len(images) % columns, *images.shape[1:]), 255)
             gap = max(1, images.shape[2] // 32)
@@ -1964,13 +1975,10 @@ def draw_rows(path, rows, columns=8):
             ax.set_ylabel(label, rotation=0, ha="right", va="center")
             ax.set(xticks=[], yticks=[])
             ax.spines[:].set_visible(False)
-    size = columns + 0.2 + 0.085 * max(map(len, rows)), sum(lines) * 1.02 + 0.1
-    figure(path, size, draw, nrows=len(rows), heights=lines)
 
 def draw_curves(path, log, panels):
     panels = {t: keys for t, keys in panels.items() if any(k in row for row in log for k in keys)}
-
-    def draw(axes):
+    with figure(path, (3.8 * len(panels), 2.8), ncols=len(panels)) as axes:
         for ax, (title, keys) in zip(axes, panels.items()):
             for key, name in keys.items():
                 points = [(row["step"], row[key]) for row in log if key in row]
@@ -1978,24 +1986,22 @@ def draw_curves(path, log, panels):
                 ax.plot(*zip(*points or [(0, math.nan)]), lw=1.2, label=name, marker=marker)
             ax.set_title(title, fontsize=10)
             ax.set(xlabel="step", yscale="log" if title in ("losses", "λ") else "linear")
-            if "1 = none" in title:
+            if "1 = nothing" in title:
                 ax.set_ylim(0, 1)
             ax.spines[["top", "right"]].set_visible(False)
             if len(keys) > 1:
                 ax.legend(fontsize=8, frameon=False)
-    figure(path, (3.8 * len(panels), 2.8), draw, ncols=len(panels))
 
 def draw_usage(path, usage):
     """How often each code is used (K,), most used first."""
-    def draw(axes):
-        percent = (usage / usage.sum() * 100).sort(descending=True).values
-        axes[0].fill_between(range(len(usage)), percent, step="mid", color="#b5533c")
-        axes[0].axhline(100 / len(usage), color="black", lw=0.8, ls=":", label="all used equally")
-        axes[0].set(xlabel="codes, most used first", ylabel="use, %", ylim=(0, None),
-                    title=f"{int((usage > 0).sum())} of {len(usage)} codes used on held-out images")
-        axes[0].spines[["top", "right"]].set_visible(False)
-        axes[0].legend(frameon=False)
-    figure(path, (7, 2.6), draw)
+    percent = (usage / usage.sum() * 100).sort(descending=True).values
+    with figure(path, (7, 2.6)) as (ax,):
+        ax.fill_between(range(len(usage)), percent, step="mid", color="#b5533c")
+        ax.axhline(100 / len(usage), color="black", lw=0.8, ls=":", label="all used equally")
+        ax.set(xlabel="codes, most used first", ylabel="use, %", ylim=(0, None),
+               title=f"{int((usage > 0).sum())} of {len(usage)} codes used on held-out images")
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.legend(frameon=False)
 
 def draw_trajectory(path, steps, make):
     """From noise to image: z_t and the guess z0_hat of three images, decoded, at eight times."""
@@ -2075,9 +2081,10 @@ def sample(cfg, typed):
         raise UserError(f"--out {folder}: already holds pictures; --overwrite replaces them")
     make = Generator(state, *pick_device(cfg), cfg.ckpt)
     T, size, total = make.cfg.T, make.vq_cfg.size, cfg.n * max(1, len(names))
-    if cfg.from_ or cfg.nearest:
-        images = get_images(cfg, cfg.from_ or make.cfg.data or make.vq_cfg.data, make.vq_cfg)
-        source = torch.cat([images.train, images.held]).unique()
+    if cfg.from_:
+        given = get_images(cfg, cfg.from_, make.vq_cfg)
+    if cfg.nearest:
+        images = get_images(cfg, make.cfg.data or make.vq_cfg.data, make.vq_cfg)
     labels = make.labels(range(total))
     if names:
         labels = torch.tensor([classes.index(c) for c in names]).repeat_interleave(cfg.n)
@@ -2092,7 +2099,7 @@ def sample(cfg, typed):
             label, z, levels = None if labels is None else labels[numbers], None, T
             if cfg.from_:       # noise a real latent part of the way, then walk back from there
                 levels = max(1, round(cfg.strength * T))
-                z0 = make.encode(images.batch(source[numbers % len(source)]))
+                z0 = make.encode(given.batch(given.all[numbers % len(given.all)]))
                 t = torch.full((len(z0),), levels - 1, device=make.device)
                 z = make.diffusion.add_noise(z0, t, make.noise_of(f"{cfg.seed} from", numbers)())
             x, steps = make(cfg, numbers, label, z, levels)
@@ -2178,7 +2185,7 @@ def use_test(make, images, test, held, perceptual, cfg):
             f"± {scores[name].std():.1f} on real images (chance {100 / C:.0f} %)")
         if name == "real":
             seen = torch.stack([recall(fit(made), label) for fit in fits]).mean(0)
-    say("  it recognises of the made images: "
+    say("  of the made images it recognises: "
         + ", ".join(f"{c} {s:.0f} %" for c, s in zip(make.classes, seen)))
     a, b = scores["real"], scores["real + made of rare"]
     gain = float(b.mean() - a.mean())
@@ -2198,8 +2205,8 @@ def evaluate_samples(make, images, test, held, perceptual, cfg):
     same = test.classes == images.classes
     if perceptual:
         # The floor needs a second set of real images: other held-out, else training images.
-        second = test.rows(second) if len(second) == n else \
-            images.rows(images.train[torch.arange(n) % len(images.train)])
+        some = torch.randint(len(images.train), (n,), generator=rng("floor"))
+        second = test.rows(second) if len(second) == n else images.rows(images.train[some])
         fx, fr, fm, floor = map(perceptual.features, (x, x_hat, made, second))
         m.update(frechet=frechet(fx, fm), kernel=kernel_distance(fx, fm),
                  frechet_real=frechet(fx, floor), frechet_recon=frechet(fx, fr))
@@ -2232,12 +2239,12 @@ def evaluate(cfg, typed):
     held = images.held
     if cfg.data not in ("", source):            # a folder of its own: all of it is held out
         test = get_images(cfg, cfg.data, vq_cfg)
-        held = torch.cat([test.train, test.held]).unique()
+        held = test.all
     held = held[torch.randperm(len(held), generator=rng(cfg.seed, "evaluate"))]
     if len(held) < 2:
         raise UserError(f"--data {cfg.data or source}: one held-out image is no set; give more")
     out = make_folder(cfg.out or (cfg.ckpt if Path(cfg.ckpt).is_dir() else Path(cfg.ckpt).parent))
-    say(f"{min(cfg.n, len(held))} held-out images of {test.source}")
+    say(f"{min(cfg.n, len(held))} held-out images of {cfg.data or source}")
     if make:
         kind, (m, x, made) = "samples", evaluate_samples(make, images, test, held, perceptual, cfg)
     else:
@@ -2288,7 +2295,8 @@ def demo(cfg, typed):
     """The three commands in a row, as a user would type them."""
     began = time.monotonic()
     extra = [word for k in ("seed", "device", "precision", "cache") if k in typed
-             for word in (flag(k), str(typed[k]))] + ["--overwrite"] * cfg.overwrite
+             for word in (flag(k), str(typed[k]))]
+    extra += [flag(k) for k in ("overwrite", "allow_bad") if getattr(cfg, k)]
     vq, ldm, out = (str(Path(cfg.out, k)) for k in ("vq", "ldm", "samples"))
     for words in (["train-vq", "--data", cfg.data, "--preset", cfg.preset, "--out", vq],
                   ["train-ldm", "--vq", vq, "--preset", cfg.preset, "--out", ldm],
@@ -2301,6 +2309,8 @@ def demo(cfg, typed):
 
 def run_command(argv):
     command, cls, typed = parse_command(argv)
+    if world() > 1 and not issubclass(cls, Training):
+        raise UserError(f"{command}: runs in one process; torchrun is for train-vq and train-ldm")
     functions = dict(zip(COMMANDS, (train_vq, train_ldm, sample, demo, evaluate, bench)))
     return functions[command](settings(cls, typed), typed)
 
@@ -2309,7 +2319,8 @@ def main(argv=None):
     text, code = None, 2
     try:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+                                    timeout=timedelta(days=1))      # others wait for preparations
         code = run_command(sys.argv[1:] if argv is None else argv)
     except UserError as e:
         text = e
@@ -2318,7 +2329,7 @@ def main(argv=None):
     except (MemoryError, RuntimeError, OSError) as e:
         if isinstance(e.__context__, OSError):      # torch.save hides a full disk behind its own
             e = e.__context__
-        if isinstance(e, MemoryError) or "memory" in str(e).lower():
+        if isinstance(e, MemoryError) or re.search("out of memory|not enough memory|alloc", str(e)):
             text = "out of memory; a smaller --batch-size or --size helps. Checkpoints are whole"
         elif isinstance(e, OSError) and e.errno:
             text = f"{e.filename or 'writing'}: {e.strerror}. Free some space, or use another " \
