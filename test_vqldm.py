@@ -1586,6 +1586,12 @@ def test_looking_does_not_count_as_training(monkeypatch):
     run.show(lambda names: now.__setitem__(0, 9.0), [])
     assert run.speed() == 8 * 10 / 4
 
+def test_half_files_of_a_killed_run_are_cleared_away(calm, tmp_path):
+    shutil.copytree("calm/vq", out := tmp_path / "vq")
+    (out / ".last.pt.4711.tmp").write_bytes(b"half"), (out / ".mine").write_bytes(b"yours")
+    assert cli("train-vq", "--resume", "--out", out) == 0
+    assert not list(out.glob(".*.tmp")) and (out / ".mine").exists()
+
 def test_if_one_of_two_processes_is_killed_the_other_ends_soon(calm, tmp_path):
     """Not in half an hour; what was saved stays whole, and one process can go on from there."""
     began = time.monotonic()

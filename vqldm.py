@@ -2148,7 +2148,7 @@ def kernel_distance(a, b):
     return float((kaa.sum() - kaa.trace()) / n / (n - 1) + (kbb.sum() - kbb.trace()) / m / (m - 1)
                  - 2 * k(a, b).mean())
 
-def linear_classifier(f, y, C, seed):
+def linear_classifier(f, y, C, seed, ridge=3.0):
     """Ridge regression from features (n,F) to classes y (n,), each class weighing the same, on a
     resample of the images: several seeds show the spread. -> a function, features -> classes."""
     pick = torch.randint(len(f), (len(f),), generator=rng(seed, "resample"))
@@ -2156,7 +2156,8 @@ def linear_classifier(f, y, C, seed):
     weight = (1 / y.sum(0).clamp(min=1))[y.argmax(1), None]               # (n,1)
     mean, std = (weight * f).sum(0) / weight.sum(), f.std(0) + 1e-6
     A = (f - mean) / std                # of mean 0 over classes of equal weight: needs no constant
-    W = torch.linalg.solve(A.T @ (weight * A) + 3 * torch.eye(A.shape[1]).to(A), A.T @ (weight * y))
+    shrink = ridge * torch.eye(A.shape[1]).to(A)
+    W = torch.linalg.solve(A.T @ (weight * A) + shrink, A.T @ (weight * y))
     return lambda f: ((f - mean) / std @ W).argmax(1)
 
 def use_test(make, images, test, held, perceptual, cfg):
