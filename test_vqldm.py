@@ -1586,6 +1586,13 @@ def test_looking_does_not_count_as_training(monkeypatch):
     run.show(lambda names: now.__setitem__(0, 9.0), [])
     assert run.speed() == 8 * 10 / 4
 
+def test_a_compiled_network_does_what_the_plain_one_does(calm, tmp_path, monkeypatch):
+    """With the GAN on, whose lam walks the graph twice: compiled graphs usually bear one walk."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr(torch._functorch.config, "donated_buffer", True)
+    assert cli(*STAGES["vq"], "--compile", "--out", tmp_path) == 0
+    assert_nearly_same_run("calm/vq", tmp_path)
+
 def test_half_files_of_a_killed_run_are_cleared_away(calm, tmp_path):
     shutil.copytree("calm/vq", out := tmp_path / "vq")
     (out / ".last.pt.4711.tmp").write_bytes(b"half"), (out / ".mine").write_bytes(b"yours")

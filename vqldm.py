@@ -2116,13 +2116,13 @@ def sample(cfg, typed):
     mean, square = (sums[1:] / sums[0]).tolist()
     std = (square - mean ** 2) ** 0.5
     say(f"samples' latents: mean {mean:+.2f}, std {std:.2f} (healthy: 0 and 1)")
-    if (abs(mean) > 0.2 or not 0.8 < std < 1.25) and not cfg.from_ and total >= 16:
+    if (abs(mean) > 0.2 or not 0.8 < std < 1.25) and not cfg.from_ and total >= 16:    # few stray
         say("WARNING that is far off, so colours and contrast are too; train stage 2 for longer")
     shown = {c: torch.stack(v) for c, v in shown.items() if v}
     draw_rows(folder / "grid.png", shown)
     draw_more(cfg, make, {c: torch.tensor([classes.index(c)]) for c in names})
     if cfg.nearest:
-        mixed = torch.cat([v[i::8] for i in range(8) for v in shown.values()])
+        mixed = torch.cat([v[i::8] for i in range(8) for v in shown.values()])  # each class early
         perceptual, _ = load_perceptual("auto", make.device)
         draw_nearest(folder / "nearest.png", mixed, images, make, perceptual)
     say(f"look at {folder / 'grid.png'}")
