@@ -2075,7 +2075,7 @@ def sample(cfg, typed):
     if cfg.steps > state["config"]["T"]:
         raise UserError(f"--steps {cfg.steps}: at most T = {state['config']['T']} of this model")
     folder = Path(cfg.out)
-    old = [p for p in (*folder.glob("*.png"), *folder.glob("*/*.png"))       # never your files
+    old = [p for p in (*folder.glob("*.png"), *folder.glob("*/*.png"))   # names that sample gives
            if p.name in SHEETS or re.fullmatch(r"\d{5,}", p.stem)]
     if old and not cfg.overwrite:
         raise UserError(f"--out {folder}: already holds pictures; --overwrite replaces them")
