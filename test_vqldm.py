@@ -1526,15 +1526,17 @@ def test_two_processes_do_what_one_does_and_can_take_over_from_it(
     ended by one, and the other way round."""
     words, cut = [*STAGES[stage], "--out", tmp_path, "--cache", tmp_path / "cache"], 9
     if first == then:
-        assert two(tmp_path, *words).returncode == 0
+        assert (done := two(tmp_path, *words)).returncode == 0, done.stderr
         return assert_nearly_same_run(f"calm/{stage}", tmp_path)
     with monkeypatch.context() as patch:
         stop_at(patch, cut, signal.SIGTERM)
         assert (cli(*words) if first == 1 else
                 two(tmp_path, *words, step=cut, number=signal.SIGTERM).returncode)
     assert state_of(tmp_path / "last.pt")["step"] == cut + 1
-    assert not (cli(*words, "--resume") if then == 1 else
-                two(tmp_path, *words, "--resume").returncode)
+    if then == 1:
+        assert cli(*words, "--resume") == 0
+    else:
+        assert (done := two(tmp_path, *words, "--resume")).returncode == 0, done.stderr
     assert_nearly_same_run(f"calm/{stage}", tmp_path)
 
 def test_a_mistake_in_two_processes_is_told_once(calm, tmp_path):

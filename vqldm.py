@@ -2323,6 +2323,9 @@ def main(argv=None):
             dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
                                     timeout=timedelta(days=1))      # others wait for preparations
         code = run_command(sys.argv[1:] if argv is None else argv)
+        if world() > 1:         # leave together: who goes early cuts off what the others still read
+            dist.barrier()
+            dist.destroy_process_group()
     except UserError as e:
         text = e
     except KeyboardInterrupt:
