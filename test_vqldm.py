@@ -1601,6 +1601,29 @@ def test_half_files_of_a_killed_run_are_cleared_away(calm, tmp_path):
     assert cli("train-vq", "--resume", "--out", out) == 0
     assert not list(out.glob(".*.tmp")) and (out / ".mine").exists()
 
+TOGETHER = """
+import atexit, pathlib, time, vqldm
+gone, alone = pathlib.Path("gone"), pathlib.Path("alone")
+def run(argv):
+    if vqldm.rank() == 1:
+        atexit.register(gone.touch)
+    else:
+        time.sleep(3)
+        if gone.exists():
+            alone.touch()
+    return 0
+vqldm.run_command = run
+vqldm.main(["train-vq"])
+"""
+
+def test_processes_leave_together(tmp_path):
+    """One that ends early closes its connections while another may still read from them."""
+    (tmp_path / "together.py").write_text(TOGETHER)
+    done = run_python(*"-m torch.distributed.run --standalone --nproc-per-node 2".split(),
+                      "together.py", cwd=tmp_path, PYTHONPATH=str(HERE))
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "gone").exists() and not (tmp_path / "alone").exists()
+
 def test_if_one_of_two_processes_is_killed_the_other_ends_soon(calm, tmp_path):
     """Not in half an hour; what was saved stays whole, and one process can go on from there."""
     began = time.monotonic()

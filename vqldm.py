@@ -1346,10 +1346,10 @@ class Run:
         cfg, before, lr, names = self.cfg, self.epoch, self.cfg.lr * self.lr_factor(), [*names]
         self.step += 1
         self.bad, self.skipped = self.bad if self.skipped else 0, False     # five in a row count
-        new = self.epoch > before and self.epoch % max(1, cfg.epochs // 10) == 0
-        every = max(60, 12 * cfg.minutes) if cfg.minutes else math.inf      # seconds to a look
-        looks, self.looks = self.looks, int(self.elapsed / every)
-        due = new or self.looks > looks or self.step in (FIRST_LOOK, self.total)
+        tenth = self.epoch > before and self.epoch % max(1, cfg.epochs // 10) == 0
+        fifth = max(60, 12 * cfg.minutes) if cfg.minutes else math.inf      # of --minutes, in s
+        looks, self.looks = self.looks, int(self.elapsed / fifth)
+        due = tenth or self.looks > looks or self.step in (FIRST_LOOK, self.total)
         if due or self.step % LOG_EVERY == 0:
             values = torch.stack([v.detach().float().to(self.device) for v in losses.values()])
             row = dict(zip(losses, (sum_over_processes(values) / world()).tolist()))
