@@ -12,6 +12,7 @@ E. Words: head, README and notebook say what the code does
 The oracle tests are the strongest: where the data is a known mixture of Gaussians, the best
 possible network is a formula. With it in place of the UNet only the sampler's own error is left.
 """
+import copy
 import csv
 import dataclasses
 import functools
@@ -171,6 +172,53 @@ def test_residual_branches_start_as_nothing():
     loss = Diffusion(1000).loss(net, z0, t, randn(*z0.shape, key=1)).mean().detach()
     assert abs(loss - 1) < 5 * math.sqrt(2 / z0.numel())        # 5 standard errors of a mean of n²
 
+@pytest.mark.parametrize("rows, columns", [(1, 1), (1, 9), (9, 1), (8, 8), (16, 144), (128, 64)])
+def test_orthogonal_keeps_the_directions_and_evens_out_the_lengths(rows, columns):
+    """U S Vᵀ -> U S' Vᵀ with all of S' near 1, though S spans a factor of 30: against the SVD."""
+    u, _, v = torch.linalg.svd(randn(rows, columns), full_matrices=False)
+    s = torch.logspace(0, -1.5, min(rows, columns))
+    inner = u.T @ vqldm.orthogonal(1e-3 * (u * s) @ v) @ v.T
+    assert 0.6 < inner.diag().min() and inner.diag().max() < 1.25
+    assert torch.allclose(inner, inner.diag().diag(), atol=1e-3)
+    assert torch.equal(vqldm.orthogonal(torch.zeros(rows, columns)), torch.zeros(rows, columns))
+
+def test_muon_moves_inner_kernels_by_its_law_and_all_else_as_adam_does():
+    """Three steps against the law written out: m <- .95 m + .05 g, the kernel goes lr along
+    orthogonal(.95 m + .05 g). Each parameter is in one group; the codes keep their own rate; with
+    muon_lr 0 nothing differs from Adam."""
+    net = vqldm.VQGAN((6, 10), 4, 8, 1)
+    own = {net.codebook.embedding.weight: 0.3}
+    twins = [copy.deepcopy(net) for _ in range(2)]
+    opt = vqldm.make_optimizer(net, 1e-2, (0.9, 0.99), 0.1, own)
+    plain = vqldm.make_optimizer(twins[0], 1e-2, (0.9, 0.99))
+    adam = torch.optim.Adam(twins[1].parameters(), 1e-2, (0.9, 0.99))
+    for group in (*opt.param_groups, *plain.param_groups):
+        group["lr"] = group["initial_lr"]
+    assert sorted(id(p) for g in opt.param_groups for p in g["params"]) == \
+        sorted(map(id, net.parameters()))
+    kernels = {name for name, p in net.named_parameters() if p.dim() == 4
+               and not re.search("first|last", name)}
+    want, mean = {n: p.detach().clone() for n, p in net.named_parameters()}, {}
+    for step in range(3):
+        for copied in (net, *twins):
+            for i, p in enumerate(copied.parameters()):
+                p.grad = randn(*p.shape, key=(step, i))
+        for i, name in enumerate(want):
+            if name in kernels:
+                g = randn(*want[name].shape, key=(step, i))
+                mean[name] = 0.95 * mean.get(name, 0 * g) + 0.05 * g
+                m = vqldm.orthogonal((0.95 * mean[name] + 0.05 * g).flatten(1))
+                want[name] -= 0.1 * max(1, m.shape[0] / m.shape[1]) ** 0.5 * m.view(g.shape)
+        opt.step(), plain.step(), adam.step()
+    for (name, p), a, b in zip(net.named_parameters(), *(t.parameters() for t in twins)):
+        assert torch.allclose(a, b, atol=1e-6)
+        if name in kernels:
+            assert torch.allclose(p, want[name], atol=1e-4)
+        elif name != "codebook.embedding.weight":
+            assert torch.allclose(p, b, atol=1e-6)
+    moved = net.codebook.embedding.weight - want["codebook.embedding.weight"]
+    assert moved.abs().max() > 0.2 and len(kernels) == 30
+
 NETS = {"VQGAN": (lambda: vqldm.VQGAN((6, 10), 4, 8, 2), lambda net: net(randn(2, 3, 16, 16))),
         "PatchDiscriminator": (lambda: vqldm.PatchDiscriminator((6, 10)),
                                lambda net: (net(randn(2, 3, 16, 16)),)),
@@ -196,7 +244,7 @@ def test_unet_listens_to_time_and_class():
     net, z = vqldm.UNet(4, (8, 12), 1, 3), randn(3, 4, 8, 8)
     t, c = torch.tensor([5, 50, 99]), torch.arange(3)
     opt = torch.optim.Adam(net.parameters(), 1e-2)
-    for _ in range(2):
+    for _ in range(4):         # zeroed layers let it through one by one
         opt.zero_grad()
         (net(z, t, c) - randn(3, 4, 8, 8, key=1)).square().mean().backward()
         opt.step()
@@ -517,12 +565,13 @@ def test_weight_makes_of_vs_loss_twice_the_geometric_mean_of_both_errors():
     assert d.weight(t).max() == pytest.approx(1, abs=1e-3)
 
 def test_pairs_are_exactly_S_steps_for_every_S():
-    """From T-1, or the level that one starts from, strictly down to -1."""
+    """From T-1, or the level that one starts from, strictly down to -1, in growing strides."""
     d = Diffusion(1000)
     for levels, S in [(1000, S) for S in range(1, 1001)] + [(600, S) for S in (1, 7, 599, 600)]:
         t, prev = zip(*d.pairs(S, levels))
         assert len(t) == S and t[0] == levels - 1 and prev == (*t[1:], -1)
-        assert all(a > b for a, b in zip(t, prev))
+        strides = [a - b for a, b in zip(t, prev)]
+        assert min(strides) > 0 and all(b - a > -2 for a, b in zip(strides, strides[1:-1]))
     assert d.pairs(50) == d.pairs(50, 1000)
 
 def test_diffusion_has_no_defaults_of_its_own():
@@ -571,7 +620,7 @@ def test_oracle_every_sampler_draws_the_data_from_the_perfect_network(sampler, e
     """With E[eps | z_t] for a network the samples have the data's mean, covariance and share of
     each cloud, for both targets. Two errors remain. Chance: 4.5 standard errors of n samples (the
     coordinates have a std below 1, their products below 1.5, a share below 1/2). And finite steps:
-    the samplers are of first order, so it falls as 1/S; 3/S bounds it for this data."""
+    the samplers are of first order, so it falls as 1/S; 4/S bounds it for this data."""
     n, made = 4000, {}
     for target in ("v", "eps"):
         d = Diffusion(1000, schedule, target)
@@ -587,7 +636,7 @@ def test_oracle_every_sampler_draws_the_data_from_the_perfect_network(sampler, e
     assert (x - made["eps"]).abs().max() < 0.02         # one formula in two costumes
     share = torch.bincount(bayes(x, torch.tensor(1.0))[0].argmax(1), minlength=3) / n
     assert (x.mean(0) - MEAN).abs().max() < chance + 1 / S
-    assert (x.T.cov() - COV).abs().max() < 1.5 * chance + 3 / S
+    assert (x.T.cov() - COV).abs().max() < 1.5 * chance + 4 / S
     assert (share - WEIGHT).abs().max() < chance / 2 + 1 / S
 
 def test_guidance_extrapolates_from_no_class_to_class():
@@ -605,6 +654,20 @@ def test_guidance_extrapolates_from_no_class_to_class():
     for w in (2, 0.5, 7):
         want = plain + w * (told - plain)
         assert torch.allclose(vqldm.guided(net, c, w)(z, t), want, atol=1e-4)
+
+def test_guidance_leaves_the_noisiest_levels_alone():
+    """From guide_below · T upwards the class counts once, below w times: in a whole sampling run
+    the network is asked about 2B latents at the guided levels and about B at the others."""
+    asked, label = {}, torch.tensor([0, 1])
+
+    def net(z, t, label):
+        asked[int(t[0])] = len(z), label.tolist()
+        return z * 0 + label.view(-1, 1, 1, 1)
+    net.n_classes, d = 2, Diffusion(100)
+    list(d.sample(vqldm.guided(net, label, 3, 0.8 * d.T), randn(2, 1, 2, 2), 50))
+    assert len(asked) == 50 and {t for t, (n, _) in asked.items() if n == 4} == \
+        {t for t in asked if t < 80} != set(asked)
+    assert asked[99] == (2, [0, 1]) and asked[min(asked)] == (4, [2, 2, 0, 1])
 
 # ---- the steps of stage 2, watched in a real run -----------------------------------------------
 
@@ -1507,12 +1570,13 @@ def two(folder, *words, step=-1, number=0, **env):
                       folder / "pair.py", step, number, *words, cwd=".", **env)
 
 def assert_nearly_same_run(a, b):
-    """Sums in another order, and nothing else: weights and log differ in the last digits."""
+    """Sums in another order, and nothing else: weights and log differ in the last digits. (Muon
+    enlarges what is smallest in a gradient, and so its rounding too.)"""
     one, two = state_of(Path(a, "last.pt")), state_of(Path(b, "last.pt"))
     assert one["step"] == two["step"] == 17
     for part in one.keys() & {"model", "disc", "ema"}:
         for name, w in one[part].items():
-            assert torch.allclose(w, two[part][name], rtol=1e-4, atol=1e-5), (part, name)
+            assert torch.allclose(w, two[part][name], rtol=1e-3, atol=1e-4), (part, name)
     one, two = (list(csv.DictReader(open(Path(run, "log.csv")))) for run in (a, b))
     assert len(one) == len(two) > 3
     for row, other in zip(one, two):
