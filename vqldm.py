@@ -35,7 +35,7 @@ Equations (in the code each stands as its bare number. VQ: van den Oord 2017, ar
   (12) v = √alpha_bar eps - √(1-alpha_bar) z0,  z0 = √alpha_bar z_t - √(1-alpha_bar) v   v app. D
   (13) z_prev = √alpha_bar_prev z0_hat + √(1-alpha_bar_prev-sigma²) eps_hat + sigma n DDIM eq. 12
   (14) out = out(no class) + w · (out(class) - out(no class))               CFG eq. 6, our w = 1 + w
-  (15) weight of t in training: 2 √(alpha_bar_t (1 - alpha_bar_t))      found by trial (README)
+  (15) weight of t in training: 2 √(alpha_bar_t (1 - alpha_bar_t)), at least 1/4   by trial (README)
 
 Contents  1. Settings                  5. Blocks                    9. Stage 1: training
           2. Machine                   6. Stage 1: the VQGAN       10. Stage 2: diffusion
@@ -1672,13 +1672,15 @@ class Diffusion:
         return (out - goal).square().flatten(1).mean(1)                                       # (10)
 
     def weight(self, t):
-        """How much each t (B,) counts in training: 1 where signal and noise are equal, 0 at both
+        """How much each t (B,) counts in training: 1 where signal and noise are equal, 1/4 at both
         ends. There the loss stays large whatever is learnt: at little noise it asks for detail
         finer than a code, which decoding rounds away, at much noise for what cannot be seen in z_t.
         v's loss is the sum of the squared errors of z0 and of eps; (15) makes of it twice their
-        geometric mean. After equal steps: Fréchet 753 instead of 837 (embedded data)."""
+        geometric mean. After equal steps: Fréchet 753 instead of 837 (embedded data).
+        trap: with 0 at the ends nobody teaches the answer to pure noise, which is the mean of the
+        data and where all sampling starts: it held half of the dark rims of the images."""
         a = self.at(t, t)
-        return 2 * (a * (1 - a)).sqrt()                                                       # (15)
+        return (2 * (a * (1 - a)).sqrt()).clamp(min=0.25)                                     # (15)
 
     def predict(self, out, z_t, t):
         """The network's answer, eps or v -> (z0_hat, eps_hat).
