@@ -172,6 +172,17 @@ def test_residual_branches_start_as_nothing():
     loss = Diffusion(1000).loss(net, z0, t, randn(*z0.shape, key=1)).mean().detach()
     assert abs(loss - 1) < 5 * math.sqrt(2 / z0.numel())        # 5 standard errors of a mean of n²
 
+def test_time_scales_and_shifts_what_the_second_norm_puts_out():
+    """AdaGN (Dhariwal & Nichol 2021): y -> y (1 + scale) + shift, both read off the embedding."""
+    torch.manual_seed(0)
+    block, x, emb = vqldm.ResBlock(8, 8, 16), randn(2, 8, 4, 4), randn(2, 16)
+    for p in block.parameters():
+        nn.init.normal_(p, std=0.3)
+    scale, shift = block.emb(F.silu(emb)).view(2, 2, 8, 1, 1).unbind(1)
+    y = block.norm2(block.conv1(F.silu(block.norm1(x))))
+    want = x + block.conv2(F.silu(y + scale * y + shift))
+    assert torch.allclose(block(x, emb), want, atol=1e-4)
+
 @pytest.mark.parametrize("rows, columns", [(1, 1), (1, 9), (9, 1), (8, 8), (16, 144), (128, 64)])
 def test_orthogonal_keeps_the_directions_and_evens_out_the_lengths(rows, columns):
     """U S Vᵀ -> U S' Vᵀ with all of S' near 1, though S spans a factor of 30: against the SVD."""
@@ -672,6 +683,13 @@ def test_guidance_leaves_the_noisiest_levels_alone():
     assert len(asked) == 50 and {t for t, (n, _) in asked.items() if n == 4} == \
         {t for t in asked if t < 80} != set(asked)
     assert asked[99] == (2, [0, 1]) and asked[min(asked)] == (4, [2, 2, 0, 1])
+
+def test_generator_guides_below_a_part_of_its_own_T(watched_ldm, monkeypatch):
+    seen, guided = [], vqldm.guided
+    monkeypatch.setattr(vqldm, "guided", lambda *a: seen.append(a[2:]) or guided(*a))
+    label = torch.zeros(1, dtype=torch.long)
+    watched_ldm.make(vqldm.Sampling(steps=2, guidance=3.0, guide_below=0.4), [0], label)
+    assert seen == [(3.0, 0.4 * watched_ldm.make.cfg.T)]
 
 # ---- the steps of stage 2, watched in a real run -----------------------------------------------
 
@@ -1446,6 +1464,12 @@ def stop_at(patch, step, *signals):
         return indices(self)
     patch.setattr(vqldm.Run, "indices", asked)
 
+def test_first_weights_do_not_depend_on_whether_lpips_can_be_had(calm, tmp_path, monkeypatch):
+    """Loading it draws random numbers; here as many, and no loss."""
+    monkeypatch.setattr(vqldm, "load_perceptual", lambda *a: (torch.rand(9), (None, "off"))[1])
+    assert cli(*STAGES["vq"], "--out", tmp_path) == 0
+    assert same(state_of(tmp_path / "last.pt")["model"], state_of(Path("calm/vq/last.pt"))["model"])
+
 @pytest.mark.parametrize("stage, step, number", [
     ("vq", 0, signal.SIGINT), ("vq", 3, signal.SIGTERM), ("vq", 5, signal.SIGINT),
     ("vq", 6, signal.SIGINT), ("vq", 12, signal.SIGTERM), ("ldm", 0, signal.SIGTERM),
@@ -1856,6 +1880,7 @@ def test_limits_and_defaults_are_allowed():
         for value in m["choices"] or [v for v in (m["lo"], m["hi"]) if v is not None]:
             typed, want = ([str(value)], (value,)) if many else (str(value), value)
             assert vqldm.check_values(cls, {fd.name: typed}) == {fd.name: want}
+    assert vqldm.check_values(vqldm.VQConfig, {"out": "~/x"}) == {"out": os.path.expanduser("~/x")}
 
 @pytest.mark.parametrize("command", vqldm.COMMANDS)
 def test_help_shows_every_flag_with_its_meaning_and_default(command, capsys):
