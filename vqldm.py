@@ -165,7 +165,7 @@ class LDMConfig(Training):
     ema: float = opt(0.995, "decay of the running mean of the weights, used to sample", 0, 0.99999)
     lr: float = opt(1e-3, "learning rate, never scaled by batch size or processes", 1e-9, 1)
     batch_size: int = opt(32, "latents in a step, over all processes", 1, 2**20)
-    epochs: int = opt(30, "passes over the training latents", 1, 10**6, free=True)
+    epochs: int = opt(26, "passes over the training latents", 1, 10**6, free=True)
 
     def check(self):
         if self.unet_widths[-1] % self.heads:
@@ -904,12 +904,12 @@ def orthogonal(g):
     return product @ x if len(g) <= g.shape[1] else (product @ x).T
 
 class Muon(torch.optim.Adam):
-    """Adam; in groups with muon=True each parameter is a matrix (c_out, rest) that moves by lr in
-    all its directions: along orthogonal(running mean of the gradient).
+    """Adam; but in groups with muon=True each kernel is taken as a matrix (first axis, the others)
+    and moves by lr in all its directions: along orthogonal(running mean of the gradient).
 
-    Adam gives each number its own step, so a kernel moves along the few directions of its large
-    singular values and learns the rest slowly. After one epoch of stage 1, 461 steps: 32.1 dB
-    and LPIPS .028 instead of 29.9 and .049."""
+    Why: a gradient is strong along a few directions, the large singular values. Adam, number by
+    number, follows these and learns the others slowly. After one epoch of stage 1, 461 steps,
+    32.1 dB and LPIPS .028 instead of 29.9 and .049, for 5 % of the time (stage 2: 15 %)."""
     @torch.no_grad()
     def step(self):
         groups = self.param_groups
