@@ -588,6 +588,7 @@ def test_pairs_are_exactly_S_steps_for_every_S():
         strides = [a - b for a, b in zip(t, prev)]
         assert min(strides) > 0 and all(b - a > -2 for a, b in zip(strides, strides[1:-1]))
     assert d.pairs(50) == d.pairs(50, 1000)
+    assert [t for t, _ in d.pairs(4)] == [999, 937, 749, 437]     # 999 - 1000 (i/4)²
 
 def test_diffusion_has_no_defaults_of_its_own():
     d, cfg = Diffusion(), vqldm.LDMConfig()
