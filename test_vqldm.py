@@ -1465,6 +1465,11 @@ def stop_at(patch, step, *signals):
         return indices(self)
     patch.setattr(vqldm.Run, "indices", asked)
 
+def test_both_stages_move_kernels_by_muon_and_the_critic_does_not(calm):
+    for stage, part, muon in (("vq", "opt", True), ("ldm", "opt", True), ("vq", "opt_d", False)):
+        groups = state_of(Path("calm", stage, "last.pt"))[part]["param_groups"]
+        assert any(group["muon"] for group in groups) == muon, (stage, part)
+
 def test_first_weights_do_not_depend_on_whether_lpips_can_be_had(calm, tmp_path, monkeypatch):
     """Loading it draws random numbers; here as many, and no loss."""
     monkeypatch.setattr(vqldm, "load_perceptual", lambda *a: (torch.rand(9), (None, "off"))[1])
