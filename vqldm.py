@@ -94,7 +94,7 @@ class Training(Machine):
     warmup: int = opt(50, "steps over which the learning rate rises from 0", 0, 10**6)
     decay: float = opt(0.6, "last fraction of the run, in which the learning rate falls", 0, 1)
     clip: float = opt(1.0, "longest gradient; longer ones are scaled down", 1e-6, 1e9)
-    muon_lr: float = opt(0.02, "learning rate of inner kernels, by Muon; 0: Adam, with --lr", 0, 1)
+    muon_lr: float = opt(0.02, "rate of inner kernels, by Muon (section 5); 0: Adam, --lr", 0, 1)
     compile: bool = opt(False, "torch.compile the network: slow to start, for GPUs", free=True)
 
     def __post_init__(self):
@@ -920,7 +920,7 @@ class Muon(torch.optim.Adam):
                     state.update(step=torch.zeros(()), mean=torch.zeros_like(p))
                 state["mean"].lerp_(p.grad, 0.05)
                 g = p.grad.lerp(state["mean"], 0.95).flatten(1)           # Nesterov: look ahead
-                tall = max(1, len(g) / g.shape[1]) ** 0.5
+                tall = max(1, len(g) / g.shape[1]) ** 0.5   # fewer directions: longer steps in each
                 p.sub_(group["lr"] * tall * orthogonal(g).view(p.shape))
         self.param_groups = [g for g in groups if not g["muon"]]          # Adam sees its own only
         super().step()
