@@ -36,6 +36,7 @@ import types
 import typing
 import warnings
 import zlib
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -594,15 +595,17 @@ def test_diffusion_has_no_defaults_of_its_own():
     d, cfg = Diffusion(), vqldm.LDMConfig()
     assert (d.T, d.target) == (cfg.T, cfg.target)
     assert torch.equal(d.alpha_bar, Diffusion(cfg.T, cfg.schedule).alpha_bar)
-    assert inspect.signature(d.sample).parameters["eta"].default == vqldm.Sampling().eta
+    for name in ("eta", "sampler"):
+        assert inspect.signature(d.sample).parameters[name].default == getattr(
+            vqldm.Sampling(), name)
 
-SAMPLERS = [("ddpm", 1.0), ("ddim", 1.0), ("ddim", 0.0)]
+SAMPLERS = [("ddpm", 1.0), ("ddim", 1.0), ("ddim", 0.0), ("dpm", 0.0)]
 
 @pytest.mark.parametrize("sampler, eta", SAMPLERS)
 @pytest.mark.parametrize("S", [1, 2, 7, 50])
 def test_last_step_is_free_of_noise_and_returns_the_clean_guess(S, sampler, eta):
     """If the data is one point, at 5, every sampler arrives there in any number of steps. Noise is
-    drawn S-1 times: not after the last step, nor at all on DDIM's fixed path."""
+    drawn S-1 times: not after the last step, nor at all on a fixed path."""
     d, point, drawn = Diffusion(1000, "linear", "eps"), torch.full((3, 2, 2, 2), 5.0), []
 
     def net(z_t, t):
@@ -636,7 +639,7 @@ def test_oracle_every_sampler_draws_the_data_from_the_perfect_network(sampler, e
     """With E[eps | z_t] for a network the samples have the data's mean, covariance and share of
     each cloud, for both targets. Two errors remain. Chance: 4.5 standard errors of n samples (the
     coordinates have a std below 1, their products below 1.5, a share below 1/2). And finite steps:
-    the samplers are of first order, so it falls as 1/S; 4/S bounds it for this data."""
+    most samplers are of first order, so it falls as 1/S; 4/S bounds it for this data."""
     n, made = 4000, {}
     for target in ("v", "eps"):
         d = Diffusion(1000, schedule, target)
@@ -654,6 +657,26 @@ def test_oracle_every_sampler_draws_the_data_from_the_perfect_network(sampler, e
     assert (x.mean(0) - MEAN).abs().max() < chance + 1 / S
     assert (x.T.cov() - COV).abs().max() < 1.5 * chance + 4 / S
     assert (share - WEIGHT).abs().max() < chance / 2 + 1 / S
+
+def test_oracle_dpm_is_of_second_order():
+    """Both fixed paths lead to the same samples, DDIM with an error of 1/S, DPM with about 1/S²:
+    halving the strides halves the one and takes the other to a third or less, and 25 steps of DPM
+    keep the data's covariance better than 50 of DDIM."""
+    d, z = Diffusion(1000, "cosine", "v"), randn(1000, 2, 1, 1)
+
+    def net(z_t, t):
+        a = d.alpha_bar[t[0]]
+        return (bayes(z_t.flatten(1), a)[1].view_as(z_t) - (1 - a).sqrt() * z_t) / a.sqrt()
+
+    def walk(sampler, S):
+        *_, (x, _) = d.sample(net, z, S, sampler, 0.0)
+        return x.flatten(1)
+    exact = walk("ddim", 1000)
+    assert (exact - walk("dpm", 1000)).norm(dim=1).mean() < 0.002
+    far = {(s, S): (walk(s, S).T.cov() - exact.T.cov()).abs().max() for s in ("ddim", "dpm")
+           for S in (12, 25, 50)}
+    assert 1.7 < far["ddim", 25] / far["ddim", 50] < 2.5 < 3 < far["dpm", 12] / far["dpm", 25]
+    assert far["dpm", 25] < far["ddim", 50] / 4
 
 def test_guidance_extrapolates_from_no_class_to_class():
     """w = 1 is exactly the conditional network, w = 0 exactly the one that is not told."""
@@ -1209,7 +1232,8 @@ def test_strength_is_how_far_sample_leaves_the_images_that_it_varies(here, load,
     monkeypatch.setattr(Diffusion, "sample", watch_walk)
     for strength in (0, 0.5, 1):
         sampled(out := here / str(strength), "--class", "nevus-like", "--n", 4, "--no-trajectory",
-                "--from", here / "own", "--cache", here, "--strength", strength, "--eta", 1)
+                "--from", here / "own", "--cache", here, "--strength", strength, "--sampler",
+                "ddim", "--eta", 1)
         error[strength] = sum(abs(read(out / f"{i:05d}.png") - own[i]).mean() for i in range(4)) / 4
         one, *rest = noises[:3]             # at strength 0 there is a single step, without noise
         noises.clear()
@@ -1675,6 +1699,85 @@ def test_only_training_runs_in_many_processes(command, monkeypatch):
     monkeypatch.setattr(vqldm, "world", lambda: 2)
     with pytest.raises(UserError, match="runs in one process"):
         vqldm.run_command([command])
+
+class Here:
+    """A process pool that works in this process."""
+    def __init__(self, *a):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *a):
+        pass
+
+    def submit(self, f, *a):
+        return types.SimpleNamespace(result=lambda: f(*a))
+
+def test_bench_forecasts_a_run(tmp_path, monkeypatch, capsys):
+    """Images / speed: stage 1's epochs from gan_start on with the GAN, stage 2 with its views."""
+    speed = {"VQGAN": 10, "VQGAN with GAN": 5, "UNet": 30, "draw": 20, "encode": 60, "decode": 1,
+             "sample": 1}
+    asked = []
+
+    def timed(cfg, part, words):
+        asked.append((part, cfg.precision))
+        assert words[words.index("--precision") + 1] == cfg.precision
+        if words[0] in vqldm.COMMANDS:
+            _, _, typed = vqldm.parse_command(words)
+            assert typed["batch_size"] == (4 if words[0] == "train-vq" else 16)
+        return speed[part] * (1 if cfg.precision == "auto" else 0.5), 1.5
+    monkeypatch.setattr(vqldm, "ProcessPoolExecutor", Here)
+    monkeypatch.setattr(vqldm, "timed", timed)
+    assert cli("bench", "--out", tmp_path, "--vq-flags=--n-images 1200 --held-out .5 --epochs 10 "
+               "--gan-start 8 --batch-size 4",
+               "--ldm-flags=--views 2 --epochs 6 --batch-size 16") == 0
+    assert asked == [(part, precision) for part in speed for precision in ("auto", "fp32")]
+    out = capsys.readouterr().out       # 600 images: ½ min draw, 8 + 2·2 min, 2·⅙ + 6·⅓ min
+    assert "600 training images: about 0.5 min of drawing, 12.0 of stage 1, 2.3 of stage 2" in out
+    assert out.count("2.00x      1.50 GB") == 7
+    assert json.loads((tmp_path / "bench.json").read_text())["UNet, fp32"] == [15.0, 1.5]
+
+@pytest.mark.parametrize("part", ["draw", "encode", "decode", "sample"])
+def test_bench_times_the_part_that_it_names(part, calm, monkeypatch):
+    """Once to get warm, then at least once by the clock; here each of 32 images takes 1/8 s."""
+    calls, now = [], [0.0]
+
+    def work(self_or_n, *a):
+        calls.append(part)
+        now[0] += 4
+        return torch.zeros(32)
+    if part == "draw":
+        first = vqldm.synthetic(32, 32, 0)
+        monkeypatch.setattr(vqldm, "synthetic", lambda *a: (work(*a), first)[1])
+    else:
+        monkeypatch.setattr(vqldm.Generator, part if part != "sample" else "many", work)
+    monkeypatch.setattr(vqldm.time, "monotonic", lambda: now[0])
+    speed, memory = vqldm.timed(vqldm.BenchConfig(minutes=0.1), part, ["calm/ldm"])
+    setup = part in ("draw", "encode")          # once more: what the others work on
+    assert speed == 8 and len(calls) == 3 + setup and memory > 0
+
+def test_bench_says_which_flags_it_cannot_read(tmp_path):
+    with pytest.raises(UserError, match="--vq-flags, --ldm-flags: No closing quotation"):
+        vqldm.run_command(["bench", "--vq-flags='--size 64", "--out", str(tmp_path / "b")])
+    assert not (tmp_path / "b").exists()
+
+def test_bench_tells_a_part_that_ran_out_of_memory(tmp_path, monkeypatch, capsys):
+    """The system kills such a process without a word: what is left is a broken pool."""
+    class Broken(Here):
+        def submit(self, *a):
+            raise BrokenProcessPool("A process in the process pool was terminated abruptly")
+    monkeypatch.setattr(vqldm, "ProcessPoolExecutor", Broken)
+    with pytest.raises(SystemExit, match="2"):
+        vqldm.main(["bench", "--out", str(tmp_path)])
+    assert "out of memory; a smaller --batch-size" in capsys.readouterr().err
+
+def test_much_attention_is_told(capsys, tmp_path):
+    """Up to 4,096 tokens, 256×256 at f = 4, it is the smaller part of a step."""
+    for size, told in ((130, 1), (128, 0)):
+        cli("train-vq", "--preset", "tiny", "--size", size, "--n-images", 8, "--widths", 4,
+            "--minutes", 1e-9, "--lpips", "off", "--out", tmp_path / str(told))
+        assert capsys.readouterr().out.count("attention over 4,225 tokens") == told
 
 def test_looking_does_not_count_as_training(monkeypatch):
     """bench and the progress line tell the speed of steps, not of pictures."""
