@@ -1489,10 +1489,14 @@ def stop_at(patch, step, *signals):
         return indices(self)
     patch.setattr(vqldm.Run, "indices", asked)
 
-def test_both_stages_move_kernels_by_muon_and_the_critic_does_not(calm):
-    for stage, part, muon in (("vq", "opt", True), ("ldm", "opt", True), ("vq", "opt_d", False)):
-        groups = state_of(Path("calm", stage, "last.pt"))[part]["param_groups"]
-        assert any(group["muon"] for group in groups) == muon, (stage, part)
+def test_who_moves_kernels_by_muon(calm, tmp_path):
+    """Stage 1 does, its critic never, stage 2 only if it is told to."""
+    def rates(path, part):
+        return [g["initial_lr"] for g in state_of(path)[part]["param_groups"] if g["muon"]]
+    assert rates("calm/vq/last.pt", "opt") == [vqldm.VQConfig.muon_lr]
+    assert not rates("calm/vq/last.pt", "opt_d") and not rates("calm/ldm/last.pt", "opt")
+    assert cli(*STAGES["ldm"], "--muon-lr", 0.01, "--minutes", 1e-9, "--out", tmp_path) == 0
+    assert rates(tmp_path / "last.pt", "opt") == [0.01]
 
 def test_first_weights_do_not_depend_on_whether_lpips_can_be_had(calm, tmp_path, monkeypatch):
     """Loading it draws random numbers; here as many, and no loss."""
@@ -2009,7 +2013,8 @@ def test_help_shows_every_flag_with_its_meaning_and_default(command, capsys):
     ("train-vq --size 30", "--size 30"), ("train-vq --size 8 --widths 8 8 8", "--size 8"),
     ("train-vq --heads 3", "--heads 3"), ("train-ldm --heads 3", "--heads 3"),
     ("train-vq --d-widths 8 8 8 8 8 8 8", "--d-widths"),
-    ("train-vq --resume --overwrite", "--overwrite")])
+    ("train-vq --resume --overwrite", "--overwrite"), ("sample --eta 0.5", "--eta 0.5"),
+    ("evaluate --sampler ddpm --eta 1", "--eta 1: belongs to --sampler ddim")])
 def test_mistakes_and_impossible_combinations_are_named(words, told):
     with pytest.raises(UserError, match=re.escape(told)):
         _, cls, typed = vqldm.parse_command(words.split())

@@ -96,7 +96,6 @@ class Training(Machine):
     warmup: int = opt(50, "steps over which the learning rate rises from 0", 0, 10**6)
     decay: float = opt(0.6, "last fraction of the run, in which the learning rate falls", 0, 1)
     clip: float = opt(1.0, "longest gradient; longer ones are scaled down", 1e-6, 1e9)
-    muon_lr: float = opt(0.02, "rate of inner kernels, by Muon (section 5); 0: Adam, --lr", 0, 1)
     compile: bool = opt(False, "torch.compile the network: slow to start, for GPUs", free=True)
 
     def __post_init__(self):
@@ -128,6 +127,7 @@ class VQConfig(Training):
     d_widths: tuple[int, ...] = opt((32, 64, 128), "channels of the layers of D", 1, 4096)
     d_lr: float = opt(4e-4, "learning rate of D", 1e-9, 1)
     lr: float = opt(1e-3, "learning rate, never scaled by batch size or processes", 1e-9, 1)
+    muon_lr: float = opt(0.02, "rate of inner kernels, by Muon (section 5); 0: Adam, --lr", 0, 1)
     codes_lr: float = opt(2e-2, "learning rate of the codes, which must keep up with z", 1e-9, 1)
     batch_size: int = opt(8, "images in a step, over all processes", 2, 2**20)
     epochs: int = opt(3, "passes over the training images", 1, 10**6, free=True)
@@ -166,8 +166,9 @@ class LDMConfig(Training):
                          choices=("middle", "alike"))
     ema: float = opt(0.995, "decay of the running mean of the weights, used to sample", 0, 0.99999)
     lr: float = opt(1e-3, "learning rate, never scaled by batch size or processes", 1e-9, 1)
+    muon_lr: float = opt(0.0, "as in train-vq; 0: Adam, as good in the same minutes here", 0, 1)
     batch_size: int = opt(32, "latents in a step, over all processes", 1, 2**20)
-    epochs: int = opt(26, "passes over the training latents", 1, 10**6, free=True)
+    epochs: int = opt(30, "passes over the training latents", 1, 10**6, free=True)
 
     def check(self):
         if self.unet_widths[-1] % self.heads:
@@ -245,8 +246,8 @@ PRESETS = {         # "report" is the recipe of the reference report
                        d_widths=(64, 128, 256), lr=1e-4, muon_lr=0.0, codes_lr=5e-4, d_lr=1e-4,
                        epochs=40, decay=0.0),
         LDMConfig: dict(target="eps", schedule="linear", weighting="alike",
-                        unet_widths=(256, 512), class_cond=False, lr=1e-4, muon_lr=0.0, views=8,
-                        epochs=200, ema=0.9999, decay=0.0)}}
+                        unet_widths=(256, 512), class_cond=False, lr=1e-4, views=8, epochs=200,
+                        ema=0.9999, decay=0.0)}}
 
 def flag(name):
     return "--" + name.rstrip("_").replace("_", "-")
