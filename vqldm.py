@@ -2343,7 +2343,9 @@ def evaluate(cfg, typed):
             say(f"  {name:20}" + ("  no weights" if value is None else f"{value:9.3f}"))
     draw_rows(out / "evaluate.png", {"held out": x[:16], kind: made[:16]})
     for name, pictures in (("real", x), (kind, made)) if cfg.save_images else ():
-        write_pngs(Path(cfg.save_images) / name, pictures, range(len(pictures)))
+        for old in Path(cfg.save_images, name).glob("[0-9]*.png"):      # of a run with a larger --n
+            old.unlink()
+        write_pngs(Path(cfg.save_images, name), pictures, range(len(pictures)))
     write_whole(out / "metrics.json", lambda f: f.write(json.dumps(m, indent=1).encode()))
     say(f"numbers in {out / 'metrics.json'}, picture in {out / 'evaluate.png'}")
     return 0
