@@ -34,10 +34,10 @@ Equations (in the code each stands as its bare number. VQ: van den Oord 2017, ar
   (11) z_{t-1} = (z_t - (1-alpha_t)/√(1-alpha_bar_t) eps_hat) / √alpha_t + sigma_t n  Algorithm 2
   (12) v = √alpha_bar eps - √(1-alpha_bar) z0,  z0 = √alpha_bar z_t - √(1-alpha_bar) v   v app. D
   (13) z_prev = √alpha_bar_prev z0_hat + √(1-alpha_bar_prev-sigma²) eps_hat + sigma n DDIM eq. 12
-  (14) out = out(no class) + w · (out(class) - out(no class))               CFG eq. 6, our w = 1 + w
+  (14) out = out(no class) + w · (out(class) - out(no class))           CFG eq. 6; our w: theirs + 1
   (15) weight of t in training: 2 √(alpha_bar_t (1 - alpha_bar_t)), at least 1/4   by trial (README)
-  (16) z0_hat + h/(2 h') (z0_hat - z0_hat'), ' the step before, in (13)            DPM Algorithm 2
-       h the step's growth of ½ log(alpha_bar / (1 - alpha_bar))
+  (16) in (13), for z0_hat: z0_hat + s/(2 s') (z0_hat - z0_hat'), ' one step before   DPM Alg. 2
+       s: growth of ½ log(alpha_bar / (1 - alpha_bar)) in the step
 
 Contents  1. Settings                  5. Blocks                    9. Stage 1: training
           2. Machine                   6. Stage 1: the VQGAN       10. Stage 2: diffusion
@@ -121,9 +121,9 @@ class VQConfig(Training):
     lpips: str = opt("auto", "network of LPIPS; auto: squeeze if its weights can be had",
                      choices=("auto", "off", "squeeze", "alex", "vgg"))
     gan_weight: float = opt(0.5, "weight of the adversarial loss, beside lam; 0: no GAN", 0, 1e4)
-    gan_start: float = opt(8.0, "epochs before the generator hears of the discriminator", 0, 1e6)
+    gan_start: float = opt(8.0, "epochs before the generator hears of D; 3 end before it", 0, 1e6)
     gan_ramp: float = opt(1.0, "epochs over which that loss rises to its full weight", 0, 1e6)
-    d_warmup: float = opt(0.5, "epochs for which D trains alone before gan_start", 0, 1e6)
+    d_warmup: float = opt(0.5, "epochs for which D trains unheard before gan_start", 0, 1e6)
     d_widths: tuple[int, ...] = opt((32, 64, 128), "channels of the layers of D", 1, 4096)
     d_lr: float = opt(4e-4, "learning rate of D", 1e-9, 1)
     lr: float = opt(1e-3, "learning rate, never scaled by batch size or processes", 1e-9, 1)
@@ -160,7 +160,7 @@ class LDMConfig(Training):
     unet_widths: tuple[int, ...] = opt((64, 128), "channels of the UNet's DownBlocks", 1, 4096)
     heads: int = opt(1, "attention heads; must divide the last of --unet-widths", 1, 256)
     class_cond: bool = opt(True, "tell the UNet the class; no effect where there is only one")
-    label_drop: float = opt(0.1, "fraction of labels hidden in training, for guidance", 0, 1)
+    label_drop: float = opt(0.1, "fraction of labels hidden in training, for guidance", 0.01, 1)
     balance: bool = opt(False, "draw each class equally often, however rare it is")
     weighting: str = opt("middle", "which t count most in training: the middle (15), or all alike",
                          choices=("middle", "alike"))
@@ -177,7 +177,7 @@ class LDMConfig(Training):
 @dataclass(frozen=True)
 class Sampling(Machine):
     """Settings of the commands that sample."""
-    ckpt: str = opt("runs/ldm", "run folder or checkpoint of train-ldm; evaluate takes both")
+    ckpt: str = opt("runs/ldm", "run folder or checkpoint of train-ldm; evaluate: or of train-vq")
     steps: int = opt(25, "S, steps from noise to image, at most T", 1, 10**5)
     sampler: str = opt("dpm", "dpm (16); ddim (13) wants twice as many steps, ddpm (11) many more",
                        choices=("dpm", "ddim", "ddpm"))
@@ -233,9 +233,9 @@ COMMANDS = {        # name: (its settings, the line that --help shows)
     "sample": (SampleConfig, "make new images with a trained stage 2"),
     "demo": (DemoConfig, "the three above in a row"),
     "evaluate": (EvaluateConfig, "measure a checkpoint of either stage on held-out images"),
-    "bench": (BenchConfig, "speed and memory of each stage on this machine")}
+    "bench": (BenchConfig, "speed and memory of each part on this machine")}
 
-PRESETS = {         # "report" is the recipe of the reference report
+PRESETS = {         # "report": 256×256 as the papers do it, with eps, a linear schedule and the GAN
     "tiny": {
         VQConfig: dict(size=32, n_images=192, widths=(16, 32), codes=64, epochs=2,
                        gan_start=1.0, gan_ramp=0.5, d_widths=(16, 32), warmup=5, revive_every=5),
@@ -350,6 +350,7 @@ import contextlib
 import copy
 import csv
 import hashlib
+import io
 import json
 import multiprocessing
 import re
@@ -733,7 +734,7 @@ def write_npy(path, dtype, shape, parts, name):
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, write)
 
-def load_images(source, size, n_images, held_out, cfg):
+def load_images(source, size, n_images, held_out, cfg, flag_name="--data"):
     """'synthetic' or a folder -> Images; drawn or decoded once, then read from the cache."""
     if source == "synthetic":
         names = [f"{i:06d}" for i in range(n_images)]
@@ -743,11 +744,12 @@ def load_images(source, size, n_images, held_out, cfg):
     else:
         folder = Path(source)
         if not folder.is_dir():
-            raise UserError(f"--data {source}: no such folder; a folder of images or 'synthetic'")
+            raise UserError(f"{flag_name} {source}: no such folder; a folder of images or "
+                            "'synthetic'")
         names, other = list_images(folder)
         if not names:
-            raise UserError(f"--data {source}: no image in it, {other} other files; images end in "
-                            + " ".join(SUFFIXES))
+            raise UserError(f"{flag_name} {source}: no image in it, {other} other files; images "
+                            "end in " + " ".join(SUFFIXES))
         if other:
             say(f"passed over {other} files that are no photographs: masks, tables, half downloads")
         classes, held = arrange(folder, names, held_out)
@@ -786,22 +788,24 @@ def load_images(source, size, n_images, held_out, cfg):
         text = f"{n} of {len(names)} images cannot be read: " + "; ".join(images.bad[:5]) \
             + f" and {rest} more" * (rest > 0)
         if n == len(names) or n > 0.2 * len(names) and not cfg.allow_bad:
-            raise UserError(f"--data {source}: {text}. Mend them, or go on with --allow-bad")
+            raise UserError(f"{flag_name} {source}: {text}. Mend them, or go on with --allow-bad")
         say(f"skipped: {text}")
     return images
 
-def get_images(cfg, source, vq_cfg, state=None):
-    """load_images on all processes; say what was found, and if a resumed run (state) had others."""
+def get_images(cfg, source, vq_cfg, state=None, whole="", flag_name="--data"):
+    """load_images on all processes; say what was found, and if a resumed run (state) had others.
+    whole: what all of them are for, if not to train on a part and hold out the other."""
     cfg = replace(cfg, seed=vq_cfg.seed)        # of the images, not of this command
     images = first_then_others(lambda: load_images(
-        source, vq_cfg.size, vq_cfg.n_images, vq_cfg.held_out, cfg))
+        source, vq_cfg.size, vq_cfg.n_images, vq_cfg.held_out, cfg, flag_name))
     n = torch.bincount(images.labels[images.labels >= 0]).tolist()
-    say(f"data {source} at {images.size}×{images.size}: {len(images.train)} images to train on, "
-        f"{len(images.held)} held out; classes: "
+    say(f"data {source} at {images.size}×{images.size}: " + (
+        f"{len(images.all)} images {whole}" if whole else
+        f"{len(images.train)} images to train on, {len(images.held)} held out") + "; classes: "
         + ", ".join(f"{c} {k}" for c, k in zip(images.classes, n)))
     if state and state["data"] != images.key:
         say("WARNING the image files were changed or moved since this run began: not bit-equal now")
-    if len(images.train) < 100:
+    if len(images.train) < 100 and not whole:
         say(f"WARNING {len(images.train)} images are few: the networks will learn them by heart")
     return images
 
@@ -903,8 +907,8 @@ def orthogonal(g):
     """g (r,n) = U S Vᵀ -> about U Vᵀ: its singular values become .7 to 1.2, all directions alike.
 
     Newton-Schulz: the polynomial s -> 3.4445 s - 4.775 s³ + 2.0315 s⁵, five times in a row, drives
-    each s in 0…1 there (Jordan 2024, kellerjordan.github.io/posts/muon). On the smaller side's g gᵀ
-    that takes only products of small matrices, fp32 is exact enough, and no SVD is needed."""
+    each s in 0…1 there (Jordan 2024, kellerjordan.github.io/posts/muon). Done on g gᵀ
+    (or gᵀ g, if smaller), it takes only small products: no SVD, and fp32 is exact enough."""
     x = (g if len(g) <= g.shape[1] else g.T) / (g.norm() + 1e-7)          # (r,n), r <= n
     gram = x @ x.T                                                        # (r,r): S² of x
     product = eye = torch.eye(len(x), device=g.device)
@@ -926,7 +930,7 @@ class Muon(torch.optim.Adam):
         for group in groups:
             for p in group["params"] if group["muon"] else ():
                 state = self.state[p]
-                if not state:           # a step of its own: Adam looks for one when it is loaded
+                if not state:           # Adam's loading wants a step in each state
                     state.update(step=torch.zeros(()), mean=torch.zeros_like(p))
                 state["mean"].lerp_(p.grad, 0.05)
                 g = p.grad.lerp(state["mean"], 0.95).flatten(1)           # Nesterov: look ahead
@@ -1016,13 +1020,14 @@ class Codebook(nn.Module):
         z_q = self.lookup(k)                                              # (B,d,h,w)
         # One distance, two halves; sg[] (detach) decides who moves: codes to the vectors that they
         # won, and the encoder to its codes.
-        # trap: swapped weights, 0.25 on (3) and 1 on (4): 16 times off, and the curve looks better.
+        # trap: swapped weights, 0.25 on (3) and 1 on (4): z is pulled 4 times too hard to its
+        # codes, and the curve looks better.
         codebook_loss = F.mse_loss(z_q, z.detach())                                            # (3)
         commit_loss = F.mse_loss(z, z_q.detach())                                              # (4)
         # Straight through: the value of z_q with the gradient of z. Rounding has no slope, so what
         # the decoder wants of z_q is passed on to z unchanged: a lie, but one that points downhill
         # while z and z_q are close, which is what (3) and (4) see to.
-        # trap: both losses belong above this line; below it z_q no longer depends on the codes.
+        # trap: take both losses from z_q, not from what is returned: that depends on no code.
         return z + (z_q - z).detach(), k, codebook_loss, commit_loss                           # (2)
 
     def count(self, k):
@@ -1173,7 +1178,8 @@ def load_perceptual(wanted, device):
                 f"cannot be downloaded ({type(e).__name__}); put them there or set TORCH_HOME")
         if wanted != "auto":
             raise UserError(f"--lpips {name}: {text}, or take --lpips off") from None
-        say(f"WARNING {text}. Going on WITHOUT the perceptual loss: expect more blur")
+        say(f"WARNING {text}. Going on WITHOUT LPIPS: training gives more blur, evaluate no "
+            "Fréchet distance")
         return None, "off"
 
 # ------------------------------------------------------------------------------------------------
@@ -1182,7 +1188,8 @@ def load_perceptual(wanted, device):
 # A night of training is lost in three ways: a checkpoint half written when the power went, a resume
 # that restores the weights but not the rest, settings that silently differ. Here a checkpoint
 # appears whole or not at all; what a step depends on is in it, or is a function of seed and step
-# (rng above); and differing settings are refused. Nothing here is about the method.
+# (rng above; only --minutes makes the learning rate follow the clock); and differing settings are
+# refused. Nothing here is about the method.
 
 FORMAT = 3              # of checkpoints; counts up when their meaning or a default changes
 STAGES = {"vq": VQConfig, "ldm": LDMConfig}
@@ -1257,6 +1264,9 @@ def load_weights(net, weights, path, **how):
                         f"damaged ({type(e).__name__})") from None
     return net
 
+def quoted(path):       # as one would type it
+    return f'"{path}"' if " " in str(path) else str(path)
+
 def make_folder(path):
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
@@ -1295,7 +1305,7 @@ def memory_gb(device):
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**30 if sys.platform == "darwin" else 2**20)
 
-def count(net):
+def size_of(net):
     return f"{sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters"
 
 class Run:
@@ -1366,8 +1376,9 @@ class Run:
         return self.step * self.cfg.batch_size // self.n
 
     def lr_factor(self):
-        """On --lr: up in the first --warmup steps, down to nearly 0 in the last part, --decay.
-        Its length is --epochs or --minutes, whichever ends first: short runs come to rest too."""
+        """Times each rate: up in the first --warmup steps, down to nearly 0 in the last part,
+        --decay. Its length is --epochs or --minutes, whichever ends first: short runs come to
+        rest too."""
         cfg = self.cfg
         done = max(self.step / self.total, self.elapsed / (cfg.minutes * 60) if cfg.minutes else 0)
         up = min(1.0, (self.step + 1) / (cfg.warmup + 1))
@@ -1402,8 +1413,8 @@ class Run:
 
     def report(self, losses, state, look, names=()):
         """Count the step; every LOG_EVERY steps a row of the log and the progress line. Measure,
-        draw and save when it is time: once early, some ten times a run (with --minutes at most
-        five, a minute apart), and at the end. names: checkpoints wanted beside last.pt."""
+        draw and save when it is time: once early, some ten times a run (with --minutes five
+        more, at least a minute apart), and at the end. names: checkpoints wanted beside last.pt."""
         cfg, before, lr, names = self.cfg, self.epoch, self.cfg.lr * self.lr_factor(), [*names]
         self.step += 1
         self.bad, self.skipped = self.bad if self.skipped else 0, False     # five in a row count
@@ -1477,7 +1488,7 @@ class Run:
 # ------------------------------------------------------------------------------------------------
 # Two players, one straight line. The generator (encoder, codebook, decoder) steps first, then D on
 # the same images. In the beginning D is not called at all (from blobs it would learn only that blur
-# is fake); shortly before gan_start it trains alone, then its wish fades in.
+# is fake); shortly before gan_start it trains unheard, then its wish fades in.
 # What to look at: rec and perc fall, codes used and perplexity rise. With the GAN on, D(real) stays
 # above 0 and D(fake) below, within ±1: both at 0, D is blind; beyond ±1, D has won.
 
@@ -1552,12 +1563,12 @@ def train_vq(cfg, typed):
     book, steps = vqgan.codebook, run.total
     gan_at = round(cfg.gan_start * n / B) if cfg.gan_weight else math.inf
     d_at, ramp = gan_at - round(cfg.d_warmup * n / B), max(1, round(cfg.gan_ramp * n / B))
-    say(f"VQGAN {count(vqgan)}, D {count(disc)}; {cfg.epochs} epochs = {steps} steps of {B}; "
+    say(f"VQGAN {size_of(vqgan)}, D {size_of(disc)}; {cfg.epochs} epochs = {steps} steps of {B}; "
         f"{f'GAN from step {gan_at}' if gan_at < steps else 'no GAN'}; LPIPS {lpips_name}; "
         f"writing to {run.folder}")
     if (tokens := (cfg.size // cfg.f) ** 2) > 4096:
         say(f"WARNING attention over {tokens:,} tokens, whose cost grows with their square, will "
-            "rule each step; one more of --widths leaves a quarter of them")
+            "take most of a step; one more of --widths leaves a quarter of them")
     if steps < 500 and cfg.preset != "tiny":
         say(f"WARNING {steps} steps are too few to learn much; 1,000 and more is the rule")
 
@@ -1633,7 +1644,7 @@ def train_vq(cfg, typed):
         # ---- report -----------------------------------------------------------------------------
         run.report(losses, state, look, ["pre_gan.pt"] if step + 1 == gan_at else [])
     note = "" if perceptual or cfg.lpips == "off" else "trained WITHOUT LPIPS; "
-    return run.finish(state, look, note, f"train-ldm --vq {run.folder}")
+    return run.finish(state, look, note, f"train-ldm --vq {quoted(run.folder)}")
 
 # ------------------------------------------------------------------------------------------------
 # 10. Stage 2: diffusion
@@ -1644,12 +1655,14 @@ def train_vq(cfg, typed):
 # into (z0_hat, eps_hat), and the samplers know only these two.
 
 class Diffusion:
-    """DDPM's noise schedule, its loss (Algorithm 1) and its samplers (Algorithm 2, and DDIM).
+    """DDPM's noise schedule, its loss (Algorithm 1), its samplers (Algorithm 2, DDIM and DPM).
 
     beta, alpha, alpha_bar: (T,), made in float64; index t = 0 is the least noise. ValueError for a
-    schedule that it does not know or a T too small to end in noise."""
+    word that it does not know or a T too small to end in noise."""
     def __init__(self, T=LDMConfig.T, schedule=LDMConfig.schedule, target=LDMConfig.target):
         self.T, self.target = T, target
+        if target not in ("v", "eps"):
+            raise ValueError(f"target {target!r}: must be v or eps")
         if schedule == "linear":
             # trap: 1e-4 and 0.02 belong to T = 1000. Unscaled, T = 50 ends at alpha_bar = 0.60, and
             # sampling starts from a noise that the network never saw.
@@ -1689,7 +1702,7 @@ class Diffusion:
         ends. There the loss stays large whatever is learnt: at little noise it asks for detail
         finer than a code, which decoding rounds away, at much noise for what cannot be seen in z_t.
         v's loss is the sum of the squared errors of z0 and of eps; (15) makes of it twice their
-        geometric mean. After equal steps: Fréchet 753 instead of 837 (embedded data).
+        geometric mean. After equal steps, without the 1/4: Fréchet 753 instead of 837.
         trap: with 0 at the ends nobody teaches the answer to pure noise, which is the mean of the
         data and where all sampling starts: it held half of the dark rims of the images."""
         a = self.at(t, t)
@@ -1707,7 +1720,7 @@ class Diffusion:
 
     def pairs(self, steps, levels=None):
         """Exactly `steps` pairs (t, t_prev), from levels-1 to -1, for 1 <= steps <= levels <= T.
-        Their strides grow: where there is much noise the large things are decided, in few levels.
+        Their strides grow: the large things are decided in the few noisiest levels.
         trap: range(0, T, T // steps) gives too many or too few for most numbers of steps."""
         levels = levels or self.T
         t = [levels - 1 - max(i, round(levels * (i / steps) ** 2)) for i in range(steps)]
@@ -1719,33 +1732,35 @@ class Diffusion:
         """Walk back from z: standard normal (B,d,h,w), or latents noised to `levels` levels.
         net(z_t, t) -> eps or v; noise() -> numbers like z. Yields (z_t, z0_hat) after each step.
 
-        ddpm takes T small random steps. ddim at eta 0 walks one smooth path, which bears long
-        strides, as if z0_hat stayed the same along each. dpm (DPM-Solver++ 2M) lets z0_hat go on as
-        it went in the last stride: on the embedded data 25 steps give a Fréchet distance of 505
-        and latents of std .96, 50 of ddim's 517 and .94.
+        ddpm takes random steps, which should be many and small. ddim at eta 0 walks one smooth
+        path, which bears long strides, as if z0_hat stayed the same along each. dpm (DPM-Solver++
+        2M) lets z0_hat go on as it went in the last stride: on synthetic data 25 steps give a
+        Fréchet distance of 505 and latents of std .96, 50 of ddim's 517 and .94.
         trap: kept steps are further apart than the trained ones, so alpha_t of (11) is made anew
-        from them. With the trained alpha_t, 50 steps would end a third of the way, with noise."""
+        from them. With the trained alpha_t, 50 steps would stop half way, in noise."""
         noise, last = noise or (lambda: torch.randn_like(z)), None
+        if sampler not in ("dpm", "ddim", "ddpm"):
+            raise ValueError(f"sampler {sampler!r}: must be dpm, ddim or ddpm")
         for t, prev in self.pairs(steps, levels):
             t_all = torch.full((len(z),), t, device=z.device)                 # (B,)
             a, a_prev = self.at(t, z), self.at(prev, z)     # alpha_bar_t, alpha_bar_{t-1}
             alpha, sigma = a / a_prev, torch.zeros(())
             z0_hat, eps_hat = self.predict(net(z, t_all).float(), z, t_all)
-            guess = z0_hat
+            ahead = z0_hat
             if sampler == "ddpm":
                 sigma = (1 - alpha).sqrt()          # sigma² = beta_t (DDPM sec. 3.2)
                 z = (z - (1 - alpha) / (1 - a).sqrt() * eps_hat) / alpha.sqrt()               # (11)
             else:
                 if sampler == "dpm":
-                    h = (a_prev / (1 - a_prev) * (1 - a) / a).log() / 2       # endless at the end
+                    s = (a_prev / (1 - a_prev) * (1 - a) / a).log() / 2       # last step: infinite
                     if last and prev >= 0:
-                        guess = z0_hat + h / (2 * last[0]) * (z0_hat - last[1])               # (16)
-                        eps_hat = (z - a.sqrt() * guess) / (1 - a).sqrt()                      # (9)
-                    last = h, z0_hat
+                        ahead = z0_hat + s / (2 * last[0]) * (z0_hat - last[1])               # (16)
+                        eps_hat = (z - a.sqrt() * ahead) / (1 - a).sqrt()                      # (9)
+                    last = s, z0_hat
                 else:           # eta 0: a fixed path; 1: DDPM with its smaller sigma (DDIM eq. 16)
                     sigma = eta * ((1 - a_prev) / (1 - a) * (1 - alpha)).sqrt()
                 rest = (1 - a_prev - sigma ** 2).clamp(min=0).sqrt()
-                z = a_prev.sqrt() * guess + rest * eps_hat                                    # (13)
+                z = a_prev.sqrt() * ahead + rest * eps_hat                                    # (13)
             if prev >= 0 and float(sigma) > 0:
                 # trap: noise after the last step leaves a grain, 0.01 to 0.08, in every sample.
                 z = z + sigma * noise()                                                # (11), (13)
@@ -1959,7 +1974,7 @@ def train_ldm(cfg, typed):
     B = cfg.batch_size
     run.open(dict(model=net, ema=ema, opt=opt), len(images.train))
     forward, params = torch.compile(net) if cfg.compile else net, [*net.parameters()]
-    say(f"UNet {count(net)}; {h}×{h}×{vq_cfg.z_dim} latents, {n_classes or 'no'} classes, target "
+    say(f"UNet {size_of(net)}; {h}×{h}×{vq_cfg.z_dim} latents, {n_classes or 'no'} classes, target "
         f"{cfg.target}; {cfg.epochs} epochs = {run.total} steps of {B}; "
         f"writing to {run.folder}")
     of_class = [images.train[images.labels[images.train] == c] for c in range(len(images.classes))]
@@ -2022,7 +2037,7 @@ def train_ldm(cfg, typed):
             update_ema(ema, net, step, cfg.ema)
         # ---- report -----------------------------------------------------------------------------
         run.report(losses, state, look)
-    return run.finish(state, look, "", f"sample --ckpt {run.folder}")
+    return run.finish(state, look, "", f"sample --ckpt {quoted(run.folder)}")
 
 # ------------------------------------------------------------------------------------------------
 # 13. Pictures and samples
@@ -2105,11 +2120,11 @@ def draw_nearest(path, x, images, make, perceptual):
     both, rows = torch.cat([x, images.rows(images.held[:500])]), {"sample": x[:8]}
     for name, space in spaces.items():
         mine = torch.cat([space(u8) for u8 in both.split(64)]).float()
-        far, who = torch.full((len(both),), math.inf), torch.zeros(len(both), dtype=torch.long)
+        near, who = torch.full((len(both),), math.inf), torch.zeros(len(both), dtype=torch.long)
         for idx in images.train.split(64):
             d, j = torch.cdist(mine, space(images.rows(idx)).float()).min(1)
-            far, who = torch.minimum(far, d), torch.where(d < far, idx[j], who)
-        copies = int((far[:len(x)] < far[len(x):].quantile(0.01)).sum())
+            near, who = torch.minimum(near, d), torch.where(d < near, idx[j], who)
+        copies = int((near[:len(x)] < near[len(x):].quantile(0.01)).sum())
         say(f"{copies} of {len(x)} samples are closer to a training image, by {name}, than 99 % of "
             f"held-out images are{': look at them' * (copies > 0.05 * len(x))}")
         rows[f"nearest by {name}"] = images.rows(who[:min(8, len(x))])
@@ -2125,7 +2140,7 @@ def draw_more(cfg, make, labels):
     if cfg.interpolate:         # without fresh noise, from noises on the way between two
         a, b = make.noise_of(cfg.seed, range(2))()
         z = torch.stack([slerp(a, b, w) for w in torch.linspace(0, 1, 8)])
-        still = replace(cfg, sampler="dpm", eta=0.0)
+        still = replace(cfg, sampler=cfg.sampler.replace("ddpm", "ddim"), eta=0.0)
         draw_rows(Path(cfg.out, "interpolate.png"), {
             c: make(still, range(8), k if k is None else k.expand(8), z)[0]
             for c, k in (labels or {"between two noises": None}).items()})
@@ -2154,12 +2169,15 @@ def asked_classes(state, text):
                             else f"--class {c}: this model knows no classes; leave it out")
     return classes, names
 
+def check_steps(typed, state):          # if it is the default that exceeds T, T is meant
+    if typed.get("steps", 0) > (T := state["config"].get("T", math.inf)):
+        raise UserError(f"--steps {typed['steps']}: at most T = {T} of this model")
+
 def sample(cfg, typed):
     """Noise -> latents -> codes -> pixels, batch by batch: memory does not grow with --n."""
     state = load_checkpoint(cfg.ckpt, ["ldm"], "--ckpt")
     classes, names = asked_classes(state, cfg.class_)
-    if cfg.steps > state["config"]["T"]:
-        raise UserError(f"--steps {cfg.steps}: at most T = {state['config']['T']} of this model")
+    check_steps(typed, state)
     folder = Path(cfg.out)
     old = [p for p in (*folder.glob("*.png"), *folder.glob("*/*.png"))   # names that sample gives
            if p.name in SHEETS or re.fullmatch(r"\d{5,}", p.stem)]
@@ -2168,7 +2186,7 @@ def sample(cfg, typed):
     make = Generator(state, *pick_device(cfg), cfg.ckpt)
     T, size, total = make.cfg.T, make.vq_cfg.size, cfg.n * max(1, len(names))
     if cfg.from_:
-        given = get_images(cfg, cfg.from_, make.vq_cfg)
+        given = get_images(cfg, cfg.from_, make.vq_cfg, None, "to vary", "--from")
     if cfg.nearest:
         images = get_images(cfg, make.cfg.data or make.vq_cfg.data, make.vq_cfg)
     labels = make.labels(range(total))
@@ -2176,7 +2194,7 @@ def sample(cfg, typed):
         labels = torch.tensor([classes.index(c) for c in names]).repeat_interleave(cfg.n)
     for p in old:
         p.unlink()
-    say(f"{total} images of {size}×{size}, {cfg.sampler}, {cfg.steps} steps"
+    say(f"{total} images of {size}×{size}, {cfg.sampler}, {min(cfg.steps, T)} steps"
         + f"; classes {', '.join(names or classes)}; guidance {cfg.guidance:g}" * bool(classes))
     make_folder(folder)
     shown, sums = {c: [] for c in names or classes or [""]}, torch.zeros(3, dtype=torch.float64)
@@ -2317,6 +2335,7 @@ def evaluate_samples(make, images, test, held, perceptual, cfg):
 def evaluate(cfg, typed):
     """Measure a checkpoint of either stage on held-out images."""
     state = load_checkpoint(cfg.ckpt, ["ldm", "vq"], "--ckpt")
+    check_steps(typed, state)
     device, dtype = pick_device(cfg)
     perceptual, _ = load_perceptual("auto", device)
     make = Generator(state, device, dtype, cfg.ckpt) if state["kind"] == "ldm" else None
@@ -2325,7 +2344,7 @@ def evaluate(cfg, typed):
     images = test = get_images(cfg, source, vq_cfg)
     held = images.held
     if cfg.data not in ("", source):            # a folder of its own: all of it is held out
-        test = get_images(cfg, cfg.data, vq_cfg)
+        test = get_images(cfg, cfg.data, vq_cfg, None, "to measure on")
         held = test.all
     held = held[torch.randperm(len(held), generator=rng(cfg.seed, "evaluate"))]
     if len(held) < 2:
@@ -2351,26 +2370,29 @@ def evaluate(cfg, typed):
     return 0
 
 def timed(cfg, part, words):
-    """One number of bench, in a process of its own, so that its peak memory is this part's alone.
-    words: a training command, or first the checkpoint to work with. -> images per second, GB."""
-    with open(os.devnull, "w") as null, contextlib.redirect_stdout(null), \
-            contextlib.redirect_stderr(null):
+    """One row of bench, in a process of its own, whose peak memory is then this part's alone.
+    words: a training command, or a checkpoint's path (the rest is unused).
+    -> (images per second, GB), what WARNINGs were said."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         if words[0] in COMMANDS:
             run_command(words)
-            return load_checkpoint(words[-1], ["vq", "ldm"], "--out")["speed"]
-        make = Generator(load_checkpoint(words[0], ["ldm"], "--out"), *pick_device(cfg), words[0])
-        size, n = make.vq_cfg.size, 32
-        x = to_float(synthetic(n, size, 0)[0])
-        z0, label = make.encode(x), make.labels(range(n))
-        work = dict(draw=lambda: synthetic(n, size, 0), encode=lambda: make.encode(x).cpu(),
-                    decode=lambda: make.decode(z0),
-                    sample=lambda: make.many(Sampling(), torch.arange(n), label))[part]
-        work()                                      # the first time is slower
-        began, done = time.monotonic(), 0
-        while not done or time.monotonic() - began < cfg.minutes * 60:
-            work()
-            done += n
-        return done / (time.monotonic() - began), memory_gb(make.device)
+            speed = load_checkpoint(words[-1], ["vq", "ldm"], "--out")["speed"]
+        else:
+            state = load_checkpoint(words[0], ["ldm"], "--out")
+            make = Generator(state, *pick_device(cfg), words[0])
+            n, size, label = 32, make.vq_cfg.size, make.labels(range(32))
+            x, z0 = torch.rand(n, 3, size, size), make.noise_of(0, range(n))()
+            work = dict(draw=lambda: [synthetic(16, size, 0, i) for i in range(0, n, 16)],
+                        encode=lambda: make.encode(x).cpu(), decode=lambda: make.decode(z0),
+                        sample=lambda: make.many(Sampling(), torch.arange(n), label))[part]
+            work()                                  # the first time is slower
+            began, done = time.monotonic(), 0
+            while not done or time.monotonic() - began < cfg.minutes * 60:
+                work()
+                done += n
+            speed = done / (time.monotonic() - began), memory_gb(make.device)
+    return speed, [line for line in said.getvalue().splitlines() if line.startswith("WARNING")]
 
 def bench(cfg, typed):
     """Images/s and peak memory of each part of a run on this machine, and how long it will take."""
@@ -2381,31 +2403,39 @@ def bench(cfg, typed):
     vq, ldm = (["train-vq", "--preset", cfg.preset, *more_vq],
                ["train-ldm", "--preset", cfg.preset, *more_ldm])
     c, d = (settings(*parse_command(words)[1:]) for words in (vq, ldm))
-    folder, result = make_folder(cfg.out), {}
-    base = ["--overwrite", "--device", cfg.device, "--epochs", "1000000", "--cache", cfg.cache,
-            "--minutes", str(cfg.minutes)]
+    folder, result, told = make_folder(cfg.out), {}, set()
+    base = ["--overwrite", "--device", cfg.device, "--seed", str(cfg.seed), "--cache", cfg.cache,
+            "--epochs", "1000000", "--minutes", str(cfg.minutes), *["--allow-bad"] * cfg.allow_bad]
     vq += [*base, "--n-images", "512"]
     parts = {"VQGAN": [*vq, "--gan-weight", "0"], "VQGAN with GAN": [*vq, "--gan-start", "0"],
-             "UNet": [*ldm, *base, "--vq", f"{folder}/VQGAN-auto"],
-             **{name: [f"{folder}/UNet-auto"] for name in ("draw", "encode", "decode", "sample")}}
-    say(f"preset {cfg.preset}: {c.size}×{c.size}, batches of {c.batch_size} and {d.batch_size}\n"
-        f"  {'':18}{'auto':>14}{'fp32':>14}{'auto/fp32':>11}{'peak memory':>13}")
+             "UNet": [*ldm, *base, "--vq", f"{folder}/VQGAN-{cfg.precision}"],
+             **{name: [f"{folder}/UNet-{cfg.precision}"] for name in (
+                 "draw", "encode", "decode", "sample")}}
+    pick_device(cfg)
+    say(f"preset {c.preset}: {c.size}×{c.size}, batches of {c.batch_size} and {d.batch_size}\n"
+        f"  {'':18}{cfg.precision:>14}{'fp32':>14}{'ratio':>11}{'peak memory':>13}")
     for part, words in parts.items():
-        for precision in ("auto", "fp32"):
+        for precision in (cfg.precision, "fp32"):
             argv = [*words, "--precision", precision, "--out", f"{folder}/{part}-{precision}"]
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as alone:
-                result[f"{part}, {precision}"] = alone.submit(
+                result[f"{part}, {precision}"], warned = alone.submit(
                     timed, replace(cfg, precision=precision), part, argv).result()
-        a, b = (result[f"{part}, {precision}"] for precision in ("auto", "fp32"))
+            for line in dict.fromkeys(line for line in warned if line not in told):
+                told.add(line)
+                say(line)
+        a, b = (result[f"{part}, {precision}"] for precision in (cfg.precision, "fp32"))
         say(f"  {part:18}{a[0]:8.1f} img/s{b[0]:8.1f} img/s{a[0] / b[0]:10.2f}x{a[1]:10.2f} GB")
     n, late = c.n_images * (1 - c.held_out), max(0, c.epochs - c.gan_start) * bool(c.gan_weight)
     if c.data != "synthetic":
-        n = sum(load_checkpoint(folder / "UNet-auto", ["ldm"], "--out")["class_counts"])
-    early, gan, unet, draw, encode, *_ = (n / result[f"{part}, auto"][0] / 60 for part in parts)
+        n = sum(load_checkpoint(parts["draw"][0], ["ldm"], "--out")["class_counts"])
+    # Minutes for n images. Those that are held out are drawn and encoded too.
+    early, gan, unet, draw, encode, *_ = (
+        n / result[f"{part}, {cfg.precision}"][0] / 60 for part in parts)
+    every = 1 / (1 - c.held_out)
     say(f"this run on {n:.0f} training images: about "
-        + f"{draw:.1f} min of drawing, " * (c.data == "synthetic")
+        + f"{draw * every:.1f} min of drawing, " * (c.data == "synthetic")
         + f"{early * (c.epochs - late) + gan * late:.1f} of stage 1, "
-        f"{encode * d.views + unet * d.epochs:.1f} of stage 2")
+        f"{encode * every * d.views + unet * d.epochs:.1f} of stage 2")
     write_whole(folder / "bench.json", lambda f: f.write(json.dumps(result, indent=1).encode()))
     return 0
 
@@ -2419,7 +2449,7 @@ def demo(cfg, typed):
     for words in (["train-vq", "--data", cfg.data, "--preset", cfg.preset, "--out", vq],
                   ["train-ldm", "--vq", vq, "--preset", cfg.preset, "--out", ldm],
                   ["sample", "--ckpt", ldm, "--out", out, "--nearest"]):
-        say(f"\n$ python vqldm.py {' '.join(words + extra)}")
+        say(f"\n$ python vqldm.py {' '.join(map(quoted, words + extra))}")
         if code := run_command(words + extra):
             return code
     say(f"done in {(time.monotonic() - began) / 60:.1f} minutes; pictures in {vq}, {ldm}, {out}")
