@@ -855,7 +855,8 @@ class ResBlock(nn.Module):
 
 class AttentionBlock(nn.Module):
     """Every position looks at every other: the paper's non-local block (VQGAN Table 7). Its cost
-    grows with (h·w)²: fine on 16×16, ruinous at full size, so it sits in the middle only."""
+    grows with (h·w)²: fine on 16×16; on 64×64 44 % of a step (widths 16 64), on 128×128 88 %. So
+    it sits in the middle only."""
     def __init__(self, c, heads):
         super().__init__()
         self.norm, self.attention = Norm(c), nn.MultiheadAttention(c, heads, batch_first=True)
