@@ -53,7 +53,6 @@ import difflib
 import math
 import os
 import sys
-import typing
 from dataclasses import asdict, dataclass, field, fields, replace
 
 # ------------------------------------------------------------------------------------------------
@@ -254,10 +253,10 @@ def flag(name):
 
 def check_values(cls, values):
     """Settings from the command line (as text) or a checkpoint -> checked and converted."""
-    hints, known, out = typing.get_type_hints(cls), {fd.name: fd for fd in fields(cls)}, {}
+    known, out = {fd.name: fd for fd in fields(cls)}, {}
     for name, value in values.items():
-        m, kind = known[name].metadata, hints[name]
-        one = typing.get_args(kind)[0] if typing.get_origin(kind) is tuple else kind
+        m, kind = known[name].metadata, known[name].type
+        one = int if kind == tuple[int, ...] else kind
         many = value if isinstance(value, (list, tuple)) else [value]
         shown = f"{flag(name)} {' '.join(map(str, many))}"
         if m["choices"] and value not in m["choices"]:
@@ -294,10 +293,9 @@ def build_parser():
     for name, (cls, line) in COMMANDS.items():
         p = sub.add_parser(name, help=line, description=line, allow_abbrev=False,
                            formatter_class=wide, usage=f"vqldm.py {name} [settings]")
-        hints = typing.get_type_hints(cls)
         for fd in fields(cls):
-            kind, choices = hints[fd.name], fd.metadata["choices"]
-            many = typing.get_origin(kind) is tuple
+            kind, choices = fd.type, fd.metadata["choices"]
+            many = kind == tuple[int, ...]
             default = " ".join(map(str, fd.default)) if many else str(fd.default)
             # trap: a default given to argparse would overwrite what a checkpoint recorded. SUPPRESS
             # keeps only what was typed.
