@@ -297,16 +297,14 @@ def build_parser():
             kind, choices = fd.type, fd.metadata["choices"]
             many = kind == tuple[int, ...]
             default = " ".join(map(str, fd.default)) if many else str(fd.default)
+            how = dict(action=argparse.BooleanOptionalAction) if kind is bool else dict(
+                nargs="+" if many else None,
+                metavar="|".join(choices or ()) or {str: "TEXT", float: "X"}.get(kind, "N"))
             # trap: a default given to argparse would overwrite what a checkpoint recorded. SUPPRESS
             # keeps only what was typed.
-            kw = dict(default=argparse.SUPPRESS, dest=fd.name, help=fd.metadata["help"].replace(
-                "%", "%%") + (f" [{default}]" if default else ""))
-            if kind is bool:
-                kw.update(action=argparse.BooleanOptionalAction)
-            else:
-                kw.update(nargs="+" if many else None, metavar="|".join(choices) if choices else
-                          {str: "TEXT", float: "X"}.get(kind, "N"))
-            p.add_argument(flag(fd.name), **kw)
+            p.add_argument(flag(fd.name), dest=fd.name, default=argparse.SUPPRESS, **how,
+                           help=fd.metadata["help"].replace("%", "%%")
+                           + (f" [{default}]" if default else ""))
     return top
 
 def parse_command(argv):
