@@ -97,10 +97,6 @@ class Training(Machine):
     clip: float = opt(1.0, "longest gradient; longer ones are scaled down", 1e-6, 1e9)
     compile: bool = opt(False, "torch.compile the network: slow to start, for GPUs", free=True)
 
-    def __post_init__(self):
-        if self.resume and self.overwrite:
-            raise UserError("--resume goes on, --overwrite starts anew: give one of them")
-
 @dataclass(frozen=True)
 class VQConfig(Training):
     """Stage 1: what train-vq does."""
@@ -321,6 +317,8 @@ def parse_command(argv):
 
 def settings(cls, typed, recorded=None):
     """Default < preset < recorded < typed. What differs from the record is an error."""
+    if typed.get("resume") and typed.get("overwrite"):
+        raise UserError("--resume goes on, --overwrite starts anew: give one of them")
     preset = PRESETS.get(typed.get("preset", "default"), {}).get(cls, {})
     old = {**recorded, "overwrite": False} if recorded else {}      # was for that session only
     cfg = cls(**{**preset, **old, **typed})
