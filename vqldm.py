@@ -436,11 +436,9 @@ def sum_over_processes(t):
     return t
 
 def gather(t):          # the parts of all processes, in their order, on all of them
-    if world() == 1:
-        return t
-    parts = [torch.empty_like(t) for _ in range(world())]
-    dist.all_gather(parts, t.contiguous())
-    return torch.cat(parts)
+    parts = t.new_zeros(world(), *t.shape)
+    parts[rank()] = t
+    return sum_over_processes(parts).flatten(0, 1)
 
 def average_gradients(params):
     if world() > 1:
