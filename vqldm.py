@@ -413,8 +413,10 @@ def rng(*key):
     Randomness is looked up, never carried along: step 700 draws the same numbers whether the run
     went there at once, was killed and resumed, or drew a preview on the way. There is no random
     state that a checkpoint could forget. Drawn on the CPU, it is the same for every device."""
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+    return torch.Generator().manual_seed(digest(repr(key).encode()) >> 1)
+
+def digest(data):       # bytes -> a number of 64 bits, the same on every machine
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
 
 # Many processes (torchrun): each takes its share of the global batch; the mean of their gradients
 # is the gradient of the whole. All look up the random numbers of the whole batch and cut out their
@@ -661,8 +663,7 @@ def read_table(folder):
     return {}
 
 def place(key):         # a name -> a number in 0…1, the same on every machine
-    digest = hashlib.blake2b(key.encode("utf8", "surrogateescape"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") / 2**64
+    return digest(key.encode("utf8", "surrogateescape")) / 2**64
 
 def arrange(folder, names, held_out):
     """-> (class of each image, is it held out). Folders say it, else a table, else a hash.
@@ -1839,10 +1840,8 @@ def cache_latents(vqgan, images, views, cfg, device, dtype):
 
     trap: encoder outputs have heavy tails, single values at 12 to 26 std, and the UNet would spend
     itself on them. Only the nearest code of z counts in the end, so z is first settled near it."""
-    weights = hashlib.blake2b(digest_size=8)
-    for w in vqgan.state_dict().values():
-        weights.update(w.cpu().numpy().tobytes())
-    path = Path(cfg.cache) / f"latents-{images.key}-{weights.hexdigest()}-{views}.npy"
+    weights = digest(b"".join(w.cpu().numpy().tobytes() for w in vqgan.state_dict().values()))
+    path = Path(cfg.cache) / f"latents-{images.key}-{weights:016x}-{views}.npy"
     if not (path.exists() and path.with_suffix(".json").exists()):
         N, d = len(images.names), vqgan.codebook.embedding.embedding_dim
         train = torch.zeros(N, dtype=torch.bool).index_fill_(0, images.train, True)
