@@ -491,14 +491,11 @@ def synthetic(n, size, seed, start=0):
     """Draw images start … start+n-1 of the endless set `seed`.
 
     -> uint8 (n, 3, size, size), int64 labels (n,) that index SYNTHETIC_CLASSES."""
-    tapes = [torch.rand(2600, generator=rng(seed, "lesion", i)) for i in range(start, start + n)]
-    tapes, used = torch.stack(tapes), 0
+    tapes = [rng(seed, "lesion", i) for i in range(start, start + n)]
 
     def span(lo, hi, *shape):               # the next numbers of each tape, uniform in lo…hi
-        nonlocal used
-        shape = shape or (1, 1, 1)
-        used += math.prod(shape)
-        return lo + (hi - lo) * tapes[:, used - math.prod(shape):used].view(n, *shape)
+        u = torch.stack([torch.rand(shape or (1, 1, 1), generator=tape) for tape in tapes])
+        return lo + (hi - lo) * u
 
     def noise(cells, channels=1):           # smooth, about -1…1; more cells give a finer grain
         return F.interpolate(span(-1, 1, channels, cells, cells), (size, size), mode="bicubic",
