@@ -712,15 +712,13 @@ class Images:
         x = self.rows(indices)
         return to_float(x if turns is None else turn(x, turns))
 
-def write_npy(path, dtype, shape, parts, name):
-    """Arrays of rows, one after the other -> a .npy file; no more than one of them is held."""
+def write_npy(path, dtype, shape, size, rows, name):
+    """A .npy file of rows(their numbers), `size` rows at a time; no more than these are held."""
     def write(f):
         head = dict(descr=np.dtype(dtype).str, fortran_order=False, shape=shape)
         np.lib.format.write_array_header_1_0(f, head)
-        with quiet_bar(shape[0], name) as bar:
-            for part in parts:
-                f.write(np.ascontiguousarray(part, dtype).tobytes())
-                bar.update(len(part))
+        for numbers in batches(shape[0], size, name):
+            f.write(np.ascontiguousarray(rows(numbers), dtype).tobytes())
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, write)
 
@@ -760,10 +758,9 @@ def load_images(source, size, n_images, held_out, cfg, flag_name="--data"):
 
         with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
             warnings.simplefilter("ignore")         # PIL's own, about images that it can read
-            groups = (range(i, min(i + step, len(names))) for i in range(0, len(names), step))
-            write_npy(path, np.uint8, (len(names), 3, size, size), (
-                synthetic(len(g), size, cfg.seed, g[0])[0] if source == "synthetic"
-                else np.stack(list(pool.map(one, g))) for g in groups), "preparing images")
+            write_npy(path, np.uint8, (len(names), 3, size, size), step, lambda i: (
+                synthetic(len(i), size, cfg.seed, int(i[0]))[0] if source == "synthetic"
+                else np.stack(list(pool.map(one, i.tolist())))), "preparing images")
         if enlarged:
             say(f"WARNING {len(enlarged)} images are smaller than {size}×{size} and were enlarged: "
                 "the networks will learn their blur")
@@ -1285,6 +1282,12 @@ def quiet_bar(total, name, start=0):
     return tqdm(total=total, initial=start, desc=name, leave=False, dynamic_ncols=True,
                 disable=rank() > 0 or not sys.stderr.isatty(), mininterval=0.5,
                 bar_format="{desc} {n_fmt}/{total_fmt} {elapsed}<{remaining}{postfix}")
+
+def batches(total, size, name):     # the numbers 0…total-1, `size` at a time, with a progress line
+    with quiet_bar(total, name) as bar:
+        for numbers in torch.arange(total).split(size):
+            yield numbers
+            bar.update(len(numbers))
 
 def memory_gb(device):
     """Peak memory so far, of the GPU or else of this process."""
@@ -1845,15 +1848,15 @@ def cache_latents(vqgan, images, views, cfg, device, dtype):
         sums = torch.zeros(3, d, dtype=torch.float64)                     # count, Σz, Σz²
         shape = (views * N, d, *[images.size // vqgan.f] * 2)
 
-        def encoded(view, i):
-            x = images.batch(i, torch.full((len(i),), view)).to(device)
+        def encoded(rows):
+            i = rows % N
+            x = images.batch(i, rows // N).to(device)
             with autocast(device, dtype):
                 z = vqgan.codebook.settle(vqgan.encode(x)).cpu()                        # (B,d,h,w)
             v = rearrange(z[train[i]].double(), "B d h w -> d (B h w)")
             sums.add_(torch.stack([torch.full((d,), v.shape[1]), v.sum(1), v.square().sum(1)]))
             return z.numpy()
-        write_npy(path, np.float32, shape, (encoded(view, i) for view in range(views)
-                                            for i in torch.arange(N).split(64)), "encoding")
+        write_npy(path, np.float32, shape, 64, encoded, "encoding")
         mean, square = sums[1:] / sums[0]
         scale = torch.stack([mean, (square - mean ** 2).clamp(min=1e-12).sqrt()]).tolist()
         write_whole(path.with_suffix(".json"), lambda f: f.write(json.dumps(scale).encode()))
@@ -1913,14 +1916,11 @@ class Generator:
 
     def many(self, s, numbers, label):
         """The same in batches, with a progress line. -> uint8 (n,3,H,W), their z0 (n,d,h,w)."""
-        x, z0 = [], []
-        with quiet_bar(len(numbers), "sampling") as bar:
-            for i in torch.arange(len(numbers)).split(32):
-                u8, steps = self(s, numbers[i], None if label is None else label[i])
-                x.append(u8)
-                z0.append(steps[-1][0].float().cpu())
-                bar.update(len(i))
-        return torch.cat(x), torch.cat(z0)
+        done = []
+        for i in batches(len(numbers), 32, "sampling"):
+            x, steps = self(s, numbers[i], None if label is None else label[i])
+            done.append((x, steps[-1][0].float().cpu()))
+        return [torch.cat(part) for part in zip(*done)]
 
     @torch.no_grad()
     def decode(self, z0):
@@ -2196,25 +2196,23 @@ def sample(cfg, typed):
         + f"; classes {', '.join(names or classes)}; guidance {cfg.guidance:g}" * bool(classes))
     make_folder(folder)
     shown, sums = {c: [] for c in names or classes or [""]}, torch.zeros(3, dtype=torch.float64)
-    with quiet_bar(total, "sampling") as bar:
-        for numbers in torch.arange(total).split(32):
-            label, z, levels = None if labels is None else labels[numbers], None, T
-            if cfg.from_:       # noise a real latent part of the way, then walk back from there
-                levels = max(1, round(cfg.strength * T))
-                z0 = make.encode(given.batch(given.all[numbers % len(given.all)]))
-                t = torch.full((len(z0),), levels - 1, device=make.device)
-                z = make.diffusion.add_noise(z0, t, make.noise_of(f"{cfg.seed} from", numbers)())
-            x, steps = make(cfg, numbers, label, z, levels)
-            for c in shown:
-                mine = label == classes.index(c) if classes else numbers >= 0
-                to = folder / re.sub(r"[^\w ,+-]", "_", c) if len(names) > 1 else folder
-                write_pngs(to, x[mine], numbers[mine].tolist())
-                shown[c].extend(x[mine][:max(0, (16 if classes else 64) - len(shown[c]))])
-            if cfg.trajectory and numbers[0] == 0:
-                draw_trajectory(folder / "trajectory.png", steps, make)
-            z0 = steps[-1][0].cpu().double()
-            sums += torch.stack([torch.tensor(z0.numel()), z0.sum(), z0.square().sum()])
-            bar.update(len(x))
+    for numbers in batches(total, 32, "sampling"):
+        label, z, levels = None if labels is None else labels[numbers], None, T
+        if cfg.from_:       # noise a real latent part of the way, then walk back from there
+            levels = max(1, round(cfg.strength * T))
+            z0 = make.encode(given.batch(given.all[numbers % len(given.all)]))
+            t = torch.full((len(z0),), levels - 1, device=make.device)
+            z = make.diffusion.add_noise(z0, t, make.noise_of(f"{cfg.seed} from", numbers)())
+        x, steps = make(cfg, numbers, label, z, levels)
+        for c in shown:
+            mine = label == classes.index(c) if classes else numbers >= 0
+            to = folder / re.sub(r"[^\w ,+-]", "_", c) if len(names) > 1 else folder
+            write_pngs(to, x[mine], numbers[mine].tolist())
+            shown[c].extend(x[mine][:max(0, (16 if classes else 64) - len(shown[c]))])
+        if cfg.trajectory and numbers[0] == 0:
+            draw_trajectory(folder / "trajectory.png", steps, make)
+        z0 = steps[-1][0].cpu().double()
+        sums += torch.stack([torch.tensor(z0.numel()), z0.sum(), z0.square().sum()])
     mean, square = (sums[1:] / sums[0]).tolist()
     std = (square - mean ** 2) ** 0.5
     say(f"samples' latents: mean {mean:+.2f}, std {std:.2f} (healthy: 0 and 1)")
