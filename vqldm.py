@@ -1180,7 +1180,6 @@ def load_perceptual(wanted, device):
 # refused. Nothing here is about the method.
 
 FORMAT = 4              # of checkpoints; counts up when their meaning or a default changes
-STAGES = {"vq": VQConfig, "ldm": LDMConfig}
 LOOP = dict(step=int, log=list, best=float, bad=int, data=str)      # checked on loading
 PARTS = {"vq": LOOP | dict(model=dict, disc=dict, opt=dict, opt_d=dict, lpips=str),
          "ldm": LOOP | dict(model=dict, ema=dict, opt=dict, scale=torch.Tensor, classes=list,
@@ -1233,9 +1232,8 @@ def load_checkpoint(where, kinds, flag_name):
                 state["scale"].shape == (2, state["vq"]["config"]["z_dim"]) and
                 isinstance(state["vq"]["model"], dict)):
             raise ValueError("its parts do not fit")
-        if state["kind"] in kinds:
-            for part in [state, state["vq"]] if state["kind"] == "ldm" else [state]:
-                part["config"] = check_values(STAGES[part["kind"]], part["config"])
+        for part in [state, state["vq"]] if state["kind"] == "ldm" else [state]:
+            part["config"] = check_values(COMMANDS["train-" + part["kind"]][0], part["config"])
     except Exception as e:              # unpickling junk raises nearly anything
         why = e if type(e) is ValueError else type(e).__name__
         raise UserError(f"{flag_name} {path}: not a whole checkpoint of this program ({why}); "
