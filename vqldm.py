@@ -363,6 +363,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
+from filelock import FileLock, Timeout
 from PIL import Image, ImageOps
 from torch import nn
 from tqdm import tqdm
@@ -1262,18 +1263,12 @@ def make_folder(path):
 
 def lock_folder(folder):
     """Two runs must not write into one folder. The system frees the lock of a killed process."""
-    f = open(folder / ".lock", "w")             # held open as long as the run lasts
+    lock = FileLock(folder / ".lock", timeout=0)        # held until it is released or collected
     try:
-        if os.name == "nt":
-            import msvcrt
-            msvcrt.locking(f.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        f.close()
+        lock.acquire()
+    except Timeout:
         raise UserError(f"--out {folder}: another run is writing there; use another") from None
-    return f
+    return lock
 
 def quiet_bar(total, name, start=0):
     """A progress line in a terminal; none in a file, where report() says a line a minute."""
@@ -1463,7 +1458,7 @@ class Run:
             self.show(look, names)
         self.save(state, names)
         if rank() == 0:
-            self.lock.close()
+            self.lock.release()
         if left:
             why = f"signal {self.signal}" if self.signal else f"--minutes {self.cfg.minutes:g}"
             say(f"stopped by {why} at step {self.step} of {self.total}, saved; the same command "
