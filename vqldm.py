@@ -1318,10 +1318,10 @@ class Run:
         self.device, self.dtype = pick_device(cfg)
         torch.manual_seed(cfg.seed)     # for the first weights: all else looks up its numbers
 
-    def open(self, parts, n):
+    def open(self, parts, rest, n):
         """The first writing, when all else is known to be right: lock the folder, clear away an old
         run (what it wrote, nothing else), or load {name: network or optimiser} from its checkpoint.
-        n: how many images to train on."""
+        rest: what else the stage wants kept. n: how many images to train on."""
         if rank() == 0:
             self.lock = lock_folder(make_folder(self.folder))
             for name in [".*.tmp", *([] if self.state else WRITTEN)]:   # .tmp: left by a killed run
@@ -1329,7 +1329,8 @@ class Run:
                     p.unlink()
         for name, part in parts.items() if self.state else ():
             load_weights(part, self.state[name], self.folder)
-        self.n, self.total = n, math.ceil(self.cfg.epochs * n / self.cfg.batch_size)
+        self.parts, self.rest, self.n = parts, rest, n
+        self.total = math.ceil(self.cfg.epochs * n / self.cfg.batch_size)
 
     def steps(self):
         """The one clock of a run: yields step numbers until all epochs, --minutes or a signal end
@@ -1398,7 +1399,7 @@ class Run:
                             "The last checkpoint is untouched; start anew with a lower --lr")
         return False
 
-    def report(self, losses, state, look, names=()):
+    def report(self, losses, look, names=()):
         """Count the step; every LOG_EVERY steps a row of the log and the progress line. Measure,
         draw and save when it is time: once early, some ten times a run (with --minutes five
         more, at least a minute apart), and at the end. names: checkpoints wanted beside last.pt."""
@@ -1425,7 +1426,7 @@ class Run:
         if due:
             self.show(look, names)
         if (due or names or time.monotonic() - self.saved > SAVE_EVERY) and not self.bad:
-            self.save(state, names)
+            self.save(names)
 
     def show(self, look, names):        # process 0 measures and draws; the clock of speed() stands
         if rank() == 0:
@@ -1437,12 +1438,13 @@ class Run:
         return (self.step - self.first) * self.cfg.batch_size \
             / (time.monotonic() - self.began - self.looking)
 
-    def save(self, state, names=()):
-        """state(): what the stage wants kept. Beside it: all that the loop needs to go on."""
+    def save(self, names):
+        """All that the loop needs to go on, and what the stage wants kept."""
         if rank() == 0:
             whole = dict(format=FORMAT, kind=self.kind, config=asdict(self.cfg), step=self.step,
                          log=self.log, best=self.best, bad=self.bad, torch=str(torch.__version__),
-                         speed=[self.speed(), memory_gb(self.device)], **state())
+                         speed=[self.speed(), memory_gb(self.device)], **self.rest,
+                         **{name: part.state_dict() for name, part in self.parts.items()})
             for name in (*names, "last.pt"):    # in this order: a kill in between repeats them all
                 write_whole(self.folder / name, lambda f: torch.save(whole, f))
             keys = list(dict.fromkeys(k for row in self.log for k in row))
@@ -1451,12 +1453,12 @@ class Run:
             write_whole(self.folder / "log.csv", lambda f: f.write(text))
         self.saved = time.monotonic()
 
-    def finish(self, state, look, note, then):
+    def finish(self, look, note, then):
         """The last save and the last lines. -> exit status."""
         names, left = [], self.step < self.total
         if left and not self.signal:        # --minutes are over: where did we get?
             self.show(look, names)
-        self.save(state, names)
+        self.save(names)
         if rank() == 0:
             self.lock.release()
         if left:
@@ -1542,7 +1544,8 @@ def train_vq(cfg, typed):
     # After the networks, whose first weights must not depend on whether LPIPS can be had. A resumed
     # run keeps the loss that it began with, even if the weights can be had only now.
     perceptual, lpips_name = load_perceptual(run.state["lpips"] if run.state else cfg.lpips, device)
-    run.open(dict(model=vqgan, disc=disc, opt=opt, opt_d=opt_d), n)
+    run.open(dict(model=vqgan, disc=disc, opt=opt, opt_d=opt_d),
+             dict(lpips=lpips_name, data=images.key), n)
     forward = torch.compile(vqgan) if cfg.compile else vqgan
     if cfg.compile:     # lam (6) walks from x_hat to the last layer twice: keep what that needs
         torch._functorch.config.donated_buffer = False
@@ -1558,10 +1561,6 @@ def train_vq(cfg, typed):
             "take most of a step; one more of --widths leaves a quarter of them")
     if steps < 500 and cfg.preset != "tiny":
         say(f"WARNING {steps} steps are too few to learn much; 1,000 and more is the rule")
-
-    def state():
-        return dict(model=vqgan.state_dict(), disc=disc.state_dict(), opt=opt.state_dict(),
-                    opt_d=opt_d.state_dict(), lpips=lpips_name, data=images.key)
 
     def look(names):
         m, usage, x, x_hat = measure_vq(vqgan, images, images.held[:256], perceptual, device, dtype)
@@ -1629,9 +1628,9 @@ def train_vq(cfg, typed):
                 losses.update(d_loss=d_loss, d_real=real.mean(), d_fake=fake.mean())
                 run.update(opt_d, params_d, losses)
         # ---- report -----------------------------------------------------------------------------
-        run.report(losses, state, look, ["pre_gan.pt"] if step + 1 == gan_at else [])
+        run.report(losses, look, ["pre_gan.pt"] if step + 1 == gan_at else [])
     note = "" if perceptual or cfg.lpips == "off" else "trained WITHOUT LPIPS; "
-    return run.finish(state, look, note, f"train-ldm --vq {quoted(run.folder)}")
+    return run.finish(look, note, f"train-ldm --vq {quoted(run.folder)}")
 
 # ------------------------------------------------------------------------------------------------
 # 10. Stage 2: diffusion
@@ -1956,12 +1955,15 @@ def train_ldm(cfg, typed):
     ema = copy.deepcopy(net).requires_grad_(False).eval()
     opt = make_optimizer(net, cfg.lr, (0.9, 0.99), cfg.muon_lr)
     B = cfg.batch_size
-    run.open(dict(model=net, ema=ema, opt=opt), len(images.train))
+    of_class = [images.train[images.labels[images.train] == c] for c in range(len(images.classes))]
+    rest = dict(scale=scale, classes=images.classes, class_counts=[len(c) for c in of_class],
+                conditional=conditional, data=images.key,
+                vq={k: vq[k] for k in ("kind", "config", "model")})
+    run.open(dict(model=net, ema=ema, opt=opt), rest, len(images.train))
     forward, params = torch.compile(net) if cfg.compile else net, [*net.parameters()]
     say(f"UNet {size_of(net)}; {h}×{h}×{vq_cfg.z_dim} latents, {n_classes or 'no'} classes, target "
         f"{cfg.target}; {cfg.epochs} epochs = {run.total} steps of {B}; "
         f"writing to {run.folder}")
-    of_class = [images.train[images.labels[images.train] == c] for c in range(len(images.classes))]
 
     often = torch.ones(cfg.T)                           # (T,) how often each t is drawn
     if cfg.weighting == "middle":
@@ -1972,12 +1974,6 @@ def train_ldm(cfg, typed):
     def read(rows, views):
         rows = np.load(latents, mmap_mode="r")[(views * len(images.names) + rows).numpy()]
         return standardise(torch.from_numpy(rows), scale).to(device)
-
-    def state():
-        return dict(model=net.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(), scale=scale,
-                    classes=images.classes, class_counts=[len(c) for c in of_class],
-                    conditional=conditional, data=images.key,
-                    vq={k: vq[k] for k in ("kind", "config", "model")})
 
     def look(names):        # held-out loss by quarter of t, always with the same t and noise
         rows = images.held[torch.arange(256) % len(images.held)]
@@ -1995,7 +1991,8 @@ def train_ldm(cfg, typed):
             names.append("best.pt")
         say(f"epoch {run.epoch:3d}, step {run.step}: held-out loss {mean:.3f} (1 = nothing "
             f"learnt); from little to much noise {' '.join(f'{v:.3f}' for v in parts.values())}")
-        make = Generator(dict(state(), config=asdict(cfg)), device, dtype, run.folder)
+        state = dict(rest, ema=ema.state_dict(), config=asdict(cfg))
+        make = Generator(state, device, dtype, run.folder)
         some = torch.arange(16) * n_classes // 16 if conditional else None
         x, _ = make(Sampling(seed=cfg.seed), range(16), some)
         draw_rows(run.folder / f"samples_epoch_{run.epoch:03d}.png", {f"epoch {run.epoch}": x})
@@ -2027,8 +2024,8 @@ def train_ldm(cfg, typed):
         if run.update(opt, params, losses):
             update_ema(ema, net, step, cfg.ema)
         # ---- report -----------------------------------------------------------------------------
-        run.report(losses, state, look)
-    return run.finish(state, look, "", f"sample --ckpt {quoted(run.folder)}")
+        run.report(losses, look)
+    return run.finish(look, "", f"sample --ckpt {quoted(run.folder)}")
 
 # ------------------------------------------------------------------------------------------------
 # 13. Pictures and samples
