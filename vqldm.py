@@ -701,6 +701,7 @@ class Images:
             m.nonzero().flatten() for m in (good, good & ~held, good & held))
         if not len(self.train) or not len(self.held):           # one image: measure on it too
             self.train = self.held = self.all
+        self.kinds = self.labels[self.train]                    # classes of the training images
         # In a folder the first images are of one class: measure on a mixture.
         self.held = self.held[torch.randperm(len(self.held), generator=rng("held"))]
 
@@ -1581,9 +1582,8 @@ def train_vq(cfg, typed):
         draw_usage(run.folder / "codebook.png", usage)
 
     if rank() == 0 and not run.state:
-        kinds = images.labels[images.train]
-        draw_rows(run.folder / "data_preview.png", {c: images.rows(images.train[kinds == i][:8])
-                                                    for i, c in enumerate(images.classes[:12])})
+        first = {c: images.train[images.kinds == i][:8] for i, c in enumerate(images.classes[:12])}
+        draw_rows(run.folder / "data_preview.png", {c: images.rows(r) for c, r in first.items()})
     for step in run.steps():
         # ---- learn: the generator ---------------------------------------------------------------
         tick = time.monotonic()
@@ -1955,8 +1955,8 @@ def train_ldm(cfg, typed):
     ema = copy.deepcopy(net).requires_grad_(False).eval()
     opt = make_optimizer(net, cfg.lr, (0.9, 0.99), cfg.muon_lr)
     B = cfg.batch_size
-    of_class = [images.train[images.labels[images.train] == c] for c in range(len(images.classes))]
-    rest = dict(scale=scale, classes=images.classes, class_counts=[len(c) for c in of_class],
+    counts = torch.bincount(images.kinds, minlength=len(images.classes))
+    rest = dict(scale=scale, classes=images.classes, class_counts=counts.tolist(),
                 conditional=conditional, data=images.key,
                 vq={k: vq[k] for k in ("kind", "config", "model")})
     run.open(dict(model=net, ema=ema, opt=opt), rest, len(images.train))
@@ -2003,9 +2003,7 @@ def train_ldm(cfg, typed):
         tick, g = time.monotonic(), rng(cfg.seed, "step", step)
         rows = images.train[run.indices()]
         if cfg.balance:
-            some = [c for c in of_class if len(c)]
-            rows = torch.stack([some[c][torch.randint(len(some[c]), (), generator=g)]
-                                for c in torch.randint(len(some), (B,), generator=g).tolist()])
+            rows = images.train[torch.multinomial(1 / counts[images.kinds], B, True, generator=g)]
         # One t from each B-th part of what is drawn: a steadier loss.
         # trap: t from 1…T-1 or 0…T-2 leaves a step that is sampled but was never trained.
         u = (torch.arange(B) + torch.rand(B, generator=g).double()) / B                 # in 0…1
