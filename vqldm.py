@@ -1948,8 +1948,7 @@ def train_ldm(cfg, typed):
     latents, scale = first_then_others(
         lambda: cache_latents(vqgan, images, cfg.views, cfg, device, dtype))
     diffusion = Diffusion(cfg.T, cfg.schedule, cfg.target)
-    conditional = cfg.class_cond and len(images.classes) > 1
-    n_classes = len(images.classes) if conditional else 0
+    n_classes = len(images.classes) if cfg.class_cond and len(images.classes) > 1 else 0
     net = UNet(vq_cfg.z_dim, cfg.unet_widths, cfg.heads, n_classes)
     net.to(device, memory_format=torch.channels_last)
     ema = copy.deepcopy(net).requires_grad_(False).eval()
@@ -1957,13 +1956,12 @@ def train_ldm(cfg, typed):
     B = cfg.batch_size
     counts = torch.bincount(images.kinds, minlength=len(images.classes))
     rest = dict(scale=scale, classes=images.classes, class_counts=counts.tolist(),
-                conditional=conditional, data=images.key,
+                conditional=n_classes > 0, data=images.key,
                 vq={k: vq[k] for k in ("kind", "config", "model")})
     run.open(dict(model=net, ema=ema, opt=opt), rest, len(images.train))
     forward, params = torch.compile(net) if cfg.compile else net, [*net.parameters()]
     say(f"UNet {size_of(net)}; {h}×{h}×{vq_cfg.z_dim} latents, {n_classes or 'no'} classes, target "
-        f"{cfg.target}; {cfg.epochs} epochs = {run.total} steps of {B}; "
-        f"writing to {run.folder}")
+        f"{cfg.target}; {cfg.epochs} epochs = {run.total} steps of {B}; writing to {run.folder}")
 
     often = torch.ones(cfg.T)                           # (T,) how often each t is drawn
     if cfg.weighting == "middle":
@@ -1976,13 +1974,12 @@ def train_ldm(cfg, typed):
         return standardise(torch.from_numpy(rows), scale).to(device)
 
     def look(names):        # held-out loss by quarter of t, always with the same t and noise
-        rows = images.held[torch.arange(256) % len(images.held)]
-        t, z0, label = torch.arange(256) * cfg.T // 256, read(rows, 0), images.labels[rows]
-        eps, loss = torch.randn(z0.shape, generator=rng(cfg.seed, "held-out")), []
-        for i in torch.arange(256).split(64):
+        rows, loss = images.held[torch.arange(256) % len(images.held)], []
+        eps = torch.randn(256, vq_cfg.z_dim, h, h, generator=rng(cfg.seed, "held-out"))
+        given = read(rows, 0), torch.arange(256) * cfg.T // 256, eps, images.labels[rows]
+        for quarter in zip(*(a.to(device).split(64) for a in given)):
             with torch.no_grad(), autocast(device, dtype):
-                loss.append(diffusion.loss(ema, z0[i], t[i].to(device), eps[i].to(device),
-                                           label[i].to(device) if conditional else None).mean())
+                loss.append(diffusion.loss(ema, *quarter).mean())
         parts = {f"held_t{j + 1}of4": float(v) for j, v in enumerate(loss)}
         mean = sum(parts.values()) / 4
         run.log.append(dict(step=run.step, held_loss=mean, **parts))
@@ -1993,7 +1990,7 @@ def train_ldm(cfg, typed):
             f"learnt); from little to much noise {' '.join(f'{v:.3f}' for v in parts.values())}")
         state = dict(rest, ema=ema.state_dict(), config=asdict(cfg))
         make = Generator(state, device, dtype, run.folder)
-        some = torch.arange(16) * n_classes // 16 if conditional else None
+        some = torch.arange(16) * n_classes // 16 if n_classes else None
         x, _ = make(Sampling(seed=cfg.seed), range(16), some)
         draw_rows(run.folder / f"samples_epoch_{run.epoch:03d}.png", {f"epoch {run.epoch}": x})
         draw_curves(run.folder / "curves.png", run.log, LDM_CURVES)
@@ -2015,7 +2012,7 @@ def train_ldm(cfg, typed):
         t, eps, label, drawn = (share(a).to(device) for a in (t, eps, label, often[t]))
         run.waited += time.monotonic() - tick
         with autocast(device, dtype):
-            loss = diffusion.loss(forward, z0, t, eps, label if conditional else None)  # (10) (B,)
+            loss = diffusion.loss(forward, z0, t, eps, label)                       # (10) (B,)
         opt.zero_grad()
         loss.mean().backward()
         losses = dict(loss=(loss / drawn).mean())   # as if all were alike: 1 = nothing learnt
