@@ -1141,7 +1141,6 @@ class Perceptual:
                 x, x_hat = F.interpolate(x, (32, 32)), F.interpolate(x_hat, (32, 32))
             return self.net(x, x_hat).mean()
 
-    @torch.no_grad()
     def features(self, images, size=224, every=False):
         """uint8 (n,3,H,W) -> (n,C): the trunk's last map at size×size, or every one, averaged over
         space. The last alone is what Fréchet distances usually compare; a classifier wants all."""
@@ -1825,7 +1824,6 @@ def standardise(z, scale):
 def unstandardise(z0, scale):
     return z0 * scale[1].view(-1, 1, 1) + scale[0].view(-1, 1, 1)
 
-@torch.no_grad()
 def cache_latents(vqgan, images, views, cfg, device, dtype):
     """Encode all images in `views` of the 8 symmetries -> (path of a float32 .npy in which row
     view·N + i is image i, scale (2,d)).
@@ -1867,8 +1865,7 @@ def build_vqgan(state, device, path):
     c = VQConfig(**state["config"])
     with torch.device("meta"):          # no memory yet: a stranger's settings may ask for any size
         vqgan = VQGAN(c.widths, c.z_dim, c.codes, c.heads)
-    load_weights(vqgan, state["model"], path, assign=True)
-    vqgan.float().eval().requires_grad_(False)
+    load_weights(vqgan, state["model"], path, assign=True).float().eval().requires_grad_(False)
     return vqgan.to(device, memory_format=torch.channels_last), c
 
 class Generator:
@@ -1881,7 +1878,7 @@ class Generator:
         self.class_counts, self.scale = state["class_counts"], state["scale"].to(device)
         with torch.device("meta"):
             net = UNet(self.vq_cfg.z_dim, self.cfg.unet_widths, self.cfg.heads, len(self.classes))
-        load_weights(net, state["ema"], path, assign=True).eval()
+        load_weights(net, state["ema"], path, assign=True).eval().requires_grad_(False)
         self.net = net.float().to(device, memory_format=torch.channels_last)
         self.shape = (self.vq_cfg.z_dim, *[self.vq_cfg.size // self.vq_cfg.f] * 2)
 
@@ -1892,7 +1889,6 @@ class Generator:
         return lambda: torch.stack([torch.randn(self.shape, generator=g)
                                     for g in own]).to(self.device)
 
-    @torch.no_grad()
     def __call__(self, s, numbers, label=None, z=None, levels=None):
         """Images `numbers` of the seed in s (Sampling), of classes label (n,). z: where to start,
         latents noised to `levels` levels; None: from noise alone.
@@ -1914,12 +1910,10 @@ class Generator:
             done.append((x, steps[-1][0].float().cpu()))
         return [torch.cat(part) for part in zip(*done)]
 
-    @torch.no_grad()
     def decode(self, z0):
         with autocast(self.device, self.dtype):
             return to_bytes(self.vqgan.decode(unstandardise(z0, self.scale)))
 
-    @torch.no_grad()
     def encode(self, x):
         """Images (B,3,H,W) in [-1,1] -> z0, as in training."""
         with autocast(self.device, self.dtype):
