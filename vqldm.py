@@ -2135,11 +2135,8 @@ def write_pngs(folder, images, numbers):
 def asked_classes(state, text):
     """--class, as typed -> (the names that the model knows, those that are asked for)."""
     classes = state["classes"] if state["conditional"] else []
-    names = [c.strip() for c in text.split(",")] if text else []
-    if text in classes:                     # a name may hold a comma: "Melanoma, NOS"
-        names = [text]
-    elif text == "all" and classes:
-        names = list(classes)
+    whole = {"all": classes, **{c: [c] for c in classes}}   # may hold a comma: "Melanoma, NOS"
+    names = whole.get(text) or [c.strip() for c in text.split(",") if text]
     for c in names:
         if c not in classes:
             raise UserError(f"--class {c}: must be one of {', '.join([*classes, 'all'])}" if classes
