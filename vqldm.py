@@ -2414,9 +2414,8 @@ def bench(cfg, typed):
 def demo(cfg, typed):
     """The three commands in a row, as a user would type them."""
     began = time.monotonic()
-    extra = [word for k in ("seed", "device", "precision", "cache") if k in typed
-             for word in (flag(k), str(typed[k]))]
-    extra += [flag(k) for k in ("overwrite", "allow_bad") if getattr(cfg, k)]
+    extra = [word for k, v in typed.items() if k not in ("data", "out", "preset") and v is not False
+             for word in ([flag(k)] if v is True else [flag(k), str(v)])]
     vq, ldm, out = (str(Path(cfg.out, k)) for k in ("vq", "ldm", "samples"))
     for words in (["train-vq", "--data", cfg.data, "--preset", cfg.preset, "--out", vq],
                   ["train-ldm", "--vq", vq, "--preset", cfg.preset, "--out", ldm],
