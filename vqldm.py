@@ -2369,11 +2369,10 @@ def timed(cfg, part, words):
 def bench(cfg, typed):
     """Images/s and peak memory of each part of a run on this machine, and how long it will take."""
     try:
-        more_vq, more_ldm = shlex.split(cfg.vq_flags), shlex.split(cfg.ldm_flags)
+        vq, ldm = ([f"train-{stage}", "--preset", cfg.preset, *shlex.split(flags)]
+                   for stage, flags in (("vq", cfg.vq_flags), ("ldm", cfg.ldm_flags)))
     except ValueError as e:
         raise UserError(f"--vq-flags, --ldm-flags: {e}") from None
-    vq, ldm = (["train-vq", "--preset", cfg.preset, *more_vq],
-               ["train-ldm", "--preset", cfg.preset, *more_ldm])
     c, d = (settings(*parse_command(words)[1:]) for words in (vq, ldm))
     folder, result, told = make_folder(cfg.out), {}, set()
     base = ["--overwrite", "--device", cfg.device, "--seed", str(cfg.seed), "--cache", cfg.cache,
