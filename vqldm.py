@@ -2107,16 +2107,14 @@ def draw_nearest(path, x, images, make, perceptual):
         rows[f"nearest by {name}"] = images.rows(who[:min(8, len(x))])
     draw_rows(path, rows)
 
-def slerp(a, b, w):
-    """Between two noises along the sphere; the straight way would shorten them."""
-    angle = torch.acos(F.cosine_similarity(a.flatten(), b.flatten(), 0).clamp(-1, 1))
-    return (torch.sin((1 - w) * angle) * a + torch.sin(w * angle) * b) / torch.sin(angle)
-
 def draw_more(cfg, make, labels):
     """What else sample draws, for each class asked for {name: its number (1,)}."""
     if cfg.interpolate:         # without fresh noise, from noises on the way between two
         a, b = make.noise_of(cfg.seed, range(2))()
-        z = torch.stack([slerp(a, b, w) for w in torch.linspace(0, 1, 8)])
+        # Along the sphere (slerp): the straight way would shorten them.
+        angle = torch.acos(F.cosine_similarity(a.flatten(), b.flatten(), 0).clamp(-1, 1))
+        w = angle * torch.linspace(0, 1, 8, device=make.device).view(-1, 1, 1, 1)
+        z = (torch.sin(angle - w) * a + torch.sin(w) * b) / torch.sin(angle)
         still = replace(cfg, sampler=cfg.sampler.replace("ddpm", "ddim"), eta=0.0)
         draw_rows(Path(cfg.out, "interpolate.png"), {
             c: make(still, range(8), k if k is None else k.expand(8), z)[0]
