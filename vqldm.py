@@ -346,7 +346,6 @@ import csv
 import hashlib
 import io
 import json
-import multiprocessing
 import re
 import shlex
 import signal
@@ -2386,7 +2385,7 @@ def bench(cfg, typed):
     for part, words in parts.items():
         for precision in (cfg.precision, "fp32"):
             argv = [*words, "--precision", precision, "--out", f"{folder}/{part}-{precision}"]
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as alone:
+            with ProcessPoolExecutor(1, torch.multiprocessing.get_context("spawn")) as alone:
                 result[f"{part}, {precision}"], warned = alone.submit(
                     timed, replace(cfg, precision=precision), part, argv).result()
             for line in dict.fromkeys(line for line in warned if line not in told):
