@@ -1393,7 +1393,6 @@ class Run:
         names = [k for k, v in losses.items() if not v.isfinite()] or ["the gradient"]
         say(f"WARNING step {self.step}: {', '.join(names)} not finite; this step is skipped")
         if self.bad >= 5:
-            self.bar.close()
             raise UserError(f"step {self.step}: {', '.join(names)} not finite five times in a row. "
                             "The last checkpoint is untouched; start anew with a lower --lr")
         return False
