@@ -2023,9 +2023,8 @@ VQ_CURVES = {"losses": dict(rec="‖x - x̂‖²", perc="LPIPS", codebook="codeb
              "GAN": dict(d_real="D(real)", d_fake="D(fake)", d_loss="hinge"), "λ": dict(lam="λ"),
              "held-out PSNR, dB": dict(held_psnr=""), "perplexity": dict(held_perplexity="")}
 LDM_CURVES = {"loss, 1 = nothing learnt": dict(loss="training", held_loss="held out"),
-              "by quarter of t, 1 = nothing learnt": dict(held_t1of4="least noise",
-                                                       held_t2of4="2", held_t3of4="3",
-                                                       held_t4of4="most noise")}
+              "by quarter of t, 1 = nothing learnt": dict(held_t1of4="least noise", held_t2of4="2",
+                                                       held_t3of4="3", held_t4of4="most noise")}
 
 @contextlib.contextmanager
 def figure(path, size, nrows=1, ncols=1, heights=None):
