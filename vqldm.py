@@ -647,16 +647,14 @@ def list_images(folder):
 
 def read_table(folder):
     """A metadata.csv or manifest.csv in the folder or beside it -> {image id: its row}."""
-    rows = []
     for path in (*sorted(folder.glob("*metadata*.csv")), folder / "manifest.csv",
                  folder.parent / "metadata.csv", folder.parent / "manifest.csv"):
         if path.is_file():
             with open(path, newline="", encoding="utf-8-sig", errors="replace") as f, \
                     contextlib.suppress(csv.Error):         # no table: as if it were not there
-                rows = list(csv.DictReader(f))
-            for key in ("isic_id", "image_id", "image"):
-                if rows and key in rows[0]:
-                    return {row[key]: row for row in rows}
+                if table := {row[key]: row for row in csv.DictReader(f)
+                             for key in ("isic_id", "image_id", "image") if key in row}:
+                    return table
     return {}
 
 def place(key):         # a name -> a number in 0…1, the same on every machine
