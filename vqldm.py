@@ -2307,11 +2307,10 @@ def evaluate(cfg, typed):
     vqgan, vq_cfg = (make.vqgan, make.vq_cfg) if make else build_vqgan(state, device, cfg.ckpt)
     source = state["config"]["data"] or vq_cfg.data
     images = test = get_images(cfg, source, vq_cfg)
-    held = images.held
     if cfg.data not in ("", source):            # a folder of its own: all of it is held out
         test = get_images(cfg, cfg.data, vq_cfg, None, "to measure on")
-        held = test.all
-    held = held[torch.randperm(len(held), generator=rng(cfg.seed, "evaluate"))]
+        test.held = test.all
+    held = test.held[torch.randperm(len(test.held), generator=rng(cfg.seed, "evaluate"))]
     if len(held) < 2:
         raise UserError(f"--data {cfg.data or source}: one held-out image is no set; give more")
     out = make_folder(cfg.out or (cfg.ckpt if Path(cfg.ckpt).is_dir() else Path(cfg.ckpt).parent))
