@@ -1106,11 +1106,9 @@ def adaptive_weight(l_rec, l_gan, x_hat, last, delta=1e-4, cap=1e4):
     trap: lam is a number, not a part of the graph; fp32; capped, since an untrained D has almost no
     gradient. -> lam (), ∂l_rec/∂x_hat, ∂l_gan/∂x_hat"""
     d_rec, d_gan = (torch.autograd.grad(loss, x_hat)[0] for loss in (l_rec, l_gan))
-
-    def at_last(d):
-        g, = torch.autograd.grad(x_hat, last, d, retain_graph=True)
-        return (sum_over_processes(g) / world()).norm()
-    lam = at_last(d_rec) / (at_last(d_gan) + delta)                                            # (6)
+    at_last = [torch.autograd.grad(x_hat, last, d, retain_graph=True)[0] for d in (d_rec, d_gan)]
+    rec, gan = ((sum_over_processes(g) / world()).norm() for g in at_last)
+    lam = rec / (gan + delta)                                                                  # (6)
     return lam.clamp(max=cap), d_rec, d_gan
 
 class Perceptual:
@@ -1503,11 +1501,9 @@ def ssim(u, v):
     """Structural similarity (Wang et al. 2004) of images in 0…1: Gaussian window 11×11, σ 1.5."""
     w = torch.exp(-(torch.arange(11.0) - 5) ** 2 / 4.5)
     w = (w[:, None] * w / w.sum() ** 2).expand(3, 1, 11, 11).to(u)
-
-    def blur(i):
-        return F.conv2d(i, w, groups=3, padding=5 if i.shape[-1] < 22 else 0)
-    mu, mv = blur(u), blur(v)
-    suu, svv, suv = blur(u * u) - mu * mu, blur(v * v) - mv * mv, blur(u * v) - mu * mv
+    mu, mv, uu, vv, uv = (F.conv2d(i, w, groups=3, padding=5 if i.shape[-1] < 22 else 0)
+                          for i in (u, v, u * u, v * v, u * v))
+    suu, svv, suv = uu - mu * mu, vv - mv * mv, uv - mu * mv
     return ((2 * mu * mv + 1e-4) * (2 * suv + 9e-4)
             / (mu ** 2 + mv ** 2 + 1e-4) / (suu + svv + 9e-4)).mean()
 
@@ -2211,11 +2207,10 @@ def frechet(a, b):
 
 def kernel_distance(a, b):
     """Squared MMD with a cubic kernel, unbiased (Bińkowski et al. 2018)."""
-    def k(u, v):
-        return (u @ v.T / u.shape[1] + 1) ** 3
-    n, m, kaa, kbb = len(a), len(b), k(a, a), k(b, b)
+    kaa, kbb, kab = ((u @ v.T / u.shape[1] + 1) ** 3 for u, v in ((a, a), (b, b), (a, b)))
+    n, m = len(a), len(b)
     return float((kaa.sum() - kaa.trace()) / n / (n - 1) + (kbb.sum() - kbb.trace()) / m / (m - 1)
-                 - 2 * k(a, b).mean())
+                 - 2 * kab.mean())
 
 def linear_classifier(f, y, C, seed, ridge=3.0):
     """Ridge regression from features (n,F) to classes y (n,), each class weighing the same, on a
