@@ -625,7 +625,7 @@ def decode(path, size, enlarged):
 
 def list_images(folder):
     """-> (the image files under a folder, sorted, relative to it; the number of others)."""
-    found, other, seen = [], 0, set()
+    found, total, seen = [], 0, set()
 
     def closed(e):                      # os.walk alone would pass over it in silence
         raise UserError(f"--data {e.filename}: cannot be opened ({e.strerror})")
@@ -641,9 +641,8 @@ def list_images(folder):
                 and not p.is_fifo()
             if ok and not p.stem.lower().endswith(NO_PHOTO) and p.name not in SHEETS:
                 found.append(p.relative_to(folder).as_posix())
-            else:
-                other += 1
-    return sorted(found), other
+        total += len(names)
+    return sorted(found), total - len(found)
 
 def read_table(folder):
     """A metadata.csv or manifest.csv in the folder or beside it -> {image id: its row}."""
