@@ -1952,7 +1952,7 @@ def train_ldm(cfg, typed):
     if cfg.weighting == "middle":
         often = diffusion.weight(torch.arange(cfg.T))
         often = often / often.mean()                    # 1: as often as if all were alike
-    reach = often.double().cumsum(0)                    # of u·T: the last one is T
+    reach = often.double().cumsum(0)                    # t: the first whose reach is u·T or more
 
     def read(rows, views):
         rows = np.load(latents, mmap_mode="r")[(views * len(images.names) + rows).numpy()]
