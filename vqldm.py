@@ -2420,6 +2420,10 @@ def main(argv=None):
         if world() > 1:         # leave together: who goes early cuts off what the others still read
             dist.barrier()
             dist.destroy_process_group()
+            sys.stdout.flush()
+            # trap: a thread of gloo may hold a tensor a moment longer than Python lives, and then
+            # the end of a finished run is "terminate called" (pytorch pull request 179291).
+            os._exit(code)
     except UserError as e:
         text = e
     except KeyboardInterrupt:
