@@ -116,7 +116,7 @@ class VQConfig(Training):
     lpips: str = opt("auto", "network of LPIPS; auto: squeeze if its weights can be had",
                      choices=("auto", "off", "squeeze", "alex", "vgg"))
     gan_weight: float = opt(0.5, "weight of the adversarial loss, beside lam; 0: no GAN", 0, 1e4)
-    gan_start: float = opt(8.0, "epochs before the generator hears of D; 3 end before it", 0, 1e6)
+    gan_start: float = opt(8.0, "epochs until the generator hears of D; shorter: no GAN", 0, 1e6)
     gan_ramp: float = opt(1.0, "epochs over which that loss rises to its full weight", 0, 1e6)
     d_warmup: float = opt(0.5, "epochs for which D trains unheard before gan_start", 0, 1e6)
     d_widths: tuple[int, ...] = opt((32, 64, 128), "channels of the layers of D", 1, 4096)
