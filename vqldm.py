@@ -1424,7 +1424,7 @@ class Run:
     def show(self, look, names):        # process 0 measures and draws; the clock of speed() stands
         if rank() == 0:
             began = time.monotonic()
-            look(names)
+            look(names)                 # may add "best.pt" to what is wanted
             self.looking += time.monotonic() - began
 
     def speed(self):                    # images per second of training, in this session
@@ -1815,21 +1815,21 @@ def unstandardise(z0, scale):
 
 def cache_latents(vqgan, images, views, cfg, device, dtype):
     """Encode all images in `views` of the 8 symmetries -> (path of a float32 .npy in which row
-    view·N + i is image i, scale (2,d)).
+    view·n + i is image i of n, scale (2,d)).
 
     trap: encoder outputs have heavy tails, single values at 12 to 26 std, and the UNet would spend
     itself on them. Only the nearest code of z counts in the end, so z is first settled near it."""
     weights = digest(b"".join(w.cpu().numpy().tobytes() for w in vqgan.state_dict().values()))
     path = Path(cfg.cache) / f"latents-{images.key}-{weights:016x}-{views}.npy"
     if not (path.exists() and path.with_suffix(".json").exists()):
-        N, d = len(images.names), vqgan.codebook.embedding.embedding_dim
-        train = torch.zeros(N, dtype=torch.bool).index_fill_(0, images.train, True)
+        n, d = len(images.names), vqgan.codebook.embedding.embedding_dim
+        train = torch.zeros(n, dtype=torch.bool).index_fill_(0, images.train, True)
         sums = torch.zeros(3, d, dtype=torch.float64)                     # count, Σz, Σz²
-        shape = (views * N, d, *[images.size // vqgan.f] * 2)
+        shape = (views * n, d, *[images.size // vqgan.f] * 2)
 
         def encoded(rows):
-            i = rows % N
-            x = images.batch(i, rows // N).to(device)
+            i = rows % n
+            x = images.batch(i, rows // n).to(device)
             with autocast(device, dtype):
                 z = vqgan.codebook.settle(vqgan.encode(x)).cpu()                        # (B,d,h,w)
             v = rearrange(z[train[i]].double(), "B d h w -> d (B h w)")
@@ -1843,11 +1843,11 @@ def cache_latents(vqgan, images, views, cfg, device, dtype):
 
 @torch.no_grad()        # trap: without it the mean carries the history of all steps: memory grows
 def update_ema(ema, net, step, decay):
-    """ema <- d·ema + (1-d)·net: the last 1/(1-d) steps together stray less than any one of them.
-    trap: without d's warm-up, after 1,000 steps at 0.9999 the mean is still 90 % first weights, and
-    samples are noise."""
-    d = min(decay, (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - d)
+    """ema <- decay·ema + (1-decay)·net: the last 1/(1-decay) steps together stray less than any.
+    trap: without the decay's own warm-up, after 1,000 steps at 0.9999 the mean is still 90 % first
+    weights, and samples are noise."""
+    decay = min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
 
 def build_vqgan(state, device, path):
     """The frozen VQGAN of a stage-1 state, and its settings."""
