@@ -686,39 +686,60 @@ def test_oracle_dpm_is_of_second_order():
     assert 1.7 < far["ddim", 25] / far["ddim", 50] < 2.5 < 3 < far["dpm", 12] / far["dpm", 25]
     assert far["dpm", 25] < far["ddim", 50] / 4
 
-def test_guidance_extrapolates_from_no_class_to_class():
-    """w = 1 is exactly the conditional network, w = 0 exactly the one that is not told."""
+def test_guidance_extrapolates_from_the_guide_without_class_to_the_class():
+    """w = 1 is exactly the conditional network, w = 0 exactly the one that is not told; else w
+    times the way from what the guide says without the class. Without classes there is a guide too.
+    """
     torch.manual_seed(0)
-    net, z = vqldm.UNet(4, (8,), 1, 3), randn(3, 4, 4, 4)
+    net, guide, z = vqldm.UNet(4, (8,), 1, 3), vqldm.UNet(4, (8,), 1, 3), randn(3, 4, 4, 4)
     t, c = torch.tensor([1, 5, 9]), torch.arange(3)
-    for p in net.parameters():
+    for p in [*net.parameters(), *guide.parameters()]:
         nn.init.normal_(p, std=0.3)
-    plain, told = net(z, t), net(z, t, c)
-    assert (plain - told).abs().max() > 0.01
-    assert torch.equal(vqldm.guided(net, c, 1)(z, t), told)
-    assert torch.equal(vqldm.guided(net, c, 0)(z, t), plain)
-    assert torch.equal(vqldm.guided(net, None, 5)(z, t), plain)
-    for w in (2, 0.5, 7):
-        want = plain + w * (told - plain)
-        assert torch.allclose(vqldm.guided(net, c, w)(z, t), want, atol=1e-4)
+    plain, told, weak = net(z, t), net(z, t, c), guide(z, t)
+    assert (plain - told).abs().max() > 0.01 < (plain - weak).abs().max()
+    assert torch.equal(vqldm.guided(net, guide, c, 1)(z, t), told)
+    assert torch.equal(vqldm.guided(net, guide, c, 0)(z, t), plain)
+    for label, end in (c, told), (None, plain):
+        for w in (2, 0.5, 7):
+            want = weak + w * (end - weak)
+            assert torch.allclose(vqldm.guided(net, guide, label, w)(z, t), want, atol=1e-4)
 
 def test_guidance_leaves_the_noisiest_levels_alone():
-    """From guide_below · T upwards the class counts once, below w times: in a whole sampling run
-    the network is asked about 2B latents at the guided levels and about B at the others."""
-    asked, label = {}, torch.tensor([0, 1])
+    """From guide_below · T upwards the network answers alone, below the guide is asked too, and not
+    told the class."""
+    asked, label, d = {}, torch.tensor([0, 1]), Diffusion(100)
 
     def net(z, t, label):
-        asked[int(t[0])] = len(z), label.tolist()
+        asked[int(t[0])] = label.tolist()
         return z * 0 + label.view(-1, 1, 1, 1)
-    net.n_classes, d = 2, Diffusion(100)
-    list(d.sample(vqldm.guided(net, label, 3, 0.8 * d.T), randn(2, 1, 2, 2), 50))
-    assert len(asked) == 50 and {t for t, (n, _) in asked.items() if n == 4} == \
+
+    def guide(z, t, label=None):
+        asked[int(t[0])].append(label)
+        return z * 0
+    list(d.sample(vqldm.guided(net, guide, label, 3, 0.8 * d.T), randn(2, 1, 2, 2), 50))
+    assert len(asked) == 50 and {t for t, names in asked.items() if names == [0, 1, None]} == \
         {t for t in asked if t < 80} != set(asked)
-    assert asked[99] == (2, [0, 1]) and asked[min(asked)] == (4, [2, 2, 0, 1])
+    assert asked[99] == [0, 1]
+
+def test_guidance_mends_what_a_young_network_does_not_know_yet():
+    """Why it helps, in closed form: numbers of spread 1, networks that know the best answer to z_t
+    but for a part, an older one for a small and a younger one for a large part. Alone the
+    older one makes too narrow a spread; at w = 2, with the younger as its guide, the right one."""
+    d, spread = Diffusion(100, target="v"), {}
+
+    def young(missing):
+        def net(z, t, label=None):      # the best v for z0 ~ N(0, 1) is 0
+            return (d.at(t, z) * (1 - d.at(t, z))).sqrt() * z * missing
+        return net
+    for name, net in (("alone", young(.2)), (
+            "guided", vqldm.guided(young(.2), young(.4), None, 2))):
+        *_, (z0, _) = d.sample(net, randn(4000, 1, 1, 1), 50)
+        spread[name] = float(z0.std())
+    assert spread["alone"] < 0.93 and abs(spread["guided"] - 1) < 0.03
 
 def test_generator_guides_below_a_part_of_its_own_T(watched_ldm, monkeypatch):
     seen, guided = [], vqldm.guided
-    monkeypatch.setattr(vqldm, "guided", lambda *a: seen.append(a[2:]) or guided(*a))
+    monkeypatch.setattr(vqldm, "guided", lambda *a: seen.append(a[3:]) or guided(*a))
     label = torch.zeros(1, dtype=torch.long)
     watched_ldm.make(vqldm.Sampling(steps=2, guidance=3.0, guide_below=0.4), [0], label)
     assert seen == [(3.0, 0.4 * watched_ldm.make.cfg.T)]
@@ -793,16 +814,21 @@ def test_decode_of_encode_is_the_vqgans_own_reconstruction(watched_ldm):
     assert (make.decode(make.encode(x)).int() - own.int()).abs().max() <= 1
     assert own.float().std() > 5
 
-def test_ema_is_the_closed_form_with_warm_up_and_is_what_samples(watched_ldm):
+def test_ema_and_guide_are_the_closed_form_with_warm_up_and_what_samples(watched_ldm):
     """Step i keeps d_i = min(d, (1+i)/(10+i)) of it. With d = 0.9999, a thousand steps leave of the
     first weights ∏ d_i < 1e-6, not 0.9."""
     want, *rest = watched_ldm.weights
     for i, w in enumerate(rest):
         d = min(0.8, (1 + i) / (10 + i))
         want = d * want + (1 - d) * w
+        if i == 6:          # the guide is the mean after a tenth of the 66 steps
+            young = want
     ema, weights = watched_ldm.state["ema"]["first.weight"], watched_ldm.make.net.first.weight
     assert len(rest) == 66 and torch.allclose(ema, want, atol=1e-5)
     assert torch.equal(weights, ema) and not torch.equal(weights, rest[-1])
+    guide, makes = watched_ldm.state["guide"], watched_ldm.make.guide.first.weight
+    assert torch.equal(makes, guide["first.weight"]) and torch.allclose(makes, young, atol=1e-5)
+    assert not torch.allclose(makes, ema, atol=1e-3)
     one, none = (nn.Linear(1, 1, bias=False).requires_grad_(mine) for mine in (False, True))
     one.weight.data.fill_(1), none.weight.data.fill_(0)
     for i in range(1000):
