@@ -768,12 +768,20 @@ def watched_ldm(watched_vq):
         patch.chdir(watched_vq.folder)
         patch.setattr(Diffusion, "loss", watch_loss)
         patch.setattr(vqldm, "update_ema", watch_average)
+        patch.setattr(vqldm, "GUIDE_STEPS", 0)
         assert cli("train-ldm", *SMALL, *"--T 10 --unet-widths 8 --epochs 12 --ema .8 "
                    "--label-drop .3 --lr .01".split()) == 0
         state = vqldm.load_checkpoint("runs/ldm", ["ldm"], "--ckpt")
     make = vqldm.Generator(state, CPU, None, "")
     return types.SimpleNamespace(**{k: torch.cat([s[k] for s in steps]) for k in steps[0]},
                                  weights=weights, state=state, make=make)
+
+def test_a_guide_knows_something(here):
+    """In a run shorter than GUIDE_STEPS the guide is the mean itself: classifier-free guidance. An
+    earlier guide, which answers 0 to all, would only magnify by w what the network says."""
+    state = vqldm.load_checkpoint("runs/ldm", ["ldm"], "--ckpt")
+    assert state["step"] < vqldm.GUIDE_STEPS
+    assert all(torch.equal(w, state["ema"][name]) for name, w in state["guide"].items())
 
 def test_training_draws_every_t_alike_and_hides_labels(watched_ldm):
     """t covers 0…T-1, so that no step is sampled that was never trained. 44 · 12 = 528 draws."""
@@ -821,7 +829,7 @@ def test_ema_and_guide_are_the_closed_form_with_warm_up_and_what_samples(watched
     for i, w in enumerate(rest):
         d = min(0.8, (1 + i) / (10 + i))
         want = d * want + (1 - d) * w
-        if i == 6:          # the guide is the mean after a tenth of the 66 steps
+        if i == 13:         # the guide is the mean after a fifth of the 66 steps
             young = want
     ema, weights = watched_ldm.state["ema"]["first.weight"], watched_ldm.make.net.first.weight
     assert len(rest) == 66 and torch.allclose(ema, want, atol=1e-5)
@@ -1608,6 +1616,18 @@ def test_a_run_that_replaced_another_can_be_resumed_and_so_can_a_finished_one(
     assert "nothing left to do" in capsys.readouterr().out
     assert_same_run("calm/ldm", tmp_path)
 
+def test_the_guide_stays_young_when_a_run_goes_on(calm, tmp_path, monkeypatch):
+    """It was kept at 60 % of the first epochs. Twice as many, of which these are half, let the
+    network grow, but not the guide."""
+    monkeypatch.setattr(vqldm, "GUIDE_STEPS", 0)
+    assert cli(*STAGES["ldm"], "--guide-age", 0.6, "--out", tmp_path) == 0
+    old = state_of(tmp_path / "last.pt")
+    assert not same(old["guide"], old["ema"]) and not old["guide_grows"]
+    epochs = 2 * old["config"]["epochs"]
+    assert cli("train-ldm", "--resume", "--epochs", epochs, "--out", tmp_path) == 0
+    new = state_of(tmp_path / "last.pt")
+    assert same(new["guide"], old["guide"]) and not same(new["ema"], old["ema"])
+
 def test_resume_checks_the_settings_that_it_goes_on_with(tmp_path, monkeypatch, capsys):
     """34 pixels fit the one width of this run, not the default's two. And photographs that changed
     since are said: it is another run now."""
@@ -2032,7 +2052,7 @@ def test_demo_is_the_three_commands_in_a_row(monkeypatch):
 # The cases are made from the settings' own definitions: a new setting is tested from its birth.
 
 FIELDS = [(command, cls, fd, typing.get_type_hints(cls)[fd.name])
-          for command, (cls, _) in vqldm.COMMANDS.items() for fd in dataclasses.fields(cls)]
+          for command, cls in vqldm.COMMANDS.items() for fd in dataclasses.fields(cls)]
 
 def wrong_values(fd, kind):
     m = fd.metadata
