@@ -1322,6 +1322,15 @@ def test_evaluate_writes_the_flat_numbers_of_the_design(here, random_lpips):
     assert all(math.isfinite(v) for m in (vq, ldm) for v in m.values())
     assert 0 < vq["codes_used_percent"] <= 100 and 1 <= vq["perplexity"] <= 64
 
+def test_a_perfect_stage_2_scores_as_copies_of_other_images(here, random_lpips, monkeypatch):
+    """With a VQGAN that loses nothing copies of the held-out images are at distance 0 from them;
+    a perfect stage 2 is where real images are."""
+    measure = vqldm.measure_vq
+    monkeypatch.setattr(vqldm, "measure_vq", lambda *a: (*(m := measure(*a))[:3], m[2]))
+    assert cli(*"evaluate --ckpt runs/ldm --n 7 --steps 2 --no-use-test --out".split(), here) == 0
+    m = json.loads((here / "metrics.json").read_text())
+    assert abs(m["frechet_recon"]) < 1e-6 < m["frechet_real"] == m["frechet_perfect"]
+
 @pytest.mark.parametrize("kind, lo, hi", [("real ones", 60, 101), ("noise", 0, 45)])
 def test_the_use_test_tells_good_samples_from_worthless_ones(random_lpips, capsys, kind, lo, hi):
     """Oracles: a generator that copies training images is as good as they are, and recognised; one
