@@ -2279,8 +2279,9 @@ def evaluate_samples(make, images, test, held, perceptual, cfg):
         # A second set of real images: other held-out ones, else training images, which the VQGAN
         # knows. A perfect stage 2 draws new latents such as the encoder makes: it scores as copies
         # of this set do, not as copies of the held-out images, which no sampler can reach.
-        some = torch.randperm(len(images.train), generator=rng("floor"))[:n]
-        other = (test, held[n:2 * n]) if len(held) >= 2 * n else (images, images.train[some])
+        some = images.train[torch.randperm(len(images.train), generator=rng("floor"))]
+        other = (test, held[n:2 * n]) if len(held) >= 2 * n else (
+            images, some[torch.arange(n) % len(some)])
         _, _, y, y_hat = measure_vq(make.vqgan, *other, *how)
         fx, fm, fr, *more = map(perceptual.features, (x, made, x_hat, y, y_hat))
         say(f"  in features of LPIPS-{perceptual.name}, comparable at equal n".ljust(60)
