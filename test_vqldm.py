@@ -1329,7 +1329,7 @@ def test_a_perfect_stage_2_scores_as_copies_of_other_images(here, random_lpips, 
     monkeypatch.setattr(vqldm, "measure_vq", lambda *a: (*(m := measure(*a))[:3], m[2]))
     assert cli(*"evaluate --ckpt runs/ldm --n 7 --steps 2 --no-use-test --out".split(), here) == 0
     m = json.loads((here / "metrics.json").read_text())
-    assert abs(m["frechet_recon"]) < 1e-6 < m["frechet_real"] == m["frechet_perfect"]
+    assert abs(m["frechet_recon"]) < 0.01 * m["frechet_real"] == 0.01 * m["frechet_perfect"]
 
 @pytest.mark.parametrize("kind, lo, hi", [("real ones", 60, 101), ("noise", 0, 45)])
 def test_the_use_test_tells_good_samples_from_worthless_ones(random_lpips, capsys, kind, lo, hi):
