@@ -17,7 +17,8 @@ Letters   B batch · H W pixels · h w latent grid · d length of a code · K co
           x image in [-1,1] · x_hat its reconstruction · z latent · z_q its code · k its number
           z0 standardised latent (DDPM's x_0) · z_t the same at noise level t in 0…T-1
           eps noise · eps_hat its estimate · lam adaptive weight λ · D discriminator; above: decoder
-          n fresh noise · sigma its size · out the network's answer, eps_hat or v_hat · sg[] detach
+          in equations: n fresh noise, sigma its size · w guidance (else grid width) · sg[] detach
+          out the network's answer, eps_hat or v_hat · guide the same network when younger (EMA)
 
 Equations (in the code each stands as its bare number. VQ: van den Oord 2017, arXiv 1711.00937.
           VQGAN: Esser 2021, 2012.09841. DDPM: Ho 2020, 2006.11239. DDIM: Song 2021, 2010.02502.
@@ -37,7 +38,7 @@ Equations (in the code each stands as its bare number. VQ: van den Oord 2017, ar
   (11) z_{t-1} = (z_t - (1-alpha_t)/√(1-alpha_bar_t) eps_hat) / √alpha_t + sigma_t n  Algorithm 2
   (12) v = √alpha_bar eps - √(1-alpha_bar) z0,  z0 = √alpha_bar z_t - √(1-alpha_bar) v   v app. D
   (13) z_prev = √alpha_bar_prev z0_hat + √(1-alpha_bar_prev-sigma²) eps_hat + sigma n DDIM eq. 12
-  (14) out = guide(no class) + w · (out(class) - guide(no class)),  guide: the network when younger
+  (14) out = guide(no class) + w · (out(class) - guide(no class)), where t < guide-below · T
        CFG eq. 6 (our w: theirs + 1), but for the guide, which is of Karras 2024
   (15) weight of t in training: 2 √(alpha_bar_t (1 - alpha_bar_t)), at least 1/4   by trial (README)
   (16) in (13) z0_hat + s/(2 s') (z0_hat - z0_hat') for z0_hat, and eps_hat of it by (9)  DPM Alg. 2
