@@ -1477,6 +1477,8 @@ class Run:
 # Two players, one straight line. The generator (encoder, codebook, decoder) steps first, then D on
 # the same images. In the beginning D is not called at all (from blobs it would learn only that blur
 # is fake); shortly before gan_start it trains unheard, then its wish fades in.
+# run is section 8's: run.steps() counts the steps, run.indices() says which images are next,
+# run.update() clips the gradients and steps, run.report() logs, draws and saves.
 # What to look at: rec and perc fall, codes used and perplexity rise. With the GAN on, D(real) stays
 # above 0 and D(fake) below, within ±1: both at 0, D is blind; beyond ±1, D has won.
 
