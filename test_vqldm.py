@@ -1881,14 +1881,24 @@ def test_much_attention_is_told(capsys, tmp_path):
             "--minutes", 1e-9, "--lpips", "off", "--out", tmp_path / str(told))
         assert capsys.readouterr().out.count("attention over 4,225 tokens") == told
 
+def test_best_is_kept_when_a_look_scores_lower_than_all_before():
+    run, wanted = object.__new__(vqldm.Run), []
+    run.best, run.looking = math.inf, 0.0
+    for score in (3.0, 4.0, 2.0, 2.0, math.nan):
+        names = []
+        run.show(lambda score=score: score, names)
+        wanted.append(names == ["best.pt"])
+    assert wanted == [True, False, True, False, False] and run.best == 2.0
+
 def test_looking_does_not_count_as_training(monkeypatch):
     """bench and the progress line tell the speed of steps, not of pictures."""
     run = object.__new__(vqldm.Run)
     run.cfg, run.first, run.step, run.looking = vqldm.VQConfig(batch_size=8), 10, 20, 0.0
+    run.best = 0.0
     now = [0.0]
     monkeypatch.setattr(vqldm.time, "monotonic", lambda: now[0])
     run.began, now[0] = 0.0, 4.0
-    run.show(lambda names: now.__setitem__(0, 9.0), [])
+    run.show(lambda: now.__setitem__(0, 9.0) or 1.0, [])
     assert run.speed() == 8 * 10 / 4
 
 def test_a_compiled_network_does_what_the_plain_one_does(calm, tmp_path, monkeypatch):

@@ -1424,7 +1424,9 @@ class Run:
     def show(self, look, names):        # process 0 measures and draws; the clock of speed() stands
         if rank() == 0:
             began = time.monotonic()
-            look(names)                 # may add "best.pt" to what is wanted
+            if (score := look()) < self.best:
+                self.best = score
+                names.append("best.pt")
             self.looking += time.monotonic() - began
 
     def speed(self):                    # images per second of training, in this session
@@ -1555,12 +1557,9 @@ def train_vq(cfg, typed):
     if steps < 500 and cfg.preset != "tiny":
         say(f"WARNING {steps} steps are too few to learn much; 1,000 and more is the rule")
 
-    def look(names):
+    def look():
         m, usage, x, x_hat = measure_vq(vqgan, images, images.held[:256], perceptual, device, dtype)
         run.log.append(dict(step=run.step, **{f"held_{k}": v for k, v in m.items()}))
-        if (score := m["rec"] + cfg.perceptual_weight * m.get("lpips", 0)) < run.best:
-            run.best = score
-            names.append("best.pt")
         say(f"epoch {run.epoch:3d}, step {run.step}: held-out PSNR {m['psnr']:.2f} dB, SSIM "
             f"{m['ssim']:.3f}, " + (f"LPIPS {m['lpips']:.3f}, " if perceptual else "")
             + f"codes used {m['codes_used_percent']:.0f} %, perplexity {m['perplexity']:.0f}")
@@ -1572,6 +1571,7 @@ def train_vq(cfg, typed):
                   {"original": x[:8], "reconstruction": x_hat[:8]})
         draw_curves(run.folder / "curves.png", run.log, VQ_CURVES)
         draw_usage(run.folder / "codebook.png", usage)
+        return m["rec"] + cfg.perceptual_weight * m.get("lpips", 0)
 
     if rank() == 0 and not run.state:
         first = {c: images.train[images.kinds == i][:8] for i, c in enumerate(images.classes[:12])}
@@ -1965,7 +1965,7 @@ def train_ldm(cfg, typed):
         rows = np.load(latents, mmap_mode="r")[(views * len(images.names) + rows).numpy()]
         return standardise(torch.from_numpy(rows), scale).to(device)
 
-    def look(names):        # held-out loss by quarter of t, always with the same t and noise
+    def look():             # held-out loss by quarter of t, always with the same t and noise
         rows, loss = images.held[torch.arange(256) % len(images.held)], []
         eps = torch.randn(256, vq_cfg.z_dim, h, h, generator=rng(cfg.seed, "held-out"))
         given = read(rows, 0), torch.arange(256) * cfg.T // 256, eps, images.labels[rows]
@@ -1975,9 +1975,6 @@ def train_ldm(cfg, typed):
         parts = {f"held_t{j + 1}of4": float(v) for j, v in enumerate(loss)}
         mean = sum(parts.values()) / 4
         run.log.append(dict(step=run.step, held_loss=mean, **parts))
-        if mean < run.best:
-            run.best = mean
-            names.append("best.pt")
         say(f"epoch {run.epoch:3d}, step {run.step}: held-out loss {mean:.3f} (1 = nothing "
             f"learnt); from little to much noise {' '.join(f'{v:.3f}' for v in parts.values())}")
         state = dict(rest, ema=ema.state_dict(), guide=guide.state_dict(), config=asdict(cfg))
@@ -1986,6 +1983,7 @@ def train_ldm(cfg, typed):
         x, _ = make(Sampling(seed=cfg.seed), range(16), some)
         draw_rows(run.folder / f"samples_epoch_{run.epoch:03d}.png", {f"epoch {run.epoch}": x})
         draw_curves(run.folder / "curves.png", run.log, LDM_CURVES)
+        return mean
 
     for step in run.steps():
         # ---- learn ------------------------------------------------------------------------------
