@@ -1520,15 +1520,19 @@ def test_no_command_deletes_files_that_are_not_its_own(tmp_path, monkeypatch):
 
 STAGES = {"vq": [*SMALL_VQ, *"--epochs 3 --gan-start 1 --d-warmup .4 --revive-every 4".split()],
           "ldm": ["train-ldm", *SMALL, *"--T 10 --unet-widths 8 --vq calm/vq --epochs 3".split()]}
+# Muon enlarges what is smallest in a gradient, and so its rounding: after 17 steps sums in another
+# order differ by 1e-3 with it, on some machines, by 1e-6 without it.
+ALIKE = {"adam": [*STAGES["vq"], "--muon-lr", "0"], "ldm": STAGES["ldm"]}
 
 @pytest.fixture(scope="session")
 def calm_folder(tmp_path_factory):
-    """A folder in which both stages ran undisturbed, 17 steps each; the GAN began at step 6."""
+    """A folder in which both stages ran undisturbed, 17 steps each; the GAN began at step 6. adam:
+    the first stage without Muon."""
     folder = tmp_path_factory.mktemp("stopped")
     with pytest.MonkeyPatch.context() as patch:
         no_pictures(patch)
         patch.chdir(folder)
-        for stage, words in STAGES.items():
+        for stage, words in {**STAGES, **ALIKE}.items():
             assert cli(*words, "--out", f"calm/{stage}") == 0
     return folder
 
@@ -1720,25 +1724,24 @@ def two(folder, *words, step=-1, number=0, **env):
                       folder / "pair.py", step, number, *words, cwd=".", **env)
 
 def assert_nearly_same_run(a, b):
-    """Sums in another order, and nothing else: weights and log differ in the last digits. (Muon
-    enlarges what is smallest in a gradient, and so its rounding too.)"""
+    """Sums in another order, and nothing else: weights and log differ in the last digits."""
     one, two = state_of(Path(a, "last.pt")), state_of(Path(b, "last.pt"))
     assert one["step"] == two["step"] == 17
     for part in one.keys() & {"model", "disc", "ema"}:
         for name, w in one[part].items():
-            assert torch.allclose(w, two[part][name], rtol=1e-3, atol=1e-4), (part, name)
+            assert torch.allclose(w, two[part][name], rtol=1e-3, atol=1e-5), (part, name)
     one, two = (list(csv.DictReader(open(Path(run, "log.csv")))) for run in (a, b))
     assert len(one) == len(two) > 3
     for row, other in zip(one, two):
         values = [{k: float(v) for k, v in r.items() if v} for r in (row, other)]
         assert values[0] == pytest.approx(values[1], rel=1e-3, abs=1e-5)
 
-@pytest.mark.parametrize("stage, first, then", [("vq", 2, 2), ("vq", 2, 1), ("ldm", 1, 2)])
+@pytest.mark.parametrize("stage, first, then", [("adam", 2, 2), ("adam", 2, 1), ("ldm", 1, 2)])
 def test_two_processes_do_what_one_does_and_can_take_over_from_it(
         calm, tmp_path, monkeypatch, stage, first, then):
     """Same batches, weights, log; a run that two began (the wish to stop reaches one of them) is
     ended by one, and the other way round."""
-    words, cut = [*STAGES[stage], "--out", tmp_path, "--cache", tmp_path / "cache"], 9
+    words, cut = [*ALIKE[stage], "--out", tmp_path, "--cache", tmp_path / "cache"], 9
     if first == then:
         assert (done := two(tmp_path, *words)).returncode == 0, done.stderr
         return assert_nearly_same_run(f"calm/{stage}", tmp_path)
@@ -1905,8 +1908,8 @@ def test_a_compiled_network_does_what_the_plain_one_does(calm, tmp_path, monkeyp
     """With the GAN on, whose lam walks the graph twice: compiled graphs usually bear one walk."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     monkeypatch.setattr(torch._functorch.config, "donated_buffer", True)
-    assert cli(*STAGES["vq"], "--compile", "--out", tmp_path) == 0
-    assert_nearly_same_run("calm/vq", tmp_path)
+    assert cli(*ALIKE["adam"], "--compile", "--out", tmp_path) == 0
+    assert_nearly_same_run("calm/adam", tmp_path)
 
 def test_half_files_of_a_killed_run_are_cleared_away(calm, tmp_path):
     shutil.copytree("calm/vq", out := tmp_path / "vq")
@@ -1940,11 +1943,11 @@ def test_processes_leave_together(tmp_path):
 def test_if_one_of_two_processes_is_killed_the_other_ends_soon(calm, tmp_path):
     """Not in half an hour; what was saved stays whole, and one process can go on from there."""
     began = time.monotonic()
-    done = two(tmp_path, *STAGES["vq"], "--out", tmp_path, step=9, number=signal.SIGKILL)
+    done = two(tmp_path, *ALIKE["adam"], "--out", tmp_path, step=9, number=signal.SIGKILL)
     assert done.returncode and time.monotonic() - began < 60 and "[rank" not in done.stderr
     assert state_of(tmp_path / "last.pt")["step"] == 6              # of the end of the first epoch
     assert cli("train-vq", "--resume", "--out", tmp_path) == 0
-    assert_nearly_same_run("calm/vq", tmp_path)
+    assert_nearly_same_run("calm/adam", tmp_path)
 
 KILLER = """
 import json, os, random, signal, sys, time
