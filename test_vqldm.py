@@ -1203,6 +1203,10 @@ def test_training_leaves_the_files_of_the_design_and_learns(trained, run, files,
     assert all(math.isfinite(float(v)) for row in rows for v in row.values() if v)
     losses = [float(row[held]) for row in rows if row[held]]
     assert losses[-1] < losses[0] < 1 and not list((trained / "runs" / run).glob("*.tmp"))
+    score, step = min((float(row[held]) + 0.1 * float(row.get("held_lpips") or 0), int(row["step"]))
+                      for row in rows if row[held])         # of the images that nobody trained on
+    best = state_of(trained / "runs" / run / "best.pt")
+    assert best["best"] == pytest.approx(score, rel=1e-6) and best["step"] == step
 
 def test_same_seed_same_bytes(here):
     a, b = (sampled(here / out, "--n", 2, "--seed", 5) for out in "ab")
