@@ -1239,7 +1239,7 @@ def load_checkpoint(where, kinds, flag_name):
         raise UserError(f"{flag_name} {path}: made by train-{state['kind']}; give one of {need}")
     return state
 
-def load_weights(net, weights, path, **how):
+def load_weights(net, weights, path, **how):     # how: assign=True where net has no memory yet
     try:
         net.load_state_dict(weights, **how)
     except Exception as e:
