@@ -2220,11 +2220,11 @@ def kernel_distance(a, b):
     return float((kaa.sum() - kaa.trace()) / n / (n - 1) + (kbb.sum() - kbb.trace()) / m / (m - 1)
                  - 2 * kab.mean())
 
-def linear_classifier(f, y, C, seed, ridge=3.0):
+def linear_classifier(f, y, n_classes, seed, ridge=3.0):
     """Ridge regression from features (n,F) to classes y (n,), each class weighing the same, on a
     resample of the images: several seeds show the spread. -> a function, features -> classes."""
     pick = torch.randint(len(f), (len(f),), generator=rng(seed, "resample"))
-    f, y = f[pick], F.one_hot(y[pick], C).double()
+    f, y = f[pick], F.one_hot(y[pick], n_classes).double()
     weight = (1 / y.sum(0).clamp(min=1))[y.argmax(1), None]               # (n,1)
     mean, std = (weight * f).sum(0) / weight.sum(), f.std(0) + 1e-6
     A = (f - mean) / std                # of mean 0 over classes of equal weight: needs no constant
@@ -2235,15 +2235,15 @@ def linear_classifier(f, y, C, seed, ridge=3.0):
 def use_test(make, images, test, held, perceptual, cfg):
     """Are made images of any use? Classifiers trained on real, on made and on both images, tested
     on real held-out ones (rows of test): balanced accuracy. Do they recognise the made?"""
-    C, per = len(make.classes), max(20, cfg.n // len(make.classes))
-    label = torch.arange(C).repeat_interleave(per)
+    n_classes = len(make.classes)
+    label = torch.arange(n_classes).repeat_interleave(max(20, cfg.n // n_classes))
     rows = images.train[torch.randperm(len(images.train), generator=rng(cfg.seed, "use"))[:4000]]
     # All maps at 128 pixels: on ISIC's seven classes 60 % right, with the last one at 224 only 55.
     made, real, new = (perceptual.features(x, 128, every=True) for x in (
         make.many(cfg, 10**6 + torch.arange(len(label)), label)[0], images.rows(rows),
         test.rows(held)))
     y, truth = images.labels[rows], test.labels[held]
-    n = torch.bincount(y, minlength=C).float()
+    n = torch.bincount(y, minlength=n_classes).float()
     rare = (n < n.mean())[label]
     sets = {"real": (real, y), "made": (made, label),
             "real + made of rare": (torch.cat([real, made[rare]]), torch.cat([y, label[rare]]))}
@@ -2252,10 +2252,10 @@ def use_test(make, images, test, held, perceptual, cfg):
         return torch.stack([(guess[truth == c] == c).double().mean() for c in truth.unique()]) * 100
     scores = {}
     for name, (f, y) in sets.items():
-        fits = [linear_classifier(f, y, C, seed) for seed in range(3)]
+        fits = [linear_classifier(f, y, n_classes, seed) for seed in range(3)]
         scores[name] = torch.stack([recall(fit(new), truth).mean() for fit in fits])
         say(f"  classifier trained on {name:22} balanced accuracy {scores[name].mean():5.1f} % "
-            f"± {scores[name].std():.1f} on real images (chance {100 / C:.0f} %)")
+            f"± {scores[name].std():.1f} on real images (chance {100 / n_classes:.0f} %)")
         if name == "real":
             seen = torch.stack([recall(fit(made), label) for fit in fits]).mean(0)
     say("  of the made images it recognises: "
