@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """What vqldm.py promises, as tests. Each name, with its docstring, is the sentence that it proves.
 
-    python -m pytest                    all of it: three minutes on two cores; no network, no GPU
+    python -m pytest                    all of it: 2.6 minutes on two cores; no network, no GPU
     python -m pytest -k oracle          one promise
     VQLDM_LONG=1 python -m pytest -k moment         21 kills of each stage instead of 3; =200: 198
 
