@@ -1215,6 +1215,14 @@ def test_same_seed_same_bytes(here):
     assert all(is_picture(here / "a" / name) for name in a)
     assert not set(c.values()) & set(a.values())
 
+def test_classes_are_sampled_in_the_proportions_of_the_training_set(here):
+    """Of the first n samples each class has its share, to within three, however many n are."""
+    make = make_images()
+    make.classes, make.class_counts = list("abc"), [70, 25, 5]
+    drawn = F.one_hot(make.labels(range(300)), 3).cumsum(0)                  # (n,3)
+    share = torch.arange(1, 301)[:, None] * torch.tensor([0.70, 0.25, 0.05])
+    assert (drawn - share).abs().max() < 3
+
 def test_sample_number_i_is_the_same_whatever_n_is(here):
     """Its noise is its own, in any batch; so is its class."""
     make = make_images()
@@ -1357,7 +1365,7 @@ def test_the_use_test_tells_good_samples_from_worthless_ones(random_lpips, capsy
         patch.setattr(vqldm, "linear_classifier", watch)
         m = vqldm.use_test(types.SimpleNamespace(classes=images.classes, many=many), images, images,
                            images.held, vqldm.Perceptual("squeeze", CPU),
-                           vqldm.EvaluateConfig(n=80))
+                           vqldm.EvaluateConfig(n=40))
     assert lo <= m["use_made"] <= hi and m["use_real"] > 70
     assert lo <= m["recognised_percent"] <= hi
     assert [seed for _, seed in sets] == [0, 1, 2] * 3
