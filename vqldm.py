@@ -1402,7 +1402,7 @@ def draw_rows(path, rows):                              # {label: uint8 images}:
     lines = [math.ceil(len(images) / columns) for images in rows.values()]
     with figure(path, columns, sum(lines) + 0.3 * len(rows), len(rows), 1, lines) as axes:
         for ax, (label, images) in zip(axes, rows.items()):
-            ax.imshow(make_grid(list(images), columns, pad_value=255).permute(1, 2, 0))
+            ax.imshow(make_grid(list(images), columns, pad_value=255).permute(1, 2, 0).numpy())
             ax.set_title(label, fontsize=9, loc="left")
             ax.axis("off")
 
