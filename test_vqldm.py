@@ -3,11 +3,10 @@
 
 The strongest laws have an oracle: where the data is a known mixture of Gaussians, the best possible
 network is a formula. Stronger still are the references: both trainings and the sampler, written out
-once more and as plainly as possible; the program must end with the same weights. No network, no GPU.
+network is a formula. Stronger still: references, both trainings written out once more, plainly;
 """
 import ast
 import copy
-import csv
 import functools
 import itertools
 import json
@@ -18,7 +17,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import types
 from contextlib import nullcontext
 from pathlib import Path
@@ -171,11 +169,11 @@ def test_hinge_loss_by_hand():
 
 def test_discriminator_gives_raw_logits():
     """No sigmoid or tanh: 1000 times the last layer is 1000 times the answer, patch by patch."""
-    disc, x = vqldm.PatchDiscriminator(8), randn(2, 3, 32, 32)
+    disc, x = rough(vqldm.PatchDiscriminator(8)), randn(2, 3, 32, 32)
     before = disc(x).detach()
     for p in [m for m in disc.modules() if isinstance(m, nn.Conv2d)][-1].parameters():
         p.data *= 1000
-    assert before.shape == (2, 1, 4, 4) and torch.allclose(disc(x), 1000 * before, rtol=1e-3)
+    assert before.shape == (2, 1, 4, 4) and torch.allclose(disc(x), 1000 * before, atol=0.1)
 
 @pytest.mark.parametrize("weight, strength", [(1, 1e4), (1, 1e-4), (1e9, 0)])
 def test_lam_makes_both_losses_push_the_last_layer_equally_hard(weight, strength):
@@ -314,7 +312,9 @@ def plain_vq(cfg, lpips, mixed):
 
     with mixed, torch.no_grad():
         x_hat = net.decoder(book.lookup(book.nearest(net.encoder(images[val])))).clamp(-1, 1)
-    return net, disc, wins, {**told, "held_mse": float(F.mse_loss(x_hat, images[val]))}
+        rec = F.mse_loss(x_hat, images[val])
+        rec += cfg.lpips_weight * lpips(x_hat, images[val]).mean() if lpips else 0
+    return net, disc, wins, {**told, "held_rec": float(rec)}
 
 def plain_ldm(cfg, vq_cfg, vqgan, scale, mixed):
     """-> UNet, its running mean, its guide, the held-out losses of the mean and of the UNet."""
@@ -398,8 +398,7 @@ def test_reference_stage_1_ends_with_the_weights_of_the_paper_written_out(runs):
     assert_same(runs.vq["disc"], disc)
     assert torch.equal(runs.vq["model"]["codebook.wins"], wins)
     told = {**[row for row in runs.vq["log"] if "mse" in row][-1], **runs.vq["log"][-1]}
-    assert all(p.grad.any() for p in net.parameters())
-    assert runs.half or want.pop("restarted") > 9
+    assert all(p.grad.any() for p in net.parameters()) and (runs.half or want.pop("restarted") > 9)
     assert {name: told[name] for name in want} == pytest.approx(want, rel=1e-3)
 
 def test_reference_stage_2_ends_with_the_weights_of_algorithm_1_written_out(runs):
@@ -547,14 +546,13 @@ def test_decode_of_encode_is_the_vqgans_own_reconstruction(runs):
 def test_reference_sampling_ends_with_the_latents_of_the_papers_written_out(runs, sampler):
     """Of the running mean, led by the guide below 80 % of T; each image with noise of its own.
     ddim: eq. 12, σ of eq. 16. ddpm: the mean of q(z_prev | z_t, z0), DDPM eq. 7, and σ² = β."""
+    def fresh():
+        return torch.stack([torch.randn(3, 8, 8, generator=g) for g in own])
     model, label = runs.model, torch.tensor([2, 0, 3])
     cfg = vqldm.SampleConfig(steps=7, sampler=sampler, eta=0.5, guidance=3.0, seed=8)
     own = [rng(8, "sample", i) for i in (4, 9, 2)]
     strong, young = [vqldm.frozen(vqldm.UNet(3, runs.cfg.widths, 4), runs.ldm[name], "cpu")
                      for name in ("ema", "guide")]
-
-    def fresh():
-        return torch.stack([torch.randn(3, 8, 8, generator=g) for g in own])
     z = fresh()
     for t, prev in model.diffusion.pairs(7):
         a, p, t_all = *model.diffusion.alpha_bar[[t, prev]], torch.full((3,), t)
@@ -574,7 +572,8 @@ def test_reference_sampling_ends_with_the_latents_of_the_papers_written_out(runs
     pictures, latents = model.images(cfg, [4, 9, 2], label)
     assert torch.allclose(latents, z, rtol=1e-5, atol=1e-5 * float(z.std()))
     with runs.mixed, torch.no_grad():
-        x = model.vqgan.decode(vqldm.unstandardise(latents, model.scale))
+        k = model.vqgan.codebook.nearest(vqldm.unstandardise(latents, model.scale))
+        x = model.vqgan.decoder(model.vqgan.codebook.lookup(k))
     assert torch.equal(pictures, ((x.clamp(-1, 1) + 1) * 127.5).round().byte())
 
 # ---- E. Measuring, F. Muon ---------------------------------------------------------------------
@@ -599,7 +598,7 @@ def test_reconstructions_are_measured_by_numbers_worked_out_by_hand():
         mse=0.75 * mse, psnr=psnr, ssim=(3 * ssim + 1) / 4, lpips=0.5,
         codes_used_percent=50, perplexity=4 / 3 ** 0.75), rel=1e-3)
     assert seen == [pytest.approx([0.23, 0.23, 0.23, 1]), pytest.approx([x, x, x, 1])]
-    assert copies[:, 0, 0, 0].tolist() == [157, 157, 157, 255]
+    assert [*copies[1:, 0, 0, 0], *vqldm.to_bytes(torch.tensor([-7, 7]))] == [157, 157, 255, 0, 255]
 
 def test_ssim_is_the_formula_of_wang_window_by_window():
     """Luminance and structure, C = (0.01, 0.03)², under a Gaussian window of 11×11, σ = 1.5."""
@@ -624,10 +623,9 @@ def test_frechet_distance_is_that_of_two_gaussians():
     assert vqldm.frechet(a, b) == pytest.approx(float(want), rel=1e-6)
 
 def test_kernel_distance_is_the_unbiased_sum_over_pairs():
-    a, b = randn(5, 3).double(), randn(5, 3, key=1).double() + 1
-
     def mean(pairs):
         return np.mean([float((u @ v / 3 + 1) ** 3) for u, v in pairs])
+    a, b = randn(5, 3).double(), randn(5, 3, key=1).double() + 1
     within = sum(mean(itertools.permutations(u, 2)) for u in (a, b))        # no image with itself
     assert vqldm.kernel_distance(a, b) == pytest.approx(within - 2 * mean(itertools.product(a, b)))
 
@@ -656,27 +654,23 @@ def test_muon_steps_along_the_orthogonal_of_the_gradient_and_its_running_mean(sh
 HERE, CPU = Path(vqldm.__file__).parent, torch.device("cpu")
 POSIX = pytest.mark.skipif(os.name == "nt", reason="needs signals, links, gloo as POSIX has them")
 vqldm.build_parser = functools.cache(vqldm.build_parser)    # the dearest part of a short command
+state_of = functools.partial(torch.load, weights_only=True)
 
 def cli(*words):                        # the command, run in this process -> exit status
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         return vqldm.main([str(word) for word in words]) or 0
     except SystemExit as e:
         return e.code
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-def state_of(path):
-    return torch.load(path, weights_only=True)
 
 def pictures(patch, draw=lambda *a: None):      # none: they take most of a tiny run's time
     for name in [name for name in dir(vqldm) if name.startswith("draw_")]:
         patch.setattr(vqldm, name, functools.partial(draw, getattr(vqldm, name)))
 
 @pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
+def at_home(request, monkeypatch):      # in the folder of the runs that a test asks for
     pictures(monkeypatch)
+    for name in {"trained", "calm"} & {*request.fixturenames}:
+        monkeypatch.chdir(request.getfixturevalue(name)[0])
 
 def blind_lpips(patch):
     import lpips                        # with a random trunk, which needs no download
@@ -692,22 +686,18 @@ def refused(capsys):
     def call(*words):                   # -> the one sentence with which it ends, status 2
         capsys.readouterr()
         assert cli(*words) == 2
-        text = capsys.readouterr().err
-        assert text.count("\n") == 1 and text.startswith("vqldm: "), text
-        return text
+        assert re.fullmatch("vqldm: .+\n", said := capsys.readouterr().err), said
+        return said
     return call
 
-# ------------------------------------------------------------------------------------------------
-# A, B. Drawn lesions, a folder of images
-# ------------------------------------------------------------------------------------------------
+# ---- A, B. Drawn lesions, a folder of images ---------------------------------------------------
 
 def test_a_drawn_lesion_is_a_function_of_its_seed_and_number_and_shows_its_class(tmp_path):
     """Each two classes differ in the mean or the spread of some colour, by 4 standard errors."""
-    keys = [(seed, i) for seed in (0, 1) for i in range(8)]
-    drawn = [vqldm.synthetic(i, 24, seed) for seed, i in keys]
-    again = [vqldm.synthetic(i, 24, seed) for seed, i in reversed(keys)][::-1]
-    assert all(torch.equal(a, b) for a, b in zip(drawn, again))
-    assert len(torch.stack(drawn).unique(dim=0)) == 16 and min(x.float().std() for x in drawn) > 8
+    keys = [(i, 24, seed) for seed in (0, 1) for i in range(8)]
+    drawn = torch.stack([vqldm.synthetic(*key) for key in keys])
+    assert torch.equal(drawn, torch.stack([vqldm.synthetic(*key) for key in keys[::-1]]).flip(0))
+    assert len(drawn.unique(dim=0)) == 16 and drawn.float().flatten(1).std(1).min() > 8
     images = vqldm.Images("synthetic", vqldm.VQConfig(size=24, n_images=160), tmp_path)
     assert images.labels.tolist() == [0, 1, 2, 3] * 40 and images.classes == sorted(vqldm.LESIONS)
     assert torch.bincount(images.labels[images.val]).tolist() == [4] * 4
@@ -735,23 +725,21 @@ def test_every_kind_of_image_comes_out_upright_and_in_its_colours(tmp_path, load
     red, green, blue, black, grey, white = (255, 0, 0), (0, 255, 0), (0, 0, 255), 0, 128, 255
     ramp = Image.fromarray(np.repeat(np.array([[0, 32896]], np.uint16), 20, 1).repeat(40, 0))
     hidden = picture("RGBA", (0, 255, 0, 0), (0, 0, 255, 255))      # green that nobody can see
-    palette, plain = picture("P", 1, 2), picture()
+    palette, plain, turned = picture("P", 1, 2), picture(), Image.Exif()
     palette.putpalette([9, 9, 9, *green, *blue])
-    lying, turned = plain.rotate(90, expand=True), Image.Exif()
     turned[0x0112] = 6                                              # "turn me right"
-    kinds = {"UPPER.JPG": (plain, {}, red, blue), "grey.png": (picture("L", 0, 255), {}, black, white),
-             "sixteen bits.png": (ramp, {}, black, grey), "hidden.png": (hidden, {}, white, blue),
-             "palette.gif": (palette, {}, green, blue), "plain.bmp": (plain, {}, red, blue),
-             "palette.png": (palette, dict(transparency=1), white, blue),
-             "turned.jpg": (lying, dict(exif=turned), red, blue),
-             "four inks.jpg": (plain.convert("CMYK"), {}, red, blue),
-             "large and wide ü.jpg": (picture(size=(2000, 1500)), {}, red, blue)}
-    for name, (im, how, *_) in kinds.items():
+    kinds = {"UPPER.JPG": (plain, red), "palette.gif": (palette, green), "16b.png": (ramp, black),
+             "four inks.jpg": (plain.convert("CMYK"), red), "palette.png": (palette, white),
+             "large ü.jpg": (picture(size=(2000, 1500)), red), "hidden.png": (hidden, white),
+             "turned.jpg": (plain.rotate(90), red), "grey.bmp": (picture("L", 0, 255), black)}
+    for name, (im, _) in kinds.items():
+        how = {"palette.png": dict(transparency=1), "turned.jpg": dict(exif=turned)}.get(name, {})
         im.save(fill(tmp_path / "all", []) / name, **how)
     images = load(tmp_path / "all")
     assert sorted(images.names) == sorted(kinds)
     for name, x in zip(images.names, images.rows(torch.arange(len(kinds))).double()):
-        for half, colour in zip((x[:, 3:13, 1:6], x[:, 3:13, 10:15]), kinds[name][2:]):
+        right = {"16b.png": grey, "grey.bmp": white}.get(name, blue)
+        for half, colour in ((x[:, 3:13, 1:6], kinds[name][1]), (x[:, 3:13, 10:15], right)):
             assert (half.mean((1, 2)) - torch.tensor(colour)).abs().max() <= 8, name
 
 def test_bad_images_are_named_and_passed_over_and_what_is_no_photograph_is_not_opened(
@@ -782,22 +770,17 @@ def test_folders_are_classes_and_train_and_test_the_split(tmp_path, load):
         assert (i in images.val) == name.startswith("Test")
     assert torch.bincount(images.labels[images.val[:20]], minlength=2).min() > 3      # a mixture
 
-@pytest.mark.parametrize("key, place", [("isic_id", "isic"), ("image_id", ".")])
-def test_a_flat_folder_takes_its_classes_from_a_table(tmp_path, load, key, place):
-    folder = fill(tmp_path / "isic", ["1.png", "2.png", "3.png", "4.png"])
-    rows = f"\ufeff{key},diagnosis_1,diagnosis_3,dx\n1,Benign,Nevus,\n2,Bad,,\n3,,,scar\n"
-    (tmp_path / place / "metadata.csv").write_text(rows, encoding="utf8")
-    (tmp_path / "mine.csv").write_text("isic_id,dx\n4," + "x" * 200_000)       # over csv's limit
-    images = load(folder)
-    assert [images.classes[k] for k in images.labels] == ["Nevus", "Bad", "scar", "images"]
-    assert sorted([*images.train, *images.val]) == [0, 1, 2, 3] and 0 < len(images.val) < 3
-
-@pytest.mark.parametrize("part", [".", "train"])
-def test_photographs_of_one_lesion_stay_on_one_side(tmp_path, load, part):
-    fill(tmp_path / part, [f"{i:03d}.png" for i in range(120)], size=(8, 8))
-    rows = [f"{i:03d},L{i // 3}" for i in range(120)]
-    (tmp_path / "metadata.csv").write_text("\n".join(["isic_id,lesion_id", *rows]))
-    images = load(tmp_path)
+@pytest.mark.parametrize("place, key", [("isic", "isic_id"), ("isic/train", "image_id")])
+def test_a_table_tells_the_classes_and_keeps_photographs_of_a_lesion_on_one_side(
+        tmp_path, load, place, key):
+    fill(tmp_path / place, [f"{i:03d}.png" for i in range(120)], size=(8, 8))
+    kinds = ("Benign,Nevus,", "Bad,,", ",,scar", ",,")
+    rows = [f"{i:03d},L{i // 3},{kinds[i % 4]}" for i in range(120)]
+    rows = "\n".join([f"\ufeff{key},lesion_id,diagnosis_1,diagnosis_3,dx", *rows])
+    ((tmp_path / place).parent / "metadata.csv").write_text(rows, encoding="utf8")
+    (tmp_path / "mine.csv").write_text("isic_id,dx\n003," + "x" * 200_000)     # over csv's limit
+    images = load(tmp_path / "isic")
+    assert [images.classes[k] for k in images.labels[:4]] == ["Nevus", "Bad", "scar", "images"]
     train, val = ({int(images.names[i][-7:-4]) // 3 for i in rows}
                   for rows in (images.train, images.val))
     assert len(train) + len(val) == 40 and not train & val and 0 < len(val) < 12
@@ -812,19 +795,18 @@ def test_images_are_decoded_once_and_again_when_they_or_what_they_link_to_change
         for path in changed:
             fill(path.parent, [path.name], (200, 0, 99))
         seen.append((load(folder).rows(torch.arange(3)), len(list(cache.glob("p*")))))
-        for days, name in ((2, ".old.4711.tmp"), (0, ".new.4711.tmp")):
-            (cache / name).touch()
-            os.utime(cache / name, (time.time() - 86_400 * days,) * 2)
     changes = [[not torch.equal(*pair) for pair in zip(a, b)]
                for (a, _), (b, _) in itertools.pairwise(seen)]
     assert changes == [[False] * 3, [False, True, False], [False, False, True]]
     assert [files for _, files in seen] == [2, 2, 4, 6]
-    load(fill(tmp_path / "other", ["a.png", "b.png"]))          # clears half files away, a day later
+    for name in (".old.4711.tmp", ".new.4711.tmp"):
+        (cache / name).touch()
+    os.utime(cache / ".old.4711.tmp", (1, 1))       # of a run that was killed more than a day ago
+    images = load(fill(tmp_path / "other", ["a.png", "b.png"]))
+    assert len(images.train) == len(images.val) == 1            # a handful is enough
     assert [path.name for path in cache.glob(".*")] == [".new.4711.tmp"]
 
-# ------------------------------------------------------------------------------------------------
-# 11, D, E. What the commands write
-# ------------------------------------------------------------------------------------------------
+# ---- 11, D, E. What the commands write ---------------------------------------------------------
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
@@ -841,33 +823,25 @@ def trained(tmp_path_factory):
         assert cli("evaluate", "--n", 8) == 0
     return folder, *calls
 
-@pytest.fixture()
-def here(trained, monkeypatch):
-    monkeypatch.chdir(trained[0])
-    return trained[0]
-
 @pytest.mark.parametrize("run, score, files", [
-    ("vq", "held_rec", "last.pt best.pt log.csv curves.png data_preview.png recon_epoch_000.png"),
-    ("ldm", "held_loss", "last.pt best.pt log.csv curves.png metrics.json evaluate.png "
+    ("vq", "rec", "last.pt best.pt log.csv curves.png data_preview.png recon_epoch_000.png"),
+    ("ldm", "loss", "last.pt best.pt log.csv curves.png metrics.json evaluate.png "
      + " ".join(f"samples_epoch_00{i}.png" for i in range(6))),
     ("samples", "", "grid.png trajectory.png 00000.png 00001.png 00002.png 00003.png 00004.png")])
-def test_a_run_leaves_the_files_of_the_design(here, run, score, files):
+def test_a_run_leaves_the_files_of_the_design(trained, run, score, files):
     assert {path.name for path in Path("runs", run).iterdir()} == set(files.split())
     for path in Path("runs", run).glob("*.png"):
         with Image.open(path) as im:
-            im.load()
             assert im.size == (32, 32) if path.stem.isdigit() else min(im.size) > 100
     if score:
-        state = state_of(f"runs/{run}/last.pt")
-        with open(f"runs/{run}/log.csv", newline="") as f:
-            rows = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(f)]
-        assert rows == [pytest.approx(row) for row in state["log"]]
-        held = [row[score] for row in rows if score in row]
-        assert len(held) > 8 and held[-1] < held[0] and rows[-1]["step"] == state["step"]
+        log = state_of(f"runs/{run}/last.pt")["log"]
+        names, *rows = [line.split(",") for line in Path(f"runs/{run}/log.csv").read_text().split()]
+        told = [{k: float(v) for k, v in zip(names, row) if v} for row in rows]
+        held = [row[f"held_{score}"] for row in told if f"held_{score}" in row]
+        assert told == [pytest.approx(row) for row in log] and len(held) > 8 and held[-1] < held[0]
 
 def test_metrics_are_flat_and_each_distance_is_from_real_images_to_those_that_it_names(
-        trained, here):
-    """A perfect stage 2's is that of other copies. No image is seen twice or was trained on."""
+        trained):
     numbers = json.loads(Path("runs/ldm/metrics.json").read_text())
     _, (((_, real, *_), (_, copies)), ((_, other, *_), (_, perfect))), calls, made = trained
     (samples, z0), seen = made[0][1], {x.numpy().tobytes(): found for (_, x), found in calls}
@@ -882,10 +856,10 @@ def test_metrics_are_flat_and_each_distance_is_from_real_images_to_those_that_it
     old = vqldm.Images("synthetic", cfg, Path("runs/cache")).rows(torch.arange(80))
     assert len(torch.cat([real, other, old]).unique(dim=0)) == 8 + 8 + 80
 
-def test_sample_number_i_depends_neither_on_n_nor_on_its_batch(here):
+def test_sample_number_i_depends_neither_on_n_nor_on_its_batch(trained):
     """But on the seed, its class, the sampler and the guidance, which at 0 knows no class."""
-    model, label, found = vqldm.LatentDiffusion(
-        state_of("runs/ldm/last.pt"), CPU, nullcontext()), torch.arange(36) % 4, []
+    model = vqldm.LatentDiffusion(state_of("runs/ldm/last.pt"), CPU, nullcontext())
+    label, found = torch.arange(36) % 4, []
     for name, value in dict(n=9, seed=1, eta=1, sampler="ddpm", guidance=0).items():
         cfg = vqldm.SampleConfig(steps=4, **{name: value})
         _, many = model.images(cfg, range(36), label)
@@ -896,25 +870,21 @@ def test_sample_number_i_depends_neither_on_n_nor_on_its_batch(here):
     assert min((a - b).abs().max() for a, b in itertools.combinations(found, 2)) > 1e-3
 
 @pytest.mark.parametrize("words, labels", [
-    ("--class all", [0, 1, 2, 3, 0]), ("--seed 3", [0, 1, 2, 3, 0]), ("--guidance 0", []),
-    ("--class nevus-like", [2] * 5), ("--sampler ddpm", []), ("--eta 1", [])])
-def test_sample_makes_what_it_is_asked_for(here, tmp_path, monkeypatch, words, labels):
-    shutil.copy("runs/ldm/last.pt", tmp_path / "one.pt")
+    ("--class all", [0, 1, 2, 3, 0]), ("--seed 3 --eta 1", [0, 1, 2, 3, 0]), ("--guidance 0", []),
+    ("--class nevus-like --sampler ddpm", [2] * 5)])
+def test_sample_makes_what_it_is_asked_for(trained, tmp_path, monkeypatch, words, labels):
+    shutil.copy("runs/ldm/last.pt", tmp_path / "one.pt")       # all that it needs
     monkeypatch.chdir(tmp_path)
     made = recorded(monkeypatch, vqldm.LatentDiffusion, "images")
     assert cli(*f"sample --ckpt one.pt --out out --n 5 --steps 2 {words}".split()) == 0
     (model, _, numbers, label), (images, _) = made[0]
     assert list(numbers) == list(range(5)) and label.tolist() in (labels, [0, 1, 2, 3, 0])
+    assert len(list(Path("out").rglob("*.png"))) == 5
     for i, k in enumerate(label):
         with Image.open(f"out/{model.classes[k] if 'all' in words else ''}/{i:05d}.png") as im:
             assert np.array_equal(np.asarray(im).transpose(2, 0, 1), images[i])
-    assert len(list(Path("out").rglob("*.png"))) == 5
-    if "all" in words:
-        assert len(vqldm.Images("out", vqldm.VQConfig(size=32), tmp_path / "cache").classes) == 4
 
-# ------------------------------------------------------------------------------------------------
-# C. Keeping a run
-# ------------------------------------------------------------------------------------------------
+# ---- C. Keeping a run --------------------------------------------------------------------------
 
 STAGES = {"vq": ("train-vq --lpips off --device cpu --size 32 --widths 8,8 --codes 16 --epochs 3 "
                  "--data photos --gan-start .4").split(),
@@ -922,7 +892,7 @@ STAGES = {"vq": ("train-vq --lpips off --device cpu --size 32 --widths 8,8 --cod
                   "--vq calm/vq").split()}
 
 @pytest.fixture(scope="session")
-def calm_folder(tmp_path_factory):
+def calm(tmp_path_factory):
     """Both stages, undisturbed, fourteen steps each, on red photographs; blue ones are held out."""
     folder = tmp_path_factory.mktemp("stopped")
     fill(folder / "photos/train", [f"{i}.png" for i in range(36)], (200, 120, 90))
@@ -934,11 +904,6 @@ def calm_folder(tmp_path_factory):
         losses = recorded(patch, vqldm.Diffusion, "loss")
         assert all(cli(*words, "--out", f"calm/{stage}") == 0 for stage, words in STAGES.items())
     return folder, looks, [words for words, loss in losses if not loss.requires_grad]
-
-@pytest.fixture()
-def calm(calm_folder, monkeypatch):
-    monkeypatch.chdir(calm_folder[0])
-    return calm_folder
 
 def blue(images):                       # uint8 (n,3,H,W): how many of them?
     return int((images[:, 2].float().mean((1, 2)) > images[:, 0].float().mean((1, 2))).sum())
@@ -962,8 +927,7 @@ def test_evaluate_takes_only_held_out_images_of_the_training_folder(calm, monkey
     monkeypatch.setenv("HOME", str(calm[0]))
     blind_lpips(monkeypatch)
     fill(Path("new"), [f"{i}.png" for i in range(10)])
-    if "link" in words:
-        Path("link").symlink_to("photos")
+    Path("link").exists() or Path("link").symlink_to("photos")
     calls = recorded(monkeypatch, vqldm, "reconstruct")
     assert cli("evaluate", "--ckpt", "calm/ldm", *words.format(calm[0].name).split()) == 0
     half, other = (words[1] for words, _ in calls)      # one is measured, one is for reference
@@ -976,9 +940,9 @@ def test_best_pt_is_the_look_with_the_lowest_score(calm, tmp_path, monkeypatch, 
     monkeypatch.setattr(vqldm, f"look_{stage}", lambda *a: (
         lambda x: {score: x, "psnr": x, "mse": -x, "loss_t1of4": -x})(next(told)))
     assert cli(*STAGES[stage], "--out", tmp_path) == 0
-    best, last = (state_of(tmp_path / f"{name}.pt") for name in ("best", "last"))
-    held = {row["step"]: row[f"held_{score}"] for row in last["log"] if f"held_{score}" in row}
-    assert held[best["step"]] == 2 and best["step"] < last["step"] and len(held) == 10
+    best, log = state_of(tmp_path / "best.pt"), state_of(tmp_path / "last.pt")["log"]
+    held = {row["step"]: row[f"held_{score}"] for row in log if f"held_{score}" in row}
+    assert held[best["step"]] == 2 and len(held) == 10
 
 class Code:                             # pickled, this is an order to make a folder
     def __reduce__(self):
@@ -996,20 +960,19 @@ NEEDED = {"sample --out out --ckpt bad": "kind config vq ema scale classes",
 @pytest.mark.parametrize("words, how", [(words, how) for words, parts in NEEDED.items()
                                         for how in (*BROKEN, *parts.split())])
 def test_a_checkpoint_not_ours_or_not_whole_is_refused_and_runs_no_code(
-        here, tmp_path, monkeypatch, refused, words, how):
-    whole = here / ("runs/vq/last.pt" if "vq" in words else "runs/ldm/last.pt")
+        trained, tmp_path, monkeypatch, refused, words, how):
+    whole = trained[0] / ("runs/vq/last.pt" if "vq" in words else "runs/ldm/last.pt")
     less = {name: part for name, part in state_of(whole).items() if name != how}
     content = whole.read_bytes()[:-5000] if how == "cut" else BROKEN.get(how, dict)(less)
     monkeypatch.chdir(tmp_path)
     Path("bad").mkdir()
+    torch.save(content, "bad/last.pt")
     if isinstance(content, bytes):
         Path("bad/last.pt").write_bytes(content)
-    else:
-        torch.save(content, "bad/last.pt")
     refused(*words.split())
     assert not Path("trace").exists() and not Path("out").exists()
 
-def test_a_run_is_not_touched_by_one_that_was_not_meant_for_it(here, refused):
+def test_a_run_is_not_touched_by_one_that_was_not_meant_for_it(trained, refused):
     before = {path: path.read_bytes() for path in Path("runs").glob("*/*.*")}
     for words in ("train-vq --preset tiny", "train-ldm --preset tiny"):
         assert re.search("--resume.*--overwrite", refused(*words.split()))
@@ -1040,7 +1003,6 @@ def in_each_step(patch, do):            # do(step) in the middle of it
     ("ldm", 0, signal.SIGTERM), ("ldm", 2, signal.SIGINT), ("ldm", 9, signal.SIGTERM)])
 def test_stopped_and_resumed_is_bit_for_bit_the_undisturbed_run(
         calm, tmp_path, monkeypatch, capsys, stage, stop, number):
-    """Before and after the GAN's start and the guide's birth; by a signal, or by --minutes."""
     first, then = ([], []) if number else (["--minutes", 1e-9], ["--minutes", 0])
     with monkeypatch.context() as patch:
         in_each_step(patch, lambda step: step == stop and signal.raise_signal(number))
@@ -1061,7 +1023,6 @@ def test_a_finished_run_stays_as_it_is_its_epochs_may_grow_and_it_can_be_overwri
         new = state_of(out / "last.pt")
         assert new["step"] == step and same(new["guide"], old["guide"])
         assert same(new["ema"], old["ema"]) == (epochs == 3)
-        assert new["log"][:len(old["log"])] == old["log"]
     assert [path.name for path in out.glob("*.png")] == ["mine.png"]
 
 def test_an_interrupt_at_any_renaming_leaves_a_whole_checkpoint(calm, tmp_path, monkeypatch):
@@ -1088,12 +1049,12 @@ torch.set_num_threads(1)
 for name in [name for name in dir(vqldm) if name.startswith("draw_")]:
     setattr(vqldm, name, lambda *a: None)
 """
-KILLED = """
+KILLED = SCRIPT + """
 sync, left = os.fsync, iter(range(8))
 os.fsync = lambda fd: os.kill(os.getpid(), signal.SIGKILL) if next(left, 8) == 8 else sync(fd)
 vqldm.main(sys.argv[1].split())
 """
-TWO = """
+TWO = SCRIPT + """
 vqldm.pick_device = lambda cfg: (torch.device("cpu"), torch.autocast("cpu", enabled=False))
 leave, vqldm.dist.destroy_process_group = vqldm.dist.destroy_process_group, lambda: None
 for words in sys.argv[1:]:
@@ -1110,17 +1071,16 @@ def run_python(folder, code, *words, launch=(), **env):
 @POSIX
 def test_killed_while_it_saves_and_resumed_is_the_undisturbed_run(calm, tmp_path):
     words = [*STAGES["vq"], "--out", str(tmp_path / "vq")]
-    done = run_python(tmp_path, SCRIPT + KILLED, " ".join(words))
+    done = run_python(tmp_path, KILLED, " ".join(words))
     assert done.returncode == -signal.SIGKILL and len(list((tmp_path / "vq").glob(".*.tmp"))) == 1
     assert cli(*words, "--resume") == 0
     assert_same_run("calm/vq", tmp_path / "vq")
 
 @POSIX
 def test_two_processes_end_with_the_weights_of_one(calm, tmp_path, monkeypatch):
-    """Without Muon, which enlarges rounding."""
     words = [" ".join([*STAGES["vq"], "--muon-lr", "0", "--out", f"{tmp_path}/2/vq"]),
              " ".join([*STAGES["ldm"], "--balance", "--out", f"{tmp_path}/2/ldm"])]
-    done = run_python(tmp_path, SCRIPT + TWO, *words, launch=(
+    done = run_python(tmp_path, TWO, *words, launch=(       # without Muon: it enlarges rounding
         "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"))
     assert done.returncode == 0, done.stderr
     monkeypatch.setattr(vqldm, "pick_device", lambda cfg: (CPU, nullcontext()))
@@ -1137,19 +1097,17 @@ def test_bad_batches_are_skipped_and_five_in_a_row_end_the_run(
         calm, tmp_path, monkeypatch, capsys, refused, stage, name):
     now, bad, make = [-1], {3, 6, 7, 8, 9}, getattr(vqldm, name)
     in_each_step(monkeypatch, now.append)
-    monkeypatch.setattr(vqldm, name, lambda *a: make(*a) * (math.nan if now[-1] in bad else 1))
+    monkeypatch.setattr(vqldm, name, lambda *a: make(*a) * (float("nan") if now[-1] in bad else 1))
     assert cli(*STAGES[stage], "--out", tmp_path / "a") == 0
     assert len(re.findall(r"step \d+ is skipped", capsys.readouterr().out)) == 5
     state = state_of(tmp_path / "a/last.pt")
     assert all(p.isfinite().all() for p in state["model"].values()) and state["step"] == 14
-    now.append(-1)
-    bad |= {5}
+    now[:], bad = [-1], {5, *bad}
     assert "--lr" in refused(*STAGES[stage], "--out", tmp_path / "b")
     assert state_of(tmp_path / "b/last.pt")["step"] == 5
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's full disk")
 @pytest.mark.parametrize("told, name, spoil", [
-    ("No space left", "open", lambda path, mode: open("/dev/full", mode)),
+    pytest.param("No space left", "open", lambda path, mode: open("/dev/full", mode), marks=POSIX),
     ("out of memory", "augment", lambda *a: torch.empty(2**55))])
 def test_a_full_disk_or_memory_is_one_sentence_and_harms_no_checkpoint(
         calm, tmp_path, monkeypatch, refused, told, name, spoil):
@@ -1158,27 +1116,21 @@ def test_a_full_disk_or_memory_is_one_sentence_and_harms_no_checkpoint(
     assert told in refused(*"train-vq --resume --epochs 4 --out".split(), out)
     assert (out / "last.pt").read_bytes() == Path("calm/vq/last.pt").read_bytes()
 
-def test_without_lpips_a_run_goes_on_and_says_so_at_start_and_end(
-        calm, tmp_path, monkeypatch, capsys, refused):
+def test_without_lpips_a_run_goes_on_and_says_so(calm, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("lpips.LPIPS", lambda **how: 1 / 0)
-    words = [*STAGES["vq"], "--out", tmp_path / "vq", "--lpips"]
-    assert "--lpips squeeze" in refused(*words, "squeeze")
-    assert cli(*words, "auto") == 0
+    assert cli(*STAGES["vq"], "--out", tmp_path / "vq", "--lpips", "auto") == 0
     told = capsys.readouterr().out.splitlines()
-    said = [i for i, line in enumerate(told) if "LPIPS" in line]
-    assert said[0] < 6 and said[-1] > len(told) - 4 and "WARNING" in told[said[0]]
-    assert cli("evaluate", "--ckpt", tmp_path / "vq", "--n", 4) == 0
+    assert "WARNING no LPIPS" in "".join(told[:5]) and "LPIPS" in "".join(told[-3:])
+    assert cli("evaluate", "--ckpt", tmp_path / "vq") == 0
     assert "lpips" not in json.loads((tmp_path / "vq/metrics.json").read_text())
 
-# ------------------------------------------------------------------------------------------------
-# G. Command line
-# ------------------------------------------------------------------------------------------------
+# ---- G. Command line ---------------------------------------------------------------------------
 
 MISTAKES = {        # the first word of each stands in its sentence
     "train-vq": "--epoch 3|--batchsize=4|5|--size|--size 1.5|--size 30|--size 16|--widths 16,x|"
-    "--size 48 --widths 8,8,8,8,8|--widths 16,0|--lr nan|--lr -1|--minutes inf|--epochs 0|--seed -1|"
-    "--batch-size -8|--batch-size 8|--preset huge|--data nowhere|--data empty|--device cuda:77|"
-    "--device abacus|--lpips squeezed --n-images 8|--overwrite --resume",
+    "--size 48 --widths 8,8,8,8,8|--widths 16,0|--lr nan|--lr -1|--minutes inf|--epochs 0|"
+    "--seed -1|--batch-size -8|--batch-size 8|--preset huge|--data nowhere|--data empty|--device "
+    "cuda:77|--device abacus|--lpips squeezed --n-images 8|--overwrite --resume",
     "train-ldm": "--vq nowhere|--vq {ldm}|--widths 8,8,8,8 --vq {vq}|--target x0 --vq {vq}|"
     "--schedule quadratic --vq {vq}|--T 0",
     "sample --ckpt {ldm}": "--sampler dpm|--class wart|--guidance 0 --class all|--steps 0|--eta -1|"
@@ -1189,18 +1141,18 @@ MISTAKES = {        # the first word of each stands in its sentence
 @pytest.mark.parametrize("command, mistake", [(command, mistake) for command in MISTAKES
                                               for mistake in MISTAKES[command].split("|")])
 def test_every_mistake_is_one_sentence_and_nothing_is_written(
-        here, tmp_path, monkeypatch, refused, command, mistake):
+        trained, tmp_path, monkeypatch, refused, command, mistake):
     blind_lpips(monkeypatch)
     monkeypatch.chdir(tmp_path)
     Path("empty").mkdir()
     if mistake == "--batch-size 8":                     # is a mistake only with three processes
         monkeypatch.setattr(vqldm, "world", lambda: 3)
-    words = f"{command} {mistake}".format(vq=here / "runs/vq", ldm=here / "runs/ldm").split()
+    runs = trained[0] / "runs"
+    words = f"{command} {mistake}".format(vq=runs / "vq", ldm=runs / "ldm").split()
     words[1:1] = ["--out", "out"] if command[:5] in ("train", "sampl") else []
-    before = {path: path.stat().st_mtime_ns for path in here.glob("runs/*m/*.*")}
     assert re.split("[ =]", mistake)[0] in refused(*words)
     assert {path.name for path in Path(".").iterdir()} <= {"empty", "cache"}
-    assert before == {path: path.stat().st_mtime_ns for path in here.glob("runs/*m/*.*")}
+    assert not (runs / "vq/metrics.json").exists()
 
 @pytest.mark.parametrize("command", vqldm.COMMANDS)
 def test_help_shows_every_flag_with_its_meaning_and_default(command, capsys, monkeypatch):
@@ -1212,40 +1164,31 @@ def test_help_shows_every_flag_with_its_meaning_and_default(command, capsys, mon
         assert re.search(rf"^ +{flag}( [\w-]+)?\n? +\S.{{7,}} \[{default}\]$", shown, re.M), flag
 
 @pytest.fixture()
-def told(monkeypatch):
-    seen = []                           # the settings that each command was given, and no more
-    for name, (cls, _) in list(vqldm.COMMANDS.items()):
-        if name != "demo":
-            monkeypatch.setitem(vqldm.COMMANDS, name, (cls, lambda cfg, *a: seen.append(cfg)))
+def told(monkeypatch):                  # the settings that each command was given; it does nothing
+    seen = []
+    for name in ("train-vq", "train-ldm", "sample", "evaluate"):
+        monkeypatch.setitem(vqldm.COMMANDS, name, (
+            vqldm.COMMANDS[name][0], lambda cfg, *a: seen.append(cfg)))
     return seen
 
-def test_default_yields_to_preset_to_recorded_to_typed(here, told):
-    """The run under way was recorded with 80 images, tiny has 200."""
-    resume = "train-vq --resume "
+def test_default_yields_to_preset_to_recorded_to_typed(trained, told):
+    """The run under way was recorded with 80 images, tiny has 200. Demo is three commands."""
     for words in ("train-vq --out new", "train-vq --preset tiny --out new", "sample --class all",
-                  "train-vq --codes 9 --preset tiny --out new", resume, resume + "--epochs 7",
-                  resume + "--preset tiny"):
+                  "train-vq --codes 9 --preset tiny --out new", "train-vq --resume --epochs 7",
+                  "train-vq --resume", "train-vq --resume --preset tiny", "demo --preset tiny"):
         assert cli(*words.split()) == 0
-    new, tiny, sample, typed, recorded, more, again = told
+    new, tiny, sample, typed, more, recorded, again, vq, ldm, samples = told
+    assert (vq.size, ldm.T, vq.folder, ldm.folder) == (32, 200, Path(ldm.vq), Path(samples.ckpt))
     assert new == vqldm.VQConfig(out="new") and sample == vqldm.SampleConfig(class_="all")
     assert (tiny.size, tiny.codes, tiny.widths, tiny.n_images) == (32, 64, (16, 32), 200)
     assert (typed.size, typed.codes) == (32, 9) and (more.n_images, more.epochs) == (80, 7)
     assert recorded == again and (again.preset, again.n_images, again.epochs) == ("tiny", 80, 1)
 
-def test_demo_is_the_three_commands_in_a_row(tmp_path, monkeypatch, told):
-    monkeypatch.chdir(tmp_path)
-    assert cli(*"demo --preset tiny".split()) == 0
-    vq, ldm, samples = told
-    assert (vq.size, ldm.T, vq.folder, ldm.folder) == (32, 200, Path(ldm.vq), Path(samples.ckpt))
-
-# ------------------------------------------------------------------------------------------------
-# Words
-# ------------------------------------------------------------------------------------------------
+# ---- Words -------------------------------------------------------------------------------------
 
 SOURCE, NODES = (HERE / "vqldm.py").read_text(encoding="utf8"), 9525
 
 def test_the_file_stays_a_text():
-    """The next feature has to pay with an old one."""
     nodes, lines = list(ast.walk(ast.parse(SOURCE))), SOURCE.splitlines()
     filled = {i for i, line in enumerate(lines, 1) if line.strip()}
     words = {i for i in filled if lines[i - 1].lstrip().startswith("#")}
@@ -1256,7 +1199,8 @@ def test_the_file_stays_a_text():
     content = sum(isinstance(n, (ast.expr, ast.stmt)) for n in nodes)
     many = [n for n in nodes if isinstance(n, ast.Assign) and isinstance(n.value, ast.Tuple)
             and isinstance(n.targets[0], ast.Tuple)]
-    long = [n.name for n in nodes if isinstance(n, ast.FunctionDef) and n.end_lineno - n.lineno > 59]
+    defs = [n for n in nodes if isinstance(n, ast.FunctionDef)]
+    long = {n.name for n in defs if n.end_lineno - n.lineno > 59}
     classes = {n.name: n for n in nodes if isinstance(n, ast.ClassDef)}
     settings = {k: sum(isinstance(m, ast.AnnAssign) for m in n.body) for k, n in classes.items()}
     found = {"lines": (1350, len(lines), 1650), "content": (0, content, NODES),
@@ -1268,15 +1212,14 @@ def test_the_file_stays_a_text():
              "first network": (0, classes["Norm"].lineno, 330),
              "first backward": (0, SOURCE[:SOURCE.index(".backward()")].count("\n"), 800)}
     assert {name: row for name, row in found.items() if not row[0] <= row[1] <= row[2]} == {}
-    assert set(long) <= {"train_vq", "train_ldm"}
+    assert long <= {"train_vq", "train_ldm"}
 
 def test_contents_of_the_head_are_the_banners():
     head, body = SOURCE.split('"""', 2)[1:]
     listed = head.split("\nContents")[1].split("\nRun it")[0]
     listed = re.findall(r"\b(\d+|[A-G])\. ((?:[^\s.]| (?! |[A-G]\.))+)", listed)
     banners = re.findall(r"^# -{50,}\n# (\d+|[A-G])\. (.+)$", body, re.M)
-    assert sorted(banners) == sorted(listed)
-    assert [n for n, _ in banners] == [*map(str, range(1, 12)), *"ABCDEFG"]
+    assert sorted(banners) == sorted(listed) and len(banners) == 18
 
 def test_every_command_in_the_readme_can_be_typed(tmp_path, monkeypatch, told):
     text = (HERE / "README.md").read_text(encoding="utf8")
@@ -1291,14 +1234,12 @@ def test_notebook_ran_without_errors_and_runs_in_its_short_form(tmp_path, monkey
     cells = json.loads((HERE / "tutorial.ipynb").read_text(encoding="utf8"))["cells"]
     cells = [cell for cell in cells if cell["cell_type"] == "code"]
     code = "\n".join("".join(cell["source"]) for cell in cells)
-    gone = [name for name in re.findall(r"\bvqldm\.([A-Za-z]\w*)", code) if name not in dir(vqldm)]
-    if set(gone) - {"py"}:
+    if gone := {*re.findall(r"\bvqldm\.([A-Za-z]\w*)", code)} - {"py", *dir(vqldm)}:
         pytest.skip(f"tutorial.ipynb has names that vqldm.py has not: {gone}")
-    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
     outputs = [output["output_type"] for cell in cells for output in cell["outputs"]]
     assert "error" not in outputs and len(outputs) > 10
     monkeypatch.chdir(tmp_path)
-    code = re.sub(r"^(\s*)[%!].*", r"\1pass", code, flags=re.M)
-    done = run_python(tmp_path, code, VQLDM_FAST="1", MPLBACKEND="Agg")
+    done = run_python(tmp_path, re.sub(r"^(\s*)[%!].*", r"\1pass", code, flags=re.M),
+                      VQLDM_FAST="1", MPLBACKEND="Agg")
     assert done.returncode == 0, done.stderr[-2000:]
     assert (HERE / "tutorial.ipynb").stat().st_size <= 2e6
