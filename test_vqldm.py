@@ -2,8 +2,8 @@
 """What vqldm.py promises, as tests. Each name, with its docstring, is the sentence that it proves.
 
 The strongest laws have an oracle: where the data is a known mixture of Gaussians, the best possible
-network is a formula. Stronger still are the references: both trainings and the sampler, written out
-network is a formula. Stronger still: references, both trainings written out once more, plainly;
+network is a formula. Stronger still are the references: both trainings, written out once more as
+plainly as possible; the program must end with the same weights. No network, no GPU.
 """
 import ast
 import copy

@@ -1116,8 +1116,8 @@ def synthetic(i, size, seed=0):
         turn = span(0, 6.3)
         along = x * turn.cos() + y * turn.sin()
         across = y * turn.cos() - x * turn.sin() + span(-.8, .8)
-        hair = torch.sigmoid((span(.004, .016) - across.abs()) * 2 * size) * (along > span(-1.5, 0))
-        image = image * (1 - 1.6 * hair.clamp(max=.5))
+        hair = torch.sigmoid((span(.006, .014) - across.abs()) * size) * (along > span(-1.5, 0))
+        image = image * (1 - span(.6, .9) * hair)
 
     # On some the dark round edge of the dermatoscope.
     if span(0, 1) < .18:
