@@ -120,7 +120,7 @@ class LDMConfig(Settings):
     ema: float = 0.995                  # decay of the running mean of the weights
     lr: float = 1e-3                    # learning rate
     batch_size: int = 32                # latents in a step, over all processes
-    epochs: int = 30                    # passes over the training latents
+    epochs: int = 26                    # passes over the training latents
     minutes: float = 0.0                # if above 0: train for so many minutes instead
 
 @dataclass(frozen=True)
