@@ -1184,6 +1184,14 @@ def test_default_yields_to_preset_to_recorded_to_typed(trained, told):
     assert (typed.size, typed.codes) == (32, 9) and (more.n_images, more.epochs) == (80, 7)
     assert recorded == again and (again.preset, again.n_images, again.epochs) == ("tiny", 80, 1)
 
+def test_minutes_and_steps_of_a_resumed_run_count_on():
+    """Half of a minute is half of --minutes 1, whatever part of it an earlier session took."""
+    state = {"step": 3, "seconds": 30.0}
+    clock = vqldm.Clock(vqldm.VQConfig(minutes=1.0), 100, state)
+    assert 0.5 <= clock.now() < 0.6 and clock.step == 3
+    assert vqldm.Clock(vqldm.VQConfig(epochs=2, batch_size=10), 100, state).now() == \
+        pytest.approx(3 / 20)
+
 # ---- Words -------------------------------------------------------------------------------------
 
 SOURCE, NODES = (HERE / "vqldm.py").read_text(encoding="utf8"), 9525
