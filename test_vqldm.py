@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import types
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -870,15 +871,15 @@ def test_sample_number_i_depends_neither_on_n_nor_on_its_batch(trained):
     assert min((a - b).abs().max() for a, b in itertools.combinations(found, 2)) > 1e-3
 
 @pytest.mark.parametrize("words, labels", [
-    ("--class all", [0, 1, 2, 3, 0]), ("--seed 3 --eta 1", [0, 1, 2, 3, 0]), ("--guidance 0", []),
-    ("--class nevus-like --sampler ddpm", [2] * 5)])
+    ("--class all", [0, 1, 2, 3, 0]), ("--eta 1", [0, 1, 2, 3, 0]),
+    ("--guidance 0", [0, 1, 2, 3, 0]), ("--class nevus-like --sampler ddpm", [2] * 5)])
 def test_sample_makes_what_it_is_asked_for(trained, tmp_path, monkeypatch, words, labels):
     shutil.copy("runs/ldm/last.pt", tmp_path / "one.pt")       # all that it needs
     monkeypatch.chdir(tmp_path)
     made = recorded(monkeypatch, vqldm.LatentDiffusion, "images")
     assert cli(*f"sample --ckpt one.pt --out out --n 5 --steps 2 {words}".split()) == 0
     (model, _, numbers, label), (images, _) = made[0]
-    assert list(numbers) == list(range(5)) and label.tolist() in (labels, [0, 1, 2, 3, 0])
+    assert list(numbers) == list(range(5)) and label.tolist() == labels
     assert len(list(Path("out").rglob("*.png"))) == 5
     for i, k in enumerate(label):
         with Image.open(f"out/{model.classes[k] if 'all' in words else ''}/{i:05d}.png") as im:
@@ -1003,11 +1004,12 @@ def in_each_step(patch, do):            # do(step) in the middle of it
     ("ldm", 0, signal.SIGTERM), ("ldm", 2, signal.SIGINT), ("ldm", 9, signal.SIGTERM)])
 def test_stopped_and_resumed_is_bit_for_bit_the_undisturbed_run(
         calm, tmp_path, monkeypatch, capsys, stage, stop, number):
-    first, then = ([], []) if number else (["--minutes", 1e-9], ["--minutes", 0])
+    now, (first, then) = [], ([], []) if number else (["--minutes", 1e-9], ["--minutes", 0])
     with monkeypatch.context() as patch:
-        in_each_step(patch, lambda step: step == stop and signal.raise_signal(number))
+        in_each_step(patch, lambda step: step == stop and now.extend(
+            [signal.raise_signal(number), signal.getsignal(number)]))   # a second one ends it
         assert cli(*STAGES[stage], "--out", tmp_path, *first) == (number and 128 + number)
-    assert number == 0 or "--resume" in capsys.readouterr().out
+    assert number == 0 or "--resume" in capsys.readouterr().out and now[1] == signal.SIG_DFL
     assert state_of(tmp_path / "last.pt")["step"] == stop + 1
     assert cli(STAGES[stage][0], "--resume", "--out", tmp_path, *then) == 0
     assert_same_run(f"calm/{stage}", tmp_path)
@@ -1023,6 +1025,7 @@ def test_a_finished_run_stays_as_it_is_its_epochs_may_grow_and_it_can_be_overwri
         new = state_of(out / "last.pt")
         assert new["step"] == step and same(new["guide"], old["guide"])
         assert same(new["ema"], old["ema"]) == (epochs == 3)
+        assert mode == "--overwrite" or new["seconds"] >= old["seconds"]
     assert [path.name for path in out.glob("*.png")] == ["mine.png"]
 
 def test_an_interrupt_at_any_renaming_leaves_a_whole_checkpoint(calm, tmp_path, monkeypatch):
@@ -1239,16 +1242,24 @@ def test_every_command_in_the_readme_can_be_typed(tmp_path, monkeypatch, told):
     assert {"train-vq", "train-ldm", "sample"} <= {words.split()[0] for words in typed}
     assert text.count("\n") <= 150
 
-def test_notebook_ran_without_errors_and_runs_in_its_short_form(tmp_path, monkeypatch):
+def notebook():
     cells = json.loads((HERE / "tutorial.ipynb").read_text(encoding="utf8"))["cells"]
-    cells = [cell for cell in cells if cell["cell_type"] == "code"]
-    code = "\n".join("".join(cell["source"]) for cell in cells)
-    if gone := {*re.findall(r"\bvqldm\.([A-Za-z]\w*)", code)} - {"py", *dir(vqldm)}:
-        pytest.skip(f"tutorial.ipynb has names that vqldm.py has not: {gone}")
-    outputs = [output["output_type"] for cell in cells for output in cell["outputs"]]
+    return [cell for cell in cells if cell["cell_type"] == "code"]
+
+@pytest.fixture(scope="session", autouse=True)
+def short_form(request, tmp_path_factory):      # on the second core, beside all other tests
+    if not any("notebook" in item.name for item in request.session.items):
+        yield None
+        return
+    folder = tmp_path_factory.mktemp("notebook")
+    code = "\n".join("".join(cell["source"]) for cell in notebook())
+    code = re.sub(r"^(\s*)[%!].*", r"\1pass", code, flags=re.M)
+    with ThreadPoolExecutor(1) as pool:
+        yield pool.submit(run_python, folder, f"import os\nos.chdir({str(folder)!r})\n" + code,
+                          VQLDM_FAST="1", MPLBACKEND="Agg")
+
+def test_notebook_ran_without_errors_and_runs_in_its_short_form(short_form):
+    outputs = [output["output_type"] for cell in notebook() for output in cell["outputs"]]
     assert "error" not in outputs and len(outputs) > 10
-    monkeypatch.chdir(tmp_path)
-    done = run_python(tmp_path, re.sub(r"^(\s*)[%!].*", r"\1pass", code, flags=re.M),
-                      VQLDM_FAST="1", MPLBACKEND="Agg")
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert short_form.result().returncode == 0, short_form.result().stderr[-2000:]
     assert (HERE / "tutorial.ipynb").stat().st_size <= 2e6
