@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 # SPDX-License-Identifier: MIT
 """vqldm: VQGAN + latent diffusion in one file, from pixels to new images.
 
@@ -44,6 +43,7 @@ from einops import rearrange
 from PIL import Image, ImageOps
 from torch import nn
 from torchvision.io import write_png
+from torchvision.transforms.functional import gaussian_blur
 from torchvision.utils import make_grid
 from tqdm import tqdm
 # ------------------------------------------------------------------------------------------------
@@ -51,52 +51,62 @@ from tqdm import tqdm
 # Every number that you can change is one line here: name, type, default and, as comment, --help.
 # Who wins: default < --preset < recorded in the checkpoint (on --resume) < typed.
 
-class UserError(Exception):
+class UserError(argparse.ArgumentTypeError):
     """What only the user can put right: told as one sentence, exit status 2."""
 
-def demand(ok, text):
+def demand(ok, text):                   # if it is not so, the command ends with this sentence
     if not ok:
         raise UserError(text)
+
+# A setting's type is the function that reads it from the command line.
+def count(text):
+    demand(int(text) >= 1, f"{text} is not 1 or more")
+    return int(text)
+def counts(text):                       # "16,64" -> (16, 64)
+    return tuple(count(part) for part in text.split(","))
+def amount(text):
+    demand(0 <= float(text) < math.inf, f"{text} is not a number from 0 on")
+    return float(text)
 
 @dataclass(frozen=True)
 class Settings:
     """What every command can be told."""
-    home = "runs"
+    kind = ""
     seed: int = 0                       # every random number is a function of it
     device: str = "auto"                # auto, or a torch device: cpu, cuda:1, mps
     out: str = ""                       # folder to write to; empty: runs/vq, runs/ldm, runs/samples
 
     @property
     def folder(self):
-        return Path(self.out or self.home).expanduser()
+        return Path(self.out or f"runs/{self.kind}").expanduser()
 
 @dataclass(frozen=True)
 class VQConfig(Settings):
     """stage 1: train the VQGAN, image -> codes -> image"""
-    home = "runs/vq"
+    kind = "vq"
     preset: str = "default"             # tiny, for seconds; paper, 256×256, for a GPU
     # Which images?
     data: str = "synthetic"             # 'synthetic', or a folder of images; class = its subfolder
-    n_images: int = 4096                # how many to draw if synthetic
-    size: int = 64                      # side of the square images, in pixels
+    n_images: count = 4096              # how many to draw if synthetic
+    size: count = 64                    # side of the square images, in pixels
     # How large?
-    widths: tuple = (16, 64)            # channels of the DownBlocks; f = 2^(how many)
-    z_dim: int = 3                      # d, the length of a code
-    codes: int = 2048                   # K, the number of codes
+    widths: counts = (16, 64)           # channels of the DownBlocks; f = 2^(how many)
+    z_dim: count = 3                    # d, the length of a code
+    codes: count = 2048                 # K, the number of codes
     # What counts how much?
     lpips: str = "auto"                 # trunk: squeeze, alex, vgg, or off; auto: squeeze, if there
-    lpips_weight: float = 0.1           # weight of LPIPS beside the squared error
-    commit_weight: float = 0.25         # weight of the commitment loss beside the codebook's
-    gan_weight: float = 0.2             # weight of the adversarial loss, times lam; 0: no GAN
-    gan_start: float = 0.5              # part of the run after which the GAN joins
+    lpips_weight: amount = 0.1          # weight of LPIPS beside the squared error
+    commit_weight: amount = 0.25        # weight of the commitment loss beside the codebook's
+    gan_weight: amount = 0.2            # weight of the adversarial loss, times lam; 0: no GAN
+    gan_start: amount = 0.5             # part of the run after which the GAN joins
     # How fast, how long?
-    lr: float = 1e-3                    # learning rate of all that has none of its own
-    muon_lr: float = 0.02               # of inner kernels, by Muon; 0: by Adam at --lr
-    codes_lr: float = 0.02              # of the codes, which must keep up with z
-    d_lr: float = 4e-4                  # of the discriminator
-    batch_size: int = 8                 # images in a step, over all processes
-    epochs: int = 3                     # passes over the training images
-    minutes: float = 0.0                # if above 0: train for so many minutes instead
+    lr: amount = 1e-3                   # learning rate of all that has none of its own
+    muon_lr: amount = 0.02              # of inner kernels, by Muon; 0: by Adam at --lr
+    codes_lr: amount = 0.02             # of the codes, which must keep up with z
+    d_lr: amount = 4e-4                 # of the discriminator
+    batch_size: count = 8               # images in a step, over all processes
+    epochs: count = 3                   # passes over the training images
+    minutes: amount = 0.0               # if above 0: train for so many minutes instead
 
     @property
     def side(self):
@@ -106,41 +116,41 @@ class VQConfig(Settings):
 @dataclass(frozen=True)
 class LDMConfig(Settings):
     """stage 2: train the diffusion model on the VQGAN's codes"""
-    home = "runs/ldm"
+    kind = "ldm"
     preset: str = "default"             # as in train-vq
     # On what?
     vq: str = "runs/vq"                 # run folder or checkpoint of train-vq; its images are used
     balance: bool = False               # draw every class equally often, however rare it is
     # Which diffusion, how large?
-    T: int = 1000                       # noise levels
+    T: count = 1000                     # noise levels
     schedule: str = "cosine"            # how the noise grows with t: linear, cosine
     target: str = "v"                   # what the UNet predicts: v, eps
-    widths: tuple = (64, 128)           # channels of the UNet's DownBlocks
+    widths: counts = (64, 128)          # channels of the UNet's DownBlocks
     # How fast, how long?
-    ema: float = 0.995                  # decay of the running mean of the weights
-    lr: float = 1e-3                    # learning rate
-    batch_size: int = 32                # latents in a step, over all processes
-    epochs: int = 26                    # passes over the training latents
-    minutes: float = 0.0                # if above 0: train for so many minutes instead
+    ema: amount = 0.995                 # decay of the running mean of the weights
+    lr: amount = 1e-3                   # learning rate
+    batch_size: count = 32              # latents in a step, over all processes
+    epochs: count = 26                  # passes over the training latents
+    minutes: amount = 0.0               # if above 0: train for so many minutes instead
 
 @dataclass(frozen=True)
 class SampleConfig(Settings):
     """make new images with a trained stage 2"""
-    home = "runs/samples"
+    kind = "samples"
     ckpt: str = "runs/ldm"              # run folder or checkpoint of train-ldm
-    n: int = 64                         # how many images, over all classes
-    class_: str = ""                    # one class; or all, with a folder for each
-    steps: int = 50                     # S, steps from noise to image, at most T
+    n: count = 64                       # how many images, over all classes
+    class_: str = ""                    # only this class; empty: all, in turn
+    steps: count = 50                   # S, steps from noise to image, at most T
     sampler: str = "ddim"               # ddim, or ddpm, which wants many more steps
-    eta: float = 0.0                    # fresh noise in a step of ddim: 0 none, 1 as much as DDPM
-    guidance: float = 2.0               # 1 plain; more: more typical, less varied; 0: no class
+    eta: amount = 0.0                   # fresh noise in a step of ddim: 0 none, 1 as much as DDPM
+    guidance: amount = 2.0              # 1: plain; more: more typical, less varied
 
 @dataclass(frozen=True)
 class EvaluateConfig(Settings):
     """measure a checkpoint of either stage on images that it never saw"""
     ckpt: str = "runs/ldm"              # run folder or checkpoint of either stage
     data: str = ""                      # folder to measure on; empty: what training held out
-    n: int = 500                        # how many images, at most, and how many samples
+    n: count = 500                      # how many images, at most, and how many samples
 
 @dataclass(frozen=True)
 class DemoConfig(Settings):
@@ -165,15 +175,13 @@ def pick_device(cfg):
     """-> device, and a context in which matrix products go in bf16, if that is faster there."""
     name = cfg.device
     if name == "auto":
-        there = torch.accelerator.is_available()
-        name = torch.accelerator.current_accelerator() if there else "cpu"
+        name = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
         device = torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError):
         raise UserError(f"--device {name}: not on this machine; auto and cpu work") from None
-    # Without units for it bf16 is emulated, slower than fp32.
-    units = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    bf16 = device.type == "cpu" and any(getattr(torch.cpu, name, bool)() for name in units)
+    units = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    bf16 = units and device.type == "cpu"       # without units it is emulated: slower
     if device.type == "cuda":
         bf16 = torch.cuda.get_device_capability()[0] >= 8
     say("device", device, "with bf16 units" if bf16 else "in fp32: no bf16 units known")
@@ -198,7 +206,6 @@ def rank():
 
 def share(batch):                       # this process's part of what has one row for each image
     return batch.chunk(world())[rank()]
-
 def mean_over_processes(x):
     if world() > 1:
         dist.all_reduce(x)
@@ -214,6 +221,13 @@ def average_gradients(net):
 def say(*words):
     if rank() == 0:
         tqdm.write(" ".join(str(word) for word in words))
+
+def bar(items, name, total=None):       # none in a file, which is no terminal
+    quiet = rank() > 0 or not sys.stderr.isatty()
+    return tqdm(items, name, total, leave=False, disable=quiet)
+def size_of(net):
+    millions = sum(p.numel() for p in net.parameters()) / 1e6
+    return f"{millions:.2f} M parameters"
 # ------------------------------------------------------------------------------------------------
 # 3. What the loops see of data
 # Which rows are next, as numbers from -1 to 1, and turned: a lesion has no up.
@@ -222,7 +236,8 @@ def to_float(x):
     """uint8 0…255 -> [-1,1], the only range that images have in this program."""
     return x.float() / 127.5 - 1
 def to_bytes(x):                        # and back, on the CPU
-    return ((x.float().clamp(-1, 1) + 1) * 127.5).round().byte().cpu()
+    x = (x.float().clamp(-1, 1) + 1) * 127.5
+    return x.round().byte().cpu()
 
 @functools.lru_cache(maxsize=2)         # a batch may lie across the border of two epochs
 def shuffled(n, seed, epoch):
@@ -478,31 +493,21 @@ class VQGAN(nn.Module):
 # trained network sees. The discriminator learns what still gives a reconstruction away; how hard it
 # pulls is not known beforehand, and lam keeps it from winning.
 
-class Perceptual:
-    """LPIPS (Zhang et al. 2018, arXiv 1801.03924) by the lpips package, for images in [-1,1].
-    trap: not an nn.Module, nor inside one: .train() would switch its dropout on, and checkpoints
-    would carry its weights. Frozen, in eval mode, in fp32."""
-    def __init__(self, trunk, device):
-        with warnings.catch_warnings():             # torchvision has advice for lpips, not for us
-            warnings.simplefilter("ignore")
-            import lpips
-            net = lpips.LPIPS(net=trunk, verbose=False)
-        self.net = net.to(device).eval().requires_grad_(False)
-        self.trunk, self.device = trunk, device
-
-    def __call__(self, x_hat, x):                                         # (B,3,H,W) twice
-        with torch.autocast(x.device.type, enabled=False):
-            return self.net(x_hat.float(), x.float()).flatten()           # (B,)
-
 def load_lpips(wanted, device):
-    """-> Perceptual, or None for off; auto goes on without weights that are not to be had."""
+    """LPIPS (Zhang et al. 2018, arXiv 1801.03924) by the lpips package, for images in [-1,1]; None
+    if wanted is off. auto goes on without weights that are not to be had.
+    trap: never a part of an nn.Module: .train() would switch its dropout on, and checkpoints would
+    carry its weights. Frozen, in eval mode, called outside of `mixed`, so in fp32."""
     if wanted == "off":
         return None
     try:
-        return Perceptual("squeeze" if wanted == "auto" else wanted, device)
+        with warnings.catch_warnings():         # torchvision has advice for lpips, not for us
+            warnings.simplefilter("ignore")
+            import lpips
+            net = lpips.LPIPS(net="squeeze" if wanted == "auto" else wanted, verbose=False)
+        return net.to(device).eval().requires_grad_(False)
     except Exception as e:              # URLError, OSError, a damaged file, an unknown name
-        if wanted != "auto":
-            raise UserError(f"--lpips {wanted}: {e}; off goes without, with more blur") from None
+        demand(wanted == "auto", f"--lpips {wanted}: {e}; off goes without, with more blur")
         say("WARNING no LPIPS, so more blur: its weights (5 MB) are not in", torch.hub.get_dir())
 
 class PatchDiscriminator(nn.Module):
@@ -568,13 +573,11 @@ def vq_optimizers(vqgan, cfg):
     adam = torch.optim.Adam(groups, cfg.lr, betas=(0.9, 0.99), fused=True)
     return adam, Muon(kernels, cfg.muon_lr)
 
-def look_vq(vqgan, images, lpips, cfg, epoch, mixed):
+def look_vq(vqgan, images, lpips, path, mixed):
     """Measure and draw held-out images. -> numbers by name."""
     x = images.rows(images.val[:256])
     numbers, x_hat = reconstruct(vqgan, x, lpips, mixed)
-    numbers["rec"] = numbers["mse"] + cfg.lpips_weight * numbers.get("lpips", 0)
-    draw_rows(cfg.folder / f"recon_epoch_{epoch:03d}.png",
-              {"original": x[:8], "reconstruction": x_hat[:8]})
+    draw_rows(path, {"original": x, "reconstruction": x_hat})
     return numbers
 
 def train_vq(cfg, state=None):
@@ -584,7 +587,7 @@ def train_vq(cfg, state=None):
     device, mixed = pick_device(cfg)
     images = Images(cfg.data, cfg, cfg.folder.parent / "cache")
     lpips = load_lpips(cfg.lpips, device)
-    cfg = replace(cfg, lpips=lpips.trunk if lpips else "off")     # a resumed run keeps its loss
+    cfg = replace(cfg, lpips=lpips.pnet_type if lpips else "off")   # a resumed run keeps its loss
     n = len(images.train)
     torch.manual_seed(cfg.seed)                 # the first weights
     vqgan = VQGAN(cfg.widths, cfg.z_dim, cfg.codes).to(device)
@@ -592,13 +595,13 @@ def train_vq(cfg, state=None):
     adam, muon = vq_optimizers(vqgan, cfg)
     adam_d = torch.optim.Adam(disc.parameters(), cfg.d_lr, betas=(0.5, 0.9), fused=True)
     parts = {"model": vqgan, "disc": disc, "adam": adam, "muon": muon, "adam_d": adam_d}
-    log = start_run(cfg, state, parts)
+    restore(parts, state)
     clock = Clock(cfg, n, state)
-    say("VQGAN", size_of(vqgan), "D", size_of(disc), "at step", clock.step, "of", clock.steps)
+    say("VQGAN", size_of(vqgan), "at step", clock.step, "of", clock.steps)
     if state is None:
         preview = {}
         for i, name in enumerate(images.classes):
-            preview[name] = images.rows(images.train[images.labels[images.train] == i][:8])
+            preview[name] = images.rows(images.train[images.labels[images.train] == i][:16])
         draw_rows(cfg.folder / "data_preview.png", preview)
         with torch.no_grad():                   # the codes start on encoder outputs
             some = images.train[shuffled(n, cfg.seed, 0)[:64]]
@@ -659,14 +662,14 @@ def train_vq(cfg, state=None):
             losses.update(d_loss=d_loss, d_real=real.mean(), d_fake=fake.mean())
 
         # ---- tell, measure, draw, save ----
-        clock.tell(log, losses)
+        clock.tell(losses)
         if clock.look_due():
-            held = look_vq(vqgan, images, lpips, cfg, step * cfg.batch_size // n, mixed)
-            best = tell_look(log, clock, held, "rec")
-            draw_curves(cfg.folder / "curves.png", log)
-            save(cfg, "vq", clock, log, parts, {}, best)
+            path = cfg.folder / f"recon_epoch_{clock.epoch():03d}.png"
+            held = look_vq(vqgan, images, lpips, path, mixed)
+            best = clock.tell_look(held, "mse")
+            save(cfg, clock, parts, {}, best)
 
-    save(cfg, "vq", clock, log, parts, {})
+    save(cfg, clock, parts, {})
     if lpips is None:
         say("trained WITHOUT LPIPS")
     return clock.finish(f"train-ldm --vq {cfg.folder.as_posix()}")
@@ -832,8 +835,6 @@ def guided(net, guide, label, w, below):
     earlier running mean of the weights (Karras 2024, arXiv 2406.02507): what training and the class
     have added, w = 2 adds once more. Only where t < below: above it costs variety (2404.07724)."""
     def answer(z_t, t):
-        if w == 0:                          # no class at all
-            return net(z_t, t)
         strong = net(z_t, t, label)
         if w == 1 or t[0] >= below:
             return strong
@@ -848,19 +849,22 @@ def guided(net, guide, label, w, below):
 
 @torch.no_grad()
 def encode_images(vqgan, images, device, mixed):
-    """All images -> their code numbers (n,h,w): 2 MB for 4,096 images in 16×16 codes."""
-    small = torch.int16 if len(vqgan.codebook.wins) <= 2**15 else torch.int32
+    """All images -> their code numbers (n,h,w): 4 MB for 4,096 images in 16×16 codes."""
     grids = []
     for rows in bar(torch.arange(len(images.names)).split(64), "encoding"):
         with mixed:
             k = vqgan.encode(to_float(images.rows(rows)).to(device))      # (64,h,w)
-        grids.append(k.to("cpu", small))
+        grids.append(k.to("cpu", torch.int32))
     return torch.cat(grids)
+
+def shares(k, codes):
+    """How often each code stands in the grids k. -> (K,), sum 1."""
+    return torch.bincount(k.flatten(), minlength=codes) / k.numel()
 
 def measure_scale(k, e):
     """Mean and std of the codes e (K,d), each as often as it stands in the grids k. -> (2,d).
     ours: by channel. (LDM app. G divides by one std and subtracts no mean.)"""
-    p = torch.bincount(k.flatten(), minlength=len(e))[:, None].to(e) / k.numel()          # (K,1)
+    p = shares(k, len(e)).to(e)[:, None]                                  # (K,1)
     mean = (p * e).sum(0)
     variance = (p * (e - mean) ** 2).sum(0)
     return torch.stack([mean, variance.clamp(min=1e-12).sqrt()])
@@ -905,8 +909,7 @@ def train_ldm(cfg, state=None):
     vq = state["vq"] if state else load_checkpoint(cfg.vq, "--vq", "vq")
     vqgan, vq_cfg = load_vqgan(vq, device)
     side = vq_cfg.side
-    demand(side % 2 ** len(cfg.widths) == 0,
-           f"--widths: {side}×{side} codes cannot be halved {len(cfg.widths)} times")
+    demand(side % 2 ** len(cfg.widths) == 0, f"--widths: too many to halve {side}×{side} codes")
     images = Images(vq_cfg.data, vq_cfg, cfg.folder.parent / "cache")
     grids = encode_images(vqgan, images, device, mixed)                   # (images,h,w)
     scale = measure_scale(grids[images.train], vqgan.codebook.embedding.weight)           # (2,d)
@@ -914,18 +917,18 @@ def train_ldm(cfg, state=None):
     counts = torch.bincount(images.labels[images.train], minlength=n_classes)
 
     def latents(rows):                                                    # (B,) -> z0 (B,d,h,w)
-        return standardise(vqgan.codebook.lookup(grids[rows].int().to(device)), scale)
+        return standardise(vqgan.codebook.lookup(grids[rows].to(device)), scale)
 
     torch.manual_seed(cfg.seed)                 # the first weights
     diffusion = Diffusion(cfg.T, cfg.schedule, cfg.target)
     net = UNet(vq_cfg.z_dim, cfg.widths, n_classes).to(device)
     ema = copy.deepcopy(net).requires_grad_(False)
+    guide = copy.deepcopy(ema)                  # the younger self, see guided
     adam = torch.optim.Adam(net.parameters(), cfg.lr, betas=(0.9, 0.99), fused=True)
-    parts = {"model": net, "ema": ema, "adam": adam}
-    log = start_run(cfg, state, parts)
-    more = {"scale": scale.cpu(), "classes": images.classes, "class_counts": counts.tolist(),
-            "vq": {"config": vq["config"], "model": vq["model"]},
-            "guide": state["guide"] if state else None}       # the younger self, see guided
+    parts = {"model": net, "ema": ema, "guide": guide, "adam": adam}
+    facts = {"scale": scale.cpu(), "classes": images.classes, "class_counts": counts,
+             "vq": {"config": vq["config"], "model": vq["model"]}}
+    restore(parts, state)
     clock = Clock(cfg, n, state)
     say("UNet", size_of(net), "at step", clock.step, "of", clock.steps)
 
@@ -954,22 +957,20 @@ def train_ldm(cfg, state=None):
             continue
         adam.step()
         update_ema(ema, net, step, cfg.ema)
-        if more["guide"] is None and clock.progress >= 0.2:
-            more["guide"] = copy.deepcopy(ema.state_dict())
+        if clock.progress < 0.2:
+            guide.load_state_dict(ema.state_dict())
 
         # ---- tell, measure, draw, save ----
-        clock.tell(log, {"loss": loss.mean()})  # without the weight: 1 = nothing learnt
+        clock.tell({"loss": loss.mean()})       # without the weight: 1 = nothing learnt
         if clock.look_due():
-            model = LatentDiffusion({**more, "config": asdict(cfg), "ema": ema.state_dict()},
-                                    device, mixed)
+            model = LatentDiffusion(checkpoint(cfg, clock, parts, facts), device, mixed)
             some = images.val[:256]
-            path = cfg.folder / f"samples_epoch_{step * cfg.batch_size // n:03d}.png"
+            path = cfg.folder / f"samples_epoch_{clock.epoch():03d}.png"
             held = look_ldm(model, latents(some), images.labels[some], path)
-            best = tell_look(log, clock, held, "loss")
-            draw_curves(cfg.folder / "curves.png", log)
-            save(cfg, "ldm", clock, log, parts, more, best)
+            best = clock.tell_look(held, "loss")
+            save(cfg, clock, parts, facts, best)
 
-    save(cfg, "ldm", clock, log, parts, more)
+    save(cfg, clock, parts, facts)
     return clock.finish(f"sample --ckpt {cfg.folder.as_posix()}")
 # ------------------------------------------------------------------------------------------------
 # 11. Sampling
@@ -980,7 +981,7 @@ def frozen(net, weights, device):                       # in eval mode, without 
     return net.to(device).eval().requires_grad_(False)
 
 def load_vqgan(state, device):                          # -> VQGAN of a checkpoint, its settings
-    with reading("the VQGAN"):
+    with reading("the VQGAN"):                          # what fails in here is told as a sentence
         cfg = VQConfig(**state["config"])
         vqgan = VQGAN(cfg.widths, cfg.z_dim, cfg.codes)
         return frozen(vqgan, state["model"], device), cfg
@@ -990,34 +991,32 @@ class LatentDiffusion:
     Diffusion, VQGAN, scale, names of the classes."""
     def __init__(self, state, device, mixed):
         self.device, self.mixed = device, mixed
-        self.vqgan, self.vq_cfg = load_vqgan(state["vq"], device)
         with reading("the UNet"):
+            self.vqgan, self.vq_cfg = load_vqgan(state["vq"], device)
             self.cfg = LDMConfig(**state["config"])
             self.diffusion = Diffusion(self.cfg.T, self.cfg.schedule, self.cfg.target)
             self.classes = state["classes"]
-            self.class_counts = torch.tensor(state["class_counts"]).float()
-            self.scale = state["scale"].view(2, self.vq_cfg.z_dim).to(device)
+            self.scale = state["scale"].to(device)
             net = UNet(self.vq_cfg.z_dim, self.cfg.widths, len(self.classes))
-            self.guide = frozen(copy.deepcopy(net), state["guide"] or state["ema"], device)
+            self.guide = frozen(copy.deepcopy(net), state["guide"], device)
             self.net = frozen(net, state["ema"], device)
 
     def noise(self, seed, numbers):
         """A function that draws the next noise (B,d,h,w); image 17 has its own in any batch."""
         own = [rng(seed, "sample", i) for i in numbers]
         shape = self.vq_cfg.z_dim, self.vq_cfg.side, self.vq_cfg.side
-        return lambda: torch.stack([torch.randn(shape, generator=g) for g in own]).to(self.device)
+
+        def draw():
+            return torch.stack([torch.randn(shape, generator=g) for g in own]).to(self.device)
+        return draw
 
     def walk(self, cfg, numbers, label, z=None):
-        """From noise, or from z, to latents: yields (z_t, z0_hat) after each step."""
+        """From noise, or from z, inside `mixed`: yields (z_t, z0_hat) after each step."""
         noise = self.noise(cfg.seed, numbers)
         net = guided(self.net, self.guide, label.to(self.device), cfg.guidance, 0.8 * self.cfg.T)
-
-        def answer(z_t, t):
-            with self.mixed:
-                return net(z_t, t)
         z = noise() if z is None else z
         steps = min(cfg.steps, self.cfg.T)
-        return self.diffusion.sample(answer, z, steps, cfg.sampler, cfg.eta, noise)
+        return self.diffusion.sample(net, z, steps, cfg.sampler, cfg.eta, noise)
 
     @torch.no_grad()
     def decode(self, z0):
@@ -1029,29 +1028,28 @@ class LatentDiffusion:
         """-> uint8 images (n,3,H,W), their latents z0 (n,d,h,w), on the CPU."""
         pictures, latents = [], []
         for i in bar(range(0, len(label), 32), "sampling"):
-            *_, (z, _) = self.walk(cfg, numbers[i:i + 32], label[i:i + 32])     # where it ends
-            pictures.append(self.decode(z))
-            latents.append(z.cpu())
+            with self.mixed:
+                for z, _ in self.walk(cfg, numbers[i:i + 32], label[i:i + 32]):
+                    z0 = z                              # only where the walk ends is kept
+            pictures.append(self.decode(z0))
+            latents.append(z0.cpu())
         return torch.cat(pictures), torch.cat(latents)
 
 def sample(cfg):
-    """New images: grid.png, trajectory.png, and each as a PNG. -> exit status."""
+    """New images as PNGs in a folder for each class, grid.png, trajectory.png. -> exit status."""
     state = load_checkpoint(cfg.ckpt, "--ckpt", "ldm")
-    model = LatentDiffusion(state, *pick_device(cfg))
-    names = model.classes if cfg.class_ in ("", "all") else [cfg.class_]
-    demand(set(names) <= set(model.classes), f"--class {cfg.class_}: not one of {model.classes}")
-    demand(cfg.guidance or not cfg.class_, "--guidance 0: such images are of no --class")
     demand(not list(cfg.folder.glob("*")), f"--out {cfg.folder}: is not empty; name a new folder")
+    model = LatentDiffusion(state, *pick_device(cfg))
+    names = [cfg.class_] if cfg.class_ else model.classes[:cfg.n]
+    demand(set(names) <= set(model.classes), f"--class {cfg.class_}: not one of {model.classes}")
     label = torch.tensor([model.classes.index(name) for name in names])
-    label = label.repeat(cfg.n)[:cfg.n]                                   # (n,)
+    label = label.repeat(cfg.n)[:cfg.n]                                   # (n,) each in turn
     pictures, latents = model.images(cfg, range(cfg.n), label)
-    rows = {}
-    for i, picture in enumerate(pictures):
-        name = model.classes[label[i]] if cfg.guidance else "no class"
-        folder = cfg.folder / (re.sub(r"[^\w ,+-]", "_", name) if cfg.class_ == "all" else "")
-        folder.mkdir(parents=True, exist_ok=True)
-        write_png(picture, str(folder / f"{i:05d}.png"))
-        rows[name] = [*rows.get(name, []), picture][:16]
+    rows = {name: pictures[k::len(names)] for k, name in enumerate(names)}
+    for name, images in rows.items():
+        (cfg.folder / name).mkdir(parents=True)
+        for i, image in enumerate(images):
+            write_png(image, f"{cfg.folder / name}/{i:05d}.png")
     draw_rows(cfg.folder / "grid.png", rows)
     draw_trajectory(cfg.folder / "trajectory.png", model, cfg, label[:1])
     say(f"latents have std {latents.std():.2f} (healthy: 1); look at", cfg.folder / "grid.png")
@@ -1060,31 +1058,29 @@ def sample(cfg):
 # A. Drawn lesions
 # To run tonight without a download: dermoscopy-like images, endlessly many, of four classes.
 
-LESIONS = {     # four colours; how ragged, how soft its border; network, dark dots, pale cysts
-    "keratosis-like": (".72 .60 .44 .60 .48 .34 .80 .72 .58 .55 .47 .40", .09, .08, .05, .6, .5),
-    "melanoma-like": (".26 .15 .11 .45 .29 .20 .33 .36 .47 .55 .27 .27", .20, .12, .20, .5, 0),
-    "nevus-like": (".52 .31 .22 .62 .40 .28 .38 .22 .16 .68 .42 .34", .04, .17, .24, .25, 0),
-    "vascular-like": (".66 .12 .18 .52 .08 .20 .76 .24 .26 .40 .12 .28", .04, .08, -.22, 0, 0)}
-SKIN = ".93 .74 .66 .90 .62 .60 .80 .68 .70 .91 .76 .58 .84 .60 .64"
+LESIONS = {             # four colours; how ragged, how soft the border; how much network; dots
+    "keratosis-like": ("b89970 997a57 ccb894 8c7866", .09, .08, .05, .6),
+    "melanoma-like": ("42261c 734a33 545c78 8c4545", .20, .12, .20, .5),
+    "nevus-like": ("854f38 9e6647 613829 ad6b57", .04, .17, .24, .25),
+    "vascular-like": ("a81f2e 851433 c23d42 661f47", .04, .08, -.22, 0)}
+SKIN = "edbda8 e69e99 ccadb2 e8c294 d699a3"
 
 def synthetic(i, size, seed=0):
     """Draw image i of the endless set `seed`: uint8 (3,size,size), of the class number i % 4."""
     tape = rng(seed, "lesion", i)
-    colours, ragged, soft, network, dots, cysts = list(LESIONS.values())[i % 4]
+    colours, ragged, soft, network, dots = list(LESIONS.values())[i % 4]
 
     def span(lo, hi, *shape):                       # the next random numbers, uniform in lo…hi
         return lo + (hi - lo) * torch.rand(shape, generator=tape)
-
     def noise(cells, channels=1):                   # smooth, about -1…1; more cells: a finer grain
         coarse = span(-1, 1, 1, channels, cells, cells)
         return F.interpolate(coarse, (size, size), mode="bicubic", align_corners=True)[0]
-
     def distance(n, reach):                         # of each pixel to n random points -> (n,H,W)
         at = span(-reach, reach, 2, n, 1, 1)
         return torch.hypot(x - at[0], y - at[1])
 
     def mixture(colours, weights):                  # weights (n,H,W) of n colours -> (3,H,W)
-        rgb = torch.tensor([float(number) for number in colours.split()]).view(-1, 3)
+        rgb = torch.tensor(list(bytes.fromhex(colours))).view(-1, 3) / 255
         return torch.einsum("nhw,nc->chw", weights.softmax(0), rgb + span(-.05, .05, len(rgb), 1))
 
     # A plane that is a little bent: nothing in it is quite straight or round.
@@ -1093,7 +1089,7 @@ def synthetic(i, size, seed=0):
     x, y = plane + .15 * noise(4, 2) + .03 * noise(10, 2)                 # (H,W) each
 
     # Skin: a mixture of five tones, cloudy, with a fine grain.
-    image = mixture(SKIN, span(0, 6, 5, 1, 1) + noise(3, 5)) + .03 * noise(9) + .02 * noise(24)
+    image = mixture(SKIN, span(0, 6, 5, 1, 1) + noise(3, 5)) + .03 * noise(24)
 
     # Border: a circle, more or less ragged.
     radius = span(.30, .56) + 2 * ragged * noise(6)[0]
@@ -1102,13 +1098,12 @@ def synthetic(i, size, seed=0):
     # Colour: patches of the four of its class; the more ragged, the harder their borders.
     body = mixture(colours, (3 + 40 * ragged) * noise(4, 4)) + .05 * noise(16)
 
-    # Texture: the walls between random cells, dark, or pale if vascular; dark dots, pale cysts.
+    # Texture: the walls between random cells, dark, or pale if vascular; dark dots.
     first, second = distance(40, .8).topk(2, dim=0, largest=False).values
     body = body * (1 - network * torch.exp(-((second - first) / (2.4 / size + .03)) ** 2))
-    for shade, chance in ((.12, dots), (.88, cysts)):
-        spots = torch.sigmoid((span(.01, .08, 9, 1, 1) - distance(9, .4)) * size / 1.4)
-        spots = spots * (span(0, 1, 9, 1, 1) < chance)                    # (9,H,W)
-        body = torch.lerp(body, torch.tensor(shade), .8 * spots.amax(0))
+    spots = torch.sigmoid((span(.01, .08, 9, 1, 1) - distance(9, .4)) * size)     # (9,H,W)
+    spots = spots * (span(0, 1, 9, 1, 1) < dots)
+    body = body * (1 - .8 * spots.amax(0))
     image = torch.lerp(image, body, lesion * span(.85, 1))
 
     # Hairs on three of ten images: lines in turned coordinates, right across the lesion.
@@ -1130,9 +1125,10 @@ def synthetic(i, size, seed=0):
 
 PHOTO = re.compile(r"(?i)^(?!\.|grid|trajectory).*\.(bmp|gif|jpe?g|png|tiff?|webp)$")
 NO_PHOTO = re.compile(r"(?i)_segmentation|_superpixels|_mask|_expert|-partial|(^|/)\.")
-TRAIN = {"train", "training"}                           # folders of these names are the split
-HELD_OUT = {"val", "valid", "validation", "test", "testing"}
-
+TRAIN = re.compile(r"(?i)(?<![^/])train(ing)?/")        # folders of these names are the split
+HELD_OUT = re.compile(r"(?i)(?<![^/])(val(id(ation)?)?|test(ing)?)/")
+def place(path):
+    return Path(path).expanduser().resolve()
 def read_image(path, size):                             # -> uint8 (3,size,size)
     # Whatever its suffix, PIL would open 40 kinds of files, and start Ghostscript for one of them.
     with Image.open(path, formats=["BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP"]) as im:
@@ -1146,11 +1142,11 @@ def read_image(path, size):                             # -> uint8 (3,size,size)
     return np.asarray(square).transpose(2, 0, 1)
 
 def find_images(folder):
-    """-> {name of each photograph under a folder: (its class, is it held out?)}
+    """-> for each photograph under a folder: name, class, is it held out?, when was it changed?
     The innermost folder tells the class, else a table. HELD_OUT folders are held out, else a tenth.
     trap: several photographs show one lesion. Split by photograph, a network is measured on lesions
     that it was trained on. Where lesion_id is known, a whole lesion goes to one side."""
-    table, found, hashed = {}, {}, {}
+    table, named, hashed = {}, [], []
     for path in [*folder.parent.glob("m*.csv"), *folder.glob("m*.csv")]:  # metadata, manifest
         with contextlib.suppress(csv.Error, OSError):
             for row in csv.DictReader(path.open(encoding="utf-8-sig", errors="replace")):
@@ -1159,41 +1155,42 @@ def find_images(folder):
         name = path.relative_to(folder).as_posix()
         if PHOTO.match(path.name) and not NO_PHOTO.search(name) and path.is_file():
             row = table.get(path.stem, {})
-            kinds = [row.get("diagnosis_3") or row.get("diagnosis_1") or row.get("dx") or "images"]
-            parents = name.split("/")[:-1]
-            kinds += [p for p in parents if p.lower() not in TRAIN | HELD_OUT]
-            found[name] = kinds[-1], any(p.lower() in HELD_OUT for p in parents)
-            hashed[name] = kinds[-1], digest(row.get("lesion_id") or path.stem) % 10 == 0
-    return found if any(held for _, held in found.values()) else hashed
+            told = row.get("diagnosis_3") or row.get("diagnosis_1") or row.get("dx") or "images"
+            parents = TRAIN.sub("", HELD_OUT.sub("", name)).split("/")[:-1]
+            kind = parents[-1] if parents else told
+            lesion = row.get("lesion_id") or path.stem
+            stamp = path.stat().st_mtime_ns     # of what a link points to
+            named.append((name, kind, bool(HELD_OUT.search(name)), stamp))
+            hashed.append((name, kind, digest(lesion) % 10 == 0, stamp))
+    return named if any(held for _, _, held, _ in named) else hashed
 
 class Images:
     """Images at --size, drawn or decoded once, then read from the cache. labels: the number of each
     one's class. train, val: row numbers. Raises UserError."""
     def __init__(self, source, cfg, cache):
-        folder = Path(source).expanduser().resolve()
+        folder = place(source)
         if source == "synthetic":
-            found = {i: (list(LESIONS)[i % 4], i // 4 % 10 == 0) for i in range(cfg.n_images)}
-            stamps = cfg.seed
+            kinds = list(LESIONS) * cfg.n_images
+            found = [(i, kinds[i], i // 4 % 10 == 0, cfg.seed) for i in range(cfg.n_images)]
         else:
             demand(folder.is_dir(), f"--data {source}: no such folder; give one, or 'synthetic'")
             found = find_images(folder)
-            stamps = [(folder / name).stat().st_mtime_ns for name in found]
+            demand(found, f"--data {source}: no images in it")
 
         def read(name):
             if source == "synthetic":
                 return synthetic(name, cfg.size, cfg.seed).numpy()
             return read_image(folder / name, cfg.size)
         self.size = cfg.size
-        self.path = cache / f"{folder.name}-{self.size}-{digest((folder, found, stamps)):x}"
+        self.path = cache / f"{folder.name}-{self.size}-{digest((folder, found)):x}"
         index = self.path.with_suffix(".json")
         if not index.exists():
             good = decode(self.path, found, read)
             write_whole(index, lambda f: f.write(json.dumps(good).encode()))
-        self.names = json.loads(index.read_text())
-        kinds = [found[name][0] for name in self.names]
+        self.names, kinds, held, _ = zip(*json.loads(index.read_text()))
         self.classes = sorted(set(kinds))
         self.labels = torch.tensor([self.classes.index(kind) for kind in kinds])
-        held = torch.tensor([found[name][1] for name in self.names], dtype=torch.bool)
+        held = torch.tensor(held)
         held[::10] |= not held.any()            # of a handful of images hold out at least one
         self.train = (~held).nonzero().flatten()
         # In a folder the first images are of one class: measure on a mixture.
@@ -1208,26 +1205,27 @@ class Images:
         shape = len(self.names), 3, self.size, self.size
         return torch.from_numpy(np.memmap(self.path, np.uint8, "r", 0, shape)[rows.numpy()])
 
-def decode(path, names, read):                          # into one file -> names of the good ones
-    good, bad = [], []
+def decode(path, found, read):                          # into one file -> the good ones of them
+    bad = {}
 
-    def attempt(name):
+    def attempt(row):
         try:
-            return name, read(name).tobytes()
+            return read(row[0]).tobytes()
         except Exception as e:                  # PIL raises nearly anything on a broken file
-            bad.append(f"{name} ({e})")
-            return name, b""
+            bad[row[0]] = e
+            return b""
 
     def write(f):
         with ThreadPoolExecutor() as pool:
-            for name, image in bar(pool.map(attempt, names), "preparing images", len(names)):
+            for image in bar(pool.map(attempt, found), "preparing images", len(found)):
                 f.write(image)
-                good.extend([name] if image else [])
-        demand(len(bad) <= 0.2 * len(names), f"{len(bad)} unreadable images, as {bad[:1]}")
+        demand(len(bad) <= 0.2 * len(found), f"{len(bad)} unreadable images: {list(bad)[:1]}")
     write_whole(path, write)
     if bad:
-        say("skipped", len(bad), "images that cannot be read:", *sorted(bad)[:5])
-    return good
+        say("skipped", len(bad), "images that cannot be read:")
+    for name in sorted(bad)[:5]:
+        say("  ", name, bad[name])
+    return [row for row in found if row[0] not in bad]
 # ------------------------------------------------------------------------------------------------
 # C. Keeping a run
 # A night of training is lost in three ways: a checkpoint half written when the power went, a resume
@@ -1249,20 +1247,27 @@ def write_whole(path, write):
     finally:
         tmp.unlink(missing_ok=True)
 
-def save(cfg, kind, clock, log, parts, more, best=False):  # last.pt, best.pt, log.csv
-    if rank() == 0:
-        state = {name: part.state_dict() for name, part in parts.items()}
-        state.update(more, kind=kind, config=asdict(cfg), step=clock.step, log=log,
-                     seconds=clock.seconds())
-        for name in ("best.pt", "last.pt") if best else ("last.pt",):
-            write_whole(cfg.folder / name, lambda f: torch.save(state, f))
-        with open(cfg.folder / "log.csv", "w", newline="") as f:
-            table = csv.DictWriter(f, {name: 0 for row in log for name in row})
-            table.writeheader()
-            table.writerows(log)
+# All that is kept of a run. parts: networks and optimisers; facts: what sampling needs beside them.
+def checkpoint(cfg, clock, parts, facts):
+    state = {name: part.state_dict() for name, part in parts.items()}
+    return {**state, **facts, "kind": cfg.kind, "config": asdict(cfg), "step": clock.step,
+            "seconds": clock.seconds(), "log": clock.log}
+
+def save(cfg, clock, parts, facts, best=False):         # last.pt, best.pt, log.csv, curves.png
+    if rank() > 0:
+        return
+    state = checkpoint(cfg, clock, parts, facts)
+    for name in ("best.pt", "last.pt") if best else ("last.pt",):
+        write_whole(cfg.folder / name, lambda f: torch.save(state, f))
+    names = list(dict.fromkeys(name for row in clock.log for name in row))
+    with open(cfg.folder / "log.csv", "w", newline="") as f:
+        table = csv.DictWriter(f, names)
+        table.writeheader()
+        table.writerows(clock.log)
+    draw_curves(cfg.folder / "curves.png", clock.log, names[1:])
 
 @contextlib.contextmanager
-def reading(what):                                      # whatever is wrong: one sentence
+def reading(what):                                      # whatever is wrong in here: one sentence
     try:
         yield
     except Exception as e:
@@ -1273,56 +1278,54 @@ def load_checkpoint(where, name, *kinds):
     trap: torch.load without weights_only=True runs whatever code a stranger put into the file."""
     path = Path(where).expanduser()
     path = path / "last.pt" if path.is_dir() else path
-    demand(path.is_file(), f"{name} {where}: no checkpoint there; train-{kinds[0]} makes one")
+    demand(path.is_file(), f"{name} {where}: no checkpoint is there")
     with reading(path):
         state = torch.load(path, map_location="cpu", weights_only=True)
         kind = state["kind"]
-        cls = {"vq": VQConfig, "ldm": LDMConfig}[kind]
-        state["config"] = asdict(check(cls(**state["config"])))
-        parts = {"step", "seconds", "log"} | ({"vq", "guide"} if kind == "ldm" else set())
-        demand(parts <= set(state), "it lacks a part")
-    demand(kind in kinds, f"{name} {path}: made by train-{kind}, not by train-{kinds[0]}")
+        demand({"config", "step", "seconds", "log"} <= set(state), "it lacks a part")
+    demand(kind in kinds, f"{name} {where}: is of train-{kind}, which is the other stage")
     return {**state, "folder": path.parent}
 
-# -> the settings of a run, and the checkpoint that it goes on from, or None.
-def open_run(cfg, typed, args):
+def open_run(cfg, typed, resume, overwrite):
+    """-> the settings of a run, and the checkpoint that it goes on from, or None."""
     last = cfg.folder / "last.pt"
-    demand(not (args.resume and args.overwrite), "--resume or --overwrite: give one of them")
     demand(cfg.batch_size % world() == 0, f"--batch-size: no multiple of {world()} processes")
-    if args.overwrite or not last.exists():
-        return cfg, None
-    demand(args.resume, f"--out {cfg.folder}: already holds a run; --resume or --overwrite it")
-    state = load_checkpoint(last, "--resume", "vq" if isinstance(cfg, VQConfig) else "ldm")
-    old = state["config"]
-    differ = [f"{flag(name)} was {old[name]}, now {value}" for name, value in typed.items()
-              if name not in MAY_CHANGE and old[name] != value]
-    demand(not differ, "--resume goes on with the recorded settings: " + ", ".join(differ))
-    return type(cfg)(**{**old, **typed}), state
-
-def start_run(cfg, state, parts):                       # -> its log
-    if state is None:
-        for old in cfg.folder.glob("*_epoch_*.png"):
+    if overwrite or not last.exists():
+        for old in cfg.folder.glob("*_epoch_*.png"):    # of the run that it overwrites
             old.unlink(missing_ok=True)
-        return []
-    with reading(cfg.folder):
-        for name, part in parts.items():
+        return cfg, None
+    demand(resume, f"--out {cfg.folder}: already holds a run; --resume or --overwrite it")
+    state = load_checkpoint(last, "--resume", cfg.kind)
+    old = state["config"]
+    differ = [f"{flag(name)} was {old.get(name)}" for name, value in typed.items()
+              if name not in MAY_CHANGE and value != old.get(name)]
+    demand(not differ, f"--resume goes on with the recorded settings: {', '.join(differ)}")
+    with reading(last):
+        return replace(cfg, **{**old, **typed}), state
+
+def restore(parts, state):                              # networks and optimisers of a resumed run
+    with reading("last.pt"):
+        for name, part in parts.items() if state else ():
             part.load_state_dict(state[name])
-        return state["log"]
 
 class Clock:
-    """Yields steps until --epochs, --minutes or a signal end a run. step: steps done, this one
-    included. progress: where this step stands, 0…1. A resumed run goes on counting."""
+    """Yields steps until --epochs, --minutes or a signal end a run, and keeps the log. step: steps
+    done, this one included. progress: where this step stands, 0…1. A resumed run counts on."""
     def __init__(self, cfg, n, state):
-        state = state or {"step": 0, "seconds": 0}
-        self.minutes, self.signal, self.bad = cfg.minutes, 0, 0
-        self.steps = math.ceil(cfg.epochs * n / cfg.batch_size)
+        state = state or {"step": 0, "seconds": 0, "log": []}
         self.step = state["step"]
+        self.log = state["log"]
         self.began = time.perf_counter() - state["seconds"]
-        self.looks = 0
+        self.steps_per_epoch = n / cfg.batch_size
+        self.steps = math.ceil(cfg.epochs * self.steps_per_epoch)
+        self.minutes = cfg.minutes
+        self.signal = self.bad = self.looks = 0
         self.look_due()                                 # those of earlier sessions are done
 
     def seconds(self):
         return time.perf_counter() - self.began
+    def epoch(self):
+        return int(self.step / self.steps_per_epoch)
     def now(self):
         if self.minutes:
             return self.seconds() / 60 / self.minutes
@@ -1335,21 +1338,20 @@ class Clock:
             signal.signal(number, signal.SIG_DFL)
         old = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
-            with bar(None, "training", self.steps) as self.line:
+            with bar(None, "training", self.steps - self.step) as self.line:
                 while self.time_left():
                     self.step += 1
                     yield self.step - 1
-                    self.line.update(self.step - self.line.n)
+                    self.line.update()
         finally:
             for s, handler in old.items():
                 signal.signal(s, handler)
 
     def time_left(self):
-        now = torch.tensor([self.now(), self.signal], dtype=torch.float64)
-        if world() > 1:                                 # all processes must see the same clock
-            dist.all_reduce(now, dist.ReduceOp.MAX)
-        self.progress, self.signal = float(now[0]), int(now[1])
-        return self.progress < 1 and not self.signal
+        now = self.now() + 9 * self.signal              # a signal ends the run
+        now = torch.tensor(now, dtype=torch.float64)
+        self.progress = float(mean_over_processes(now)) # all of them see the same clock
+        return self.progress < 1
 
     def look_due(self):                                 # at each tenth, and every ten minutes
         before = self.looks
@@ -1363,51 +1365,46 @@ class Clock:
         demand(self.bad < 5, "five such steps in a row: start anew with a lower --lr")
         return self.bad > 0
 
-    def tell(self, log, losses):                        # every tenth step
+    def tell(self, losses):                             # every tenth step
         if self.step % 10 == 0:
-            values = mean_over_processes(torch.stack(list(losses.values())).detach())
-            row = dict(zip(losses, values.tolist()))
-            log.append({"step": self.step, **row})
+            row = {name: float(mean_over_processes(value.detach()))
+                   for name, value in losses.items()}
+            self.log.append({"step": self.step, **row})
             self.line.set_postfix(row)
+
+    def tell_look(self, held, score):                   # -> is it the lowest score so far?
+        row = {f"held_{name}": value for name, value in held.items()}
+        self.log.append({"step": self.step, **row})
+        words = [f"{name} {value:.4g}" for name, value in held.items()]
+        say(f"{self.now():4.0%} held out:", ", ".join(words))
+        if held.get("codes_used_percent", 100) < 25 or not 0.7 < held.get("latent_std", 1) < 1.4:
+            say("WARNING few codes are used, or the latents' std is far from 1: it is still young")
+        scores = [row.get(f"held_{score}", math.inf) for row in self.log]
+        return held[score] <= min(scores)
 
     def finish(self, then):                             # -> exit status
         then = "to go on, add --resume" if self.signal else f"next: python vqldm.py {then}"
         say("saved at step", self.step, "of", self.steps, "--", then)
         return 128 + self.signal if self.signal else 0
-
-def tell_look(log, clock, held, score):                 # -> is it the lowest score so far?
-    say(f"{clock.now():4.0%} step {clock.step}, held out:",
-        ", ".join(f"{name} {value:.4g}" for name, value in held.items()))
-    if held.get("codes_used_percent", 100) < 25 or not 0.7 < held.get("latent_std", 1) < 1.4:
-        say("WARNING few codes are used, or the latents' std is far from 1: it is still young")
-    log.append({"step": clock.step, **{f"held_{name}": value for name, value in held.items()}})
-    return held[score] <= min(row.get(f"held_{score}", math.inf) for row in log)
-
-def bar(items, name, total=None):                       # nothing in a file, which is no terminal
-    return tqdm(items, name, total, leave=False, disable=rank() > 0 or not sys.stderr.isatty())
-def size_of(net):
-    return f"{sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters"
 # ------------------------------------------------------------------------------------------------
 # D. Pictures
 
 @contextlib.contextmanager
-def figure(path, width, height, rows=1, columns=1, heights=None):         # with … as axes: draw
+def figure(path, width, height, rows, columns=1):       # with … as axes: draw
     from matplotlib.figure import Figure                # not pyplot: needs no window
     fig = Figure(figsize=(width, height), layout="constrained")
-    yield fig.subplots(rows, columns, squeeze=False, height_ratios=heights).flatten()
+    yield fig.subplots(rows, columns, squeeze=False).flatten()
     write_whole(path, lambda f: fig.savefig(f, format="png"))
 
-def draw_rows(path, rows):                              # {label: uint8 images}: labelled strips
-    columns = min(8, max(len(images) for images in rows.values()))
-    lines = [math.ceil(len(images) / columns) for images in rows.values()]
-    with figure(path, columns, sum(lines) + 0.3 * len(rows), len(rows), 1, lines) as axes:
+def draw_rows(path, rows):                              # {label: uint8 images}: 16 of each, a strip
+    with figure(path, 16, 1.3 * len(rows), len(rows)) as axes:
         for ax, (label, images) in zip(axes, rows.items()):
-            ax.imshow(make_grid(list(images), columns, pad_value=255).permute(1, 2, 0).numpy())
+            strip = make_grid(list(images[:16]), 16, pad_value=255)
+            ax.imshow(strip.permute(1, 2, 0).numpy())
             ax.set_title(label, fontsize=9, loc="left")
             ax.axis("off")
 
-def draw_curves(path, log):                             # a panel for each column
-    names = list(dict.fromkeys(name for row in log for name in row))[1:]  # without step
+def draw_curves(path, log, names):                      # a panel for each column
     columns = math.ceil(len(names) / 2)
     with figure(path, 2.4 * columns, 4, 2, columns) as axes:
         for ax, name in zip(axes, names):
@@ -1416,7 +1413,8 @@ def draw_curves(path, log):                             # a panel for each colum
             ax.set_title(name, fontsize=9)
 
 def draw_trajectory(path, model, cfg, label):           # from noise to one image, at eight moments
-    film = list(model.walk(cfg, [0], label))
+    with model.mixed:
+        film = list(model.walk(cfg, [0], label))
     film = [film[i] for i in torch.linspace(0, len(film) - 1, 8).long()]
     z_t, z0_hat = [torch.cat(part) for part in zip(*film)]                # (8,d,h,w) each
     draw_rows(path, {"z_t": model.decode(z_t), "guess of z0": model.decode(z0_hat)})
@@ -1426,52 +1424,62 @@ def draw_trajectory(path, model, cfg, label):           # from noise to one imag
 # that stage 1 trains on: they flatter whoever trains with LPIPS.
 
 def ssim(u, v):
-    """Structural similarity (Wang et al. 2004) of images in 0…1: Gaussian window 11×11, σ 1.5."""
-    w = torch.exp(-(torch.arange(11.0) - 5) ** 2 / (2 * 1.5**2))
-    w = (torch.outer(w, w) / w.sum() ** 2).expand(3, 1, 11, 11).to(u)
-    mu_u, mu_v, uu, vv, uv = [F.conv2d(x, w, groups=3) for x in (u, v, u * u, v * v, u * v)]
+    """Structural similarity (Wang et al. 2004) of images (B,3,H,W) in 0…1. -> (B,)"""
+    def mean(x):                        # under a Gaussian of 11×11 pixels, where all of it fits
+        return gaussian_blur(x, 11, 1.5)[:, :, 5:-5, 5:-5]
+    mu_u, mu_v = mean(u), mean(v)
+    var_u, var_v = mean(u * u) - mu_u**2, mean(v * v) - mu_v**2
+    cov = mean(u * v) - mu_u * mu_v
     luminance = (2 * mu_u * mu_v + 0.01**2) / (mu_u**2 + mu_v**2 + 0.01**2)
-    structure = (2 * (uv - mu_u * mu_v) + 0.03**2) / (uu - mu_u**2 + vv - mu_v**2 + 0.03**2)
+    structure = (2 * cov + 0.03**2) / (var_u + var_v + 0.03**2)
     return (luminance * structure).mean((1, 2, 3))
+
+def compare(x_hat, x, lpips):                           # (B,3,H,W) in [-1,1], twice
+    """-> {name: (B,)}. One more measure of a reconstruction is one more line here."""
+    mse = F.mse_loss(x_hat, x, reduction="none").mean((1, 2, 3))
+    numbers = {"mse": mse,
+               "psnr": 10 * torch.log10(2**2 / mse.clamp(min=1e-10)),     # the range is 2
+               "ssim": ssim((x_hat + 1) / 2, (x + 1) / 2)}
+    if lpips:
+        numbers["lpips"] = lpips(x_hat, x).flatten()
+    return numbers
 
 @torch.no_grad()
 def reconstruct(vqgan, images, lpips, mixed):
     """uint8 (n,3,H,W) -> numbers by name, reconstructions."""
     e = vqgan.codebook.embedding.weight
-    copies, rows, wins = [], [], 0
+    numbers, grids, copies = {}, [], []
     for part in images.split(50):
         x = to_float(part).to(e.device)
         with mixed:
             k = vqgan.encode(x)                                           # (B,h,w)
             x_hat = vqgan.decoder(vqgan.codebook.lookup(k)).clamp(-1, 1)
-        mse = F.mse_loss(x_hat, x, reduction="none").mean((1, 2, 3))      # (B,)
-        psnr = 10 * torch.log10(2**2 / mse.clamp(min=1e-10))              # the range is 2
-        found = [mse, psnr, ssim((x + 1) / 2, (x_hat + 1) / 2)]
-        rows.append(torch.stack(found + [lpips(x_hat, x)] if lpips else found))
-        wins = wins + torch.bincount(k.flatten(), minlength=len(e)).cpu()
+        for name, value in compare(x_hat, x, lpips).items():
+            numbers[name] = numbers.get(name, 0) + float(value.sum()) / len(images)
+        grids.append(k.cpu())
         copies.append(to_bytes(x_hat))
-    means = torch.cat(rows, dim=1).mean(1).tolist()
-    p = wins / wins.sum()
-    numbers = dict(zip(["mse", "psnr", "ssim", "lpips"], means))
+    p = shares(torch.cat(grids), len(e))                                  # (K,)
+    entropy = -torch.xlogy(p, p).sum()
     numbers["codes_used_percent"] = 100 * int((p > 0).sum()) / len(p)
-    numbers["perplexity"] = float(torch.exp(-torch.xlogy(p, p).sum()))    # e^entropy, 1 … K
+    numbers["perplexity"] = float(entropy.exp())                          # 1 … K
     return numbers, torch.cat(copies)
 
 def features(lpips, images):
     """uint8 (n,3,H,W) -> (n,512): the trunk's last map at 224 pixels, averaged over space."""
     found = []
     for part in images.split(32):
-        x = F.interpolate(to_float(part), (224, 224), mode="bilinear", antialias=True)
-        *_, last = lpips.net.net(lpips.net.scaling_layer(x.to(lpips.device)))
+        x = to_float(part).to(lpips.scaling_layer.shift.device)
+        x = F.interpolate(x, (224, 224), mode="bilinear", antialias=True)
+        *_, last = lpips.net(lpips.scaling_layer(x))
         found.append(last.mean((2, 3)))
     return torch.cat(found).cpu().double()
 
 def frechet(a, b):
     """Fréchet distance of two sets of features (n,C), taken as Gaussians (Heusel et al. 2017)."""
     cov_a, cov_b = a.T.cov(), b.T.cov()
-    root = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0).sqrt().sum()
+    root = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0).sqrt()
     between = F.mse_loss(a.mean(0), b.mean(0), reduction="sum")
-    return float(between + cov_a.trace() + cov_b.trace() - 2 * root)
+    return float(between + cov_a.trace() + cov_b.trace() - 2 * root.sum())
 
 def kernel_distance(a, b):
     """Squared MMD with a cubic kernel (Bińkowski 2018, arXiv 1801.01401), of n and n features.
@@ -1482,12 +1490,13 @@ def kernel_distance(a, b):
 
 def unseen_images(cfg, vq_cfg, cache):                  # -> uint8 (n,3,H,W), n others
     source = cfg.data or vq_cfg.data
-    same = Path(source).expanduser().resolve() == Path(vq_cfg.data).expanduser().resolve()
-    if source == "synthetic":                               # drawn anew: of these there is no end
-        same, vq_cfg = False, replace(vq_cfg, seed=vq_cfg.seed + 1, n_images=2 * cfg.n)
+    if source == "synthetic":                           # drawn anew: of these there is no end
+        drawn = [synthetic(i, vq_cfg.size, vq_cfg.seed + 1) for i in range(2 * cfg.n)]
+        return torch.stack(drawn).split(cfg.n)
     images = Images(source, vq_cfg, cache)
-    rows = images.val if same else torch.arange(len(images.names))
-    rows = rows[torch.randperm(len(rows), generator=rng(cfg.seed, "unseen"))]
+    rows = torch.randperm(len(images.names), generator=rng(cfg.seed, "unseen"))
+    if place(source) == place(vq_cfg.data):
+        rows = images.val
     n = min(cfg.n, len(rows) // 2)
     demand(n > 1, f"--data: {len(rows)} unseen images are too few to measure on")
     return images.rows(rows[:n]), images.rows(rows[n:2 * n])
@@ -1498,15 +1507,15 @@ def evaluate(cfg):
     device, mixed = pick_device(cfg)
     lpips = load_lpips("auto", device)
     vqgan, vq_cfg = load_vqgan(state.get("vq", state), device)
-    folder = cfg.folder if cfg.out else state["folder"]
     real, other = unseen_images(cfg, vq_cfg, state["folder"].parent / "cache")
     numbers, recon = reconstruct(vqgan, real, lpips, mixed)
-    pictures = {"real": real[:16], "recon": recon[:16]}
+    pictures = {"real": real, "recon": recon}
     if state["kind"] == "ldm":
         model = LatentDiffusion(state, device, mixed)
-        label = model.class_counts.multinomial(len(real), True, generator=rng(cfg.seed, "classes"))
+        chance = state["class_counts"].float()
+        label = chance.multinomial(len(real), True, generator=rng(cfg.seed, "classes"))
         made, z0 = model.images(SampleConfig(seed=cfg.seed), range(len(real)), label)
-        pictures["samples"] = made[:16]
+        pictures["samples"] = made
         # A perfect stage 2 makes codes of other real images: it would score as their copies do.
         perfect = reconstruct(vqgan, other, lpips, mixed)[1]
         sets = {"": made, "_perfect": perfect, "_recon": recon, "_real": other}
@@ -1516,9 +1525,11 @@ def evaluate(cfg):
             numbers["frechet" + name] = frechet(a, b)
         numbers.update(latent_mean=float(z0.mean()), latent_std=float(z0.std()))
     numbers["n"] = len(real)
-    say("\n".join(f"{name:20}{value:10.4g}" for name, value in numbers.items()))
+    for name, value in numbers.items():
+        say(f"{name:20}{value:10.4g}")
+    folder = cfg.folder if cfg.out else state["folder"]
     draw_rows(folder / "evaluate.png", pictures)
-    write_whole(folder / "metrics.json", lambda f: f.write(json.dumps(numbers, indent=1).encode()))
+    (folder / "metrics.json").write_text(json.dumps(numbers, indent=1))
     return 0
 # ------------------------------------------------------------------------------------------------
 # F. Muon
@@ -1573,34 +1584,25 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):                           # one sentence instead of a page of usage
         raise UserError(message)
 
-def flag(name):
+def flag(name):                                         # class_ -> --class
     return "--" + name.strip("_").replace("_", "-")
-def widths(text):                                       # "16,64" -> (16, 64)
-    return tuple(int(number) for number in text.split(","))
 
 def build_parser(command):
+    """Each field of the command's settings becomes a flag; the comment at its line is its help."""
     cls, _ = COMMANDS[command]
-    parser = Parser(prog=f"vqldm.py {command}", description=cls.__doc__, allow_abbrev=False)
+    parser = Parser(prog=f"vqldm.py {command}", description=cls.__doc__, allow_abbrev=False,
+                    argument_default=argparse.SUPPRESS)       # what is not typed has no value
     source = inspect.getsource(Settings) + inspect.getsource(cls)
     comments = dict(re.findall(r"^    (\w+): .*?# (.*)", source, re.MULTILINE))
     for f in fields(cls):
-        kind = widths if f.type is tuple else f.type
-        how = {"action": "store_true"} if kind is bool else {"type": kind}
-        # SUPPRESS: a default here would overwrite what a checkpoint recorded
-        parser.add_argument(flag(f.name), dest=f.name, default=argparse.SUPPRESS,
-                            help=f"{comments[f.name]} [{f.default}]", **how)
+        how = {"action": "store_true"} if f.type is bool else {"type": f.type}
+        how["help"] = f"{comments[f.name]} [{f.default}]"
+        parser.add_argument(flag(f.name), dest=f.name, **how)
     if command.startswith("train"):
-        parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
-        parser.add_argument("--overwrite", action="store_true", help="replace the run in --out")
+        mode = parser.add_mutually_exclusive_group()
+        mode.add_argument("--resume", action="store_true", help="go on with the run in --out")
+        mode.add_argument("--overwrite", action="store_true", help="replace the run in --out")
     return parser
-
-def check(cfg):                                         # raises UserError
-    for f in fields(cfg):
-        numbers = getattr(cfg, f.name) if f.type is tuple else [getattr(cfg, f.name)]
-        least = 1 if f.type in (int, tuple) and f.name != "seed" else 0
-        demand(f.type is str or least <= min(numbers) < math.inf,
-               f"{flag(f.name)} {min(numbers)}: must be at least {least}")
-    return cfg
 
 def run_command(argv):
     command = argv[0] if argv else "--help"
@@ -1610,15 +1612,14 @@ def run_command(argv):
     demand(command in COMMANDS, f"{command}: no command; there are {', '.join(COMMANDS)}")
     cls, function = COMMANDS[command]
     parser = build_parser(command)
-    args = parser.parse_args(argv[1:])
-    typed = {f.name: getattr(args, f.name) for f in fields(cls) if f.name in args}
+    typed = vars(parser.parse_args(argv[1:]))
+    resume, overwrite = typed.pop("resume", False), typed.pop("overwrite", False)
     preset = typed.get("preset", "default")
     demand(preset in PRESETS, f"--preset {preset}: must be one of {', '.join(PRESETS)}")
     words = PRESETS[preset].get(command, "").split()
-    values = vars(parser.parse_args(words))
-    cfg = check(cls(**{**{name: values[name] for name in values if hasattr(cls, name)}, **typed}))
+    cfg = cls(**{**vars(parser.parse_args(words)), **typed})
     if command.startswith("train"):
-        return function(*open_run(cfg, typed, args))
+        return function(*open_run(cfg, typed, resume, overwrite))
     return function(cfg)
 
 def main(argv=None):
@@ -1627,20 +1628,19 @@ def main(argv=None):
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     with contextlib.suppress(AttributeError):           # a code page without é must not end a run
         sys.stdout.reconfigure(errors="replace")
-    status, text = 2, ""
+    status = 2
     try:
         status = run_command(sys.argv[1:] if argv is None else argv)
     except UserError as e:
-        text = e
+        print("vqldm:", e, file=sys.stderr)
     except (MemoryError, OSError, RuntimeError) as e:
-        text = e.__context__ or e                       # torch.save hides a full disk
+        cause = e.__context__ or e                      # torch.save hides a full disk
         if "memory" in repr(e).lower():
-            text = "out of memory: a smaller --batch-size or --size helps"
-        elif not isinstance(text, OSError):
+            cause = "out of memory: a smaller --batch-size or --size helps"
+        elif not isinstance(cause, OSError):
             raise
+        print("vqldm:", cause, file=sys.stderr)
     if status:
-        if text:
-            print("vqldm:", text, file=sys.stderr)
         raise SystemExit(status)
     if dist.is_initialized():
         dist.barrier()                                  # leave together
