@@ -650,6 +650,7 @@ def test_muon_steps_along_the_orthogonal_of_the_gradient_and_its_running_mean(sh
 HERE, CPU = Path(vqldm.__file__).parent, torch.device("cpu")
 POSIX = pytest.mark.skipif(os.name == "nt", reason="needs signals, links, gloo as POSIX has them")
 vqldm.build_parser = functools.cache(vqldm.build_parser)    # the dearest part of a short command
+DRAW_ROWS, DRAW_CURVES = vqldm.draw_rows, vqldm.draw_curves
 state_of = functools.partial(torch.load, weights_only=True)
 
 def cli(*words):                        # the command, run in this process -> exit status
@@ -802,6 +803,12 @@ def test_images_are_decoded_once_and_again_when_they_or_what_they_link_to_change
     assert len(images.train) == len(images.val) == 1            # a handful is enough
     assert [path.name for path in cache.glob(".*")] == [".new.4711.tmp"]
 
+def test_sizes_of_a_folder_with_a_dot_in_its_name_do_not_share_a_cache(tmp_path):
+    folder = fill(tmp_path / "v1.0", ["a.png", "b.png"])
+    for size in (16, 24, 16):
+        images = vqldm.Images(str(folder), vqldm.VQConfig(size=size), tmp_path / "cache")
+        assert images.rows(torch.arange(2)).shape == (2, 3, size, size)
+
 # ---- 11, D, E. What the commands write ---------------------------------------------------------
 
 @pytest.fixture(scope="session")
@@ -880,6 +887,20 @@ def test_sample_makes_what_it_is_asked_for(trained, tmp_path, monkeypatch, words
         with Image.open(f"out/{model.classes[k]}/{labels[:i].count(k):05d}.png") as im:
             assert np.array_equal(np.asarray(im).transpose(2, 0, 1), images[i])
 
+def test_a_class_name_is_neither_a_path_nor_a_formula(trained, tmp_path, monkeypatch):
+    state = state_of("runs/ldm/last.pt")
+    state["classes"] = ["../../up", "/tmp/up", "$\\frac$", "a:b"]
+    monkeypatch.chdir(tmp_path)
+    torch.save(state, "one.pt")
+    assert cli(*"sample --ckpt one.pt --out a/out --n 4 --steps 1".split()) == 0
+    assert len(list(Path("a/out").glob("*/00000.png"))) == 4 == len(list(Path().rglob("*.png")))
+
+def test_pictures_are_drawn_of_any_name_and_of_nothing(tmp_path):
+    """A class of which no image is trained on, a name that TeX would not read, a run of no step."""
+    DRAW_ROWS(tmp_path / "a.png", {"$\\frac$": torch.zeros(2, 3, 8, 8).byte(), "none": []})
+    DRAW_CURVES(tmp_path / "b.png", [], [])
+    assert (tmp_path / "a.png").stat().st_size > 100 < (tmp_path / "b.png").stat().st_size
+
 # ---- C. Keeping a run --------------------------------------------------------------------------
 
 STAGES = {"vq": ("train-vq --lpips off --device cpu --size 32 --widths 8,8 --codes 16 --epochs 3 "
@@ -929,6 +950,17 @@ def test_evaluate_takes_only_held_out_images_of_the_training_folder(calm, monkey
     half, other = (words[1] for words, _ in calls)      # one is measured, one is for reference
     assert blue(half) == blue(other) == len(half) == len(other) == n
     assert len(torch.cat([half, other]).unique(dim=0)) == 2 * n
+
+def test_what_evaluate_and_resume_would_get_wrong_is_refused(calm, monkeypatch, refused):
+    """A part of the training folder, a word about other classes, all processes at once."""
+    assert "--data" in refused(*"evaluate --ckpt calm/vq --data photos/train".split())
+    classes, make = ["other"], vqldm.Images.__init__
+    monkeypatch.setattr(vqldm.Images, "__init__", lambda self, *a: [
+        make(self, *a), vars(self).update(classes=classes)][0])
+    assert "classes" in refused(*STAGES["ldm"], "--resume", "--out", "calm/ldm")
+    monkeypatch.setattr(vqldm, "world", lambda: 2)
+    for command in ("sample", "evaluate", "demo"):
+        assert "torchrun" in refused(command)
 
 @pytest.mark.parametrize("stage, score", [("vq", "mse"), ("ldm", "loss")])
 def test_best_pt_is_the_look_with_the_lowest_score(calm, tmp_path, monkeypatch, stage, score):
@@ -1102,6 +1134,12 @@ def test_bad_batches_are_skipped_and_five_in_a_row_end_the_run(
     now[:], bad = [-1], {5, *bad}
     assert "--lr" in refused(*STAGES[stage], "--out", tmp_path / "b")
     assert state_of(tmp_path / "b/last.pt")["step"] == 5
+
+def test_a_bad_gradient_of_the_discriminator_is_not_stepped_along(calm, tmp_path, monkeypatch):
+    hinge, turn = vqldm.hinge_loss, itertools.count()
+    monkeypatch.setattr(vqldm, "hinge_loss", lambda *a: hinge(*a) / (0 if next(turn) == 1 else 1))
+    assert cli(*STAGES["vq"], "--out", tmp_path) == 0 and next(turn) > 5
+    assert all(p.isfinite().all() for p in state_of(tmp_path / "last.pt")["disc"].values())
 
 @pytest.mark.parametrize("told, name, spoil", [
     pytest.param("No space left", "open", lambda path, mode: open("/dev/full", mode), marks=POSIX),

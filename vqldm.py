@@ -5,7 +5,7 @@ Stage 1, the VQGAN, learns to write an image as a small grid of code numbers and
 Stage 2, latent diffusion, learns to make new grids out of noise, and stage 1 reads these back as
 images. The second stage works on few numbers, and that is why all of this fits on a laptop.
 
-  x ────E────► z ───nearest code───► z_q ───Dec───► x_hat       stage 1: VQGAN        (train-vq)
+  x ───Enc───► z ───nearest code───► z_q ───Dec───► x_hat       stage 1: VQGAN        (train-vq)
   (B,3,H,W)    (B,d,h,w)  │          (B,d,h,w)      (B,3,H,W)
                           └► k (B,h,w) in 0…K-1                 h = H/f, w = W/f, f = 2^m
   k → z_q → z0 = (z_q-mean)/std ──noise──► z_t ──UNet──► v      stage 2: diffusion    (train-ldm)
@@ -14,11 +14,11 @@ images. The second stage works on few numbers, and that is why all of this fits 
 Letters   B batch · C channels · H W pixels · h w latent grid · d length of a code · K codes
           N = h·w tokens · T noise levels · S sampling steps · E length of the time embedding
           x image in [-1,1] · z latent · z_q its code · k its number · z0 standardised z_q (DDPM's
-          x_0) · z_t the same at noise level t in 0…T-1 · eps the noise ε · lam the weight λ
-          alpha_bar is ᾱ · a hat, as in x_hat, is an estimate · sg[] stops gradients: detach
+          x_0) · z_t the same at noise level t in 0…T-1 · eps the noise ε · v a mix of ε and z0
+          alpha_bar is ᾱ · lam the GAN's weight λ · a hat: an estimate · sg[] is .detach()
 Papers    VQ van den Oord 2017 (arXiv 1711.00937) · VQGAN Esser 2021 (2012.09841) · DDPM Ho 2020
           (2006.11239) · DDIM Song 2021 (2010.02502) · LDM Rombach 2022 (2112.10752)
-          v Salimans 2022 (2202.00512) · CFG Ho 2022 (2207.12598)
+          v Salimans 2022 (2202.00512) · CFG (classifier-free guidance) Ho 2022 (2207.12598)
 Contents  1. Settings                       7. Stage 1: training      To be looked up:
           2. Device, precision, seeds       8. Stage 2: diffusion     A. Drawn lesions  E. Measuring
           3. What the loops see of data     9. Stage 2: the UNet      B. A folder of images
@@ -26,7 +26,7 @@ Contents  1. Settings                       7. Stage 1: training      To be look
           5. Stage 1: the VQGAN            11. Sampling               D. Pictures       G. Commands
           6. Stage 1: the losses
 Run it    python vqldm.py train-vq; then train-ldm, then sample. demo: the three in a row.
-          A line marked trap is what everybody gets wrong; one marked ours is in no paper here.
+          trap marks what often goes wrong; ours, and any constant without a source, is no paper's.
 """
 import argparse, contextlib, copy, csv, functools, inspect, json, math, os      # noqa: E401
 import random, re, signal, sys, time, warnings                                  # noqa: E401
@@ -51,7 +51,7 @@ from tqdm import tqdm
 # Every number that you can change is one line here: name, type, default and, as comment, --help.
 # Who wins: default < --preset < recorded in the checkpoint (on --resume) < typed.
 
-class UserError(argparse.ArgumentTypeError):
+class UserError(argparse.ArgumentTypeError):        # argparse adds the flag's name to such ones
     """What only the user can put right: told as one sentence, exit status 2."""
 
 def demand(ok, text):                   # if it is not so, the command ends with this sentence
@@ -60,12 +60,14 @@ def demand(ok, text):                   # if it is not so, the command ends with
 
 # A setting's type is the function that reads it from the command line.
 def count(text):
-    demand(int(text) >= 1, f"{text} is not 1 or more")
+    demand(int(text) >= 1, "must be 1 or more")
     return int(text)
 def counts(text):                       # "16,64" -> (16, 64)
-    return tuple(count(part) for part in text.split(","))
+    return tuple(map(count, text.split(",")))
+def source(text):                       # a folder is noted with its full path
+    return text if text == "synthetic" else str(Path(text).expanduser().resolve())
 def amount(text):
-    demand(0 <= float(text) < math.inf, f"{text} is not a number from 0 on")
+    demand(0 <= float(text) < math.inf, "must be a number from 0 on")
     return float(text)
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ class VQConfig(Settings):
     kind = "vq"
     preset: str = "default"             # tiny, for seconds; paper, 256×256, for a GPU
     # Which images?
-    data: str = "synthetic"             # 'synthetic', or a folder of images; class = its subfolder
+    data: source = "synthetic"          # 'synthetic', or a folder of images; class = its subfolder
     n_images: count = 4096              # how many to draw if synthetic
     size: count = 64                    # side of the square images, in pixels
     # How large?
@@ -95,15 +97,15 @@ class VQConfig(Settings):
     codes: count = 2048                 # K, the number of codes
     # What counts how much?
     lpips: str = "auto"                 # trunk: squeeze, alex, vgg, or off; auto: squeeze, if there
-    lpips_weight: amount = 0.1          # weight of LPIPS beside the squared error
+    lpips_weight: amount = 0.1          # weight of LPIPS, a learnt distance of images
     commit_weight: amount = 0.25        # weight of the commitment loss beside the codebook's
     gan_weight: amount = 0.2            # weight of the adversarial loss, times lam; 0: no GAN
     gan_start: amount = 0.5             # part of the run after which the GAN joins
     # How fast, how long?
     lr: amount = 1e-3                   # learning rate of all that has none of its own
-    muon_lr: amount = 0.02              # of inner kernels, by Muon; 0: by Adam at --lr
-    codes_lr: amount = 0.02             # of the codes, which must keep up with z
-    d_lr: amount = 4e-4                 # of the discriminator
+    muon_lr: amount = 0.02              # learning rate of inner kernels, by Muon; 0: Adam at --lr
+    codes_lr: amount = 0.02             # learning rate of the codes, which must keep up with z
+    d_lr: amount = 4e-4                 # learning rate of the discriminator
     batch_size: count = 8               # images in a step, over all processes
     epochs: count = 3                   # passes over the training images
     minutes: amount = 0.0               # if above 0: train for so many minutes instead
@@ -142,14 +144,14 @@ class SampleConfig(Settings):
     class_: str = ""                    # only this class; empty: all, in turn
     steps: count = 50                   # S, steps from noise to image, at most T
     sampler: str = "ddim"               # ddim, or ddpm, which wants many more steps
-    eta: amount = 0.0                   # fresh noise in a step of ddim: 0 none, 1 as much as DDPM
+    eta: amount = 0.0                   # fresh noise in a step of ddim: 0 none; 1 DDPM's smaller σ
     guidance: amount = 2.0              # 1: plain; more: more typical, less varied
 
 @dataclass(frozen=True)
 class EvaluateConfig(Settings):
     """measure a checkpoint of either stage on images that it never saw"""
     ckpt: str = "runs/ldm"              # run folder or checkpoint of either stage
-    data: str = ""                      # folder to measure on; empty: what training held out
+    data: source = ""                   # folder to measure on; empty: what training held out
     n: count = 500                      # how many images, at most, and how many samples
 
 @dataclass(frozen=True)
@@ -166,7 +168,7 @@ PRESETS = {             # a preset is a row of flags, which yours overrule
               "--muon-lr 0 --codes-lr 5e-4 --d-lr 1e-4 --epochs 40",
               "train-ldm": "--target eps --schedule linear --widths 256,512 --lr 1e-4 "
               "--ema 0.9999 --epochs 200"}}
-MAY_CHANGE = {"device", "out", "vq", "lpips", "epochs", "minutes"}        # on --resume
+MAY_CHANGE = {"device", "out", "lpips", "epochs", "minutes"}        # on --resume
 # ------------------------------------------------------------------------------------------------
 # 2. Device, precision, seeds
 # On what do we compute, how many processes are we, and where does randomness come from?
@@ -180,11 +182,10 @@ def pick_device(cfg):
         device = torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError):
         raise UserError(f"--device {name}: not on this machine; auto and cpu work") from None
-    units = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    bf16 = units and device.type == "cpu"       # without units it is emulated: slower
-    if device.type == "cuda":
-        bf16 = torch.cuda.get_device_capability()[0] >= 8
-    say("device", device, "with bf16 units" if bf16 else "in fp32: no bf16 units known")
+    bf16 = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    if device.type == "cuda":                   # not where bf16 is only emulated: that is slower
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    say("device", device, "in bf16" if bf16 else "in fp32: no bf16 units known")
     return device, torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 def rng(*key):
@@ -220,17 +221,16 @@ def average_gradients(net):
 
 def say(*words):
     if rank() == 0:
-        tqdm.write(" ".join(str(word) for word in words))
+        tqdm.write(" ".join(map(str, words)))
 
-def bar(items, name, total=None):       # none in a file, which is no terminal
-    quiet = rank() > 0 or not sys.stderr.isatty()
-    return tqdm(items, name, total, leave=False, disable=quiet)
+def bar(items, name, total=None):       # disable=None: shown on a terminal only
+    return tqdm(items, name, total, leave=False, disable=rank() > 0 or None)
 def size_of(net):
     millions = sum(p.numel() for p in net.parameters()) / 1e6
     return f"{millions:.2f} M parameters"
 # ------------------------------------------------------------------------------------------------
 # 3. What the loops see of data
-# Which rows are next, as numbers from -1 to 1, and turned: a lesion has no up.
+# Which images come next, as floats in [-1,1], and turned: a skin lesion has no up.
 
 def to_float(x):
     """uint8 0…255 -> [-1,1], the only range that images have in this program."""
@@ -245,10 +245,8 @@ def shuffled(n, seed, epoch):
 
 def next_rows(n, step, batch_size, seed):
     """Which of n images make up this step's batch: the next of an endless row of shuffles. (B,)"""
-    rows = []
-    for place in range(step * batch_size, (step + 1) * batch_size):
-        rows.append(shuffled(n, seed, place // n)[place % n])
-    return torch.stack(rows)
+    places = range(step * batch_size, (step + 1) * batch_size)
+    return torch.stack([shuffled(n, seed, place // n)[place % n] for place in places])
 
 def augment(x, turns):
     """Each image (B,C,H,H) in one of the square's eight symmetries, turns (B,) in 0…7."""
@@ -259,24 +257,24 @@ def augment(x, turns):
     return torch.stack(turned)
 # ------------------------------------------------------------------------------------------------
 # 4. Blocks
-# VQGAN and UNet are built from the same five bricks. Two things differ: the UNet's ResBlocks hear
-# the time (emb), and its UpBlocks see what the DownBlock of the same size put out (skip).
+# VQGAN and UNet are built from the same bricks. Two things differ: the UNet's ResBlocks hear the
+# noise level (emb), and its UpBlocks see what the DownBlock of the same size put out (skip).
 
 class Norm(nn.GroupNorm):
     """GroupNorm for any width. It looks at each image alone, so the batch size changes nothing."""
     def __init__(self, c):
-        groups = math.gcd(32, c // 4 or 1, c)       # gcd: a number of groups must divide the width
+        groups = math.gcd(32, c // 4 or 1, c)       # must divide c; at least 4 channels in each
         super().__init__(groups, c)
 
 def zero(layer):
-    """With zero weights on its last layer every block starts as the identity, not as noise."""
+    """Zeroed, a layer adds nothing at first: every block starts as its shortcut, not as noise."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
 
 class ResBlock(nn.Module):
-    """Norm, SiLU, Conv, twice, plus the shortcut. The time enters as scale and shift of the second
-    norm: AdaGN (Dhariwal & Nichol 2021, arXiv 2105.05233)."""
+    """Norm, SiLU, Conv, twice, plus the shortcut. The noise level enters as scale and shift of the
+    second norm: AdaGN (Dhariwal & Nichol 2021, arXiv 2105.05233)."""
     def __init__(self, c_in, c_out, emb_dim=None):
         super().__init__()
         self.norm1 = Norm(c_in)
@@ -341,7 +339,7 @@ class UpBlock(nn.Module):
     def __init__(self, c_in, c_out, emb_dim=None, c_skip=0):
         super().__init__()
         # trap: a kernel that is no multiple of the stride, such as 3 and 2, paints some pixels more
-        # often than others: a checkerboard. With 4 and 2 each pixel is painted 2×2 times.
+        # often than others: a checkerboard. With 4 and 2 each inner pixel is painted 2×2 times.
         self.up = nn.ConvTranspose2d(c_in, c_in, 4, stride=2, padding=1)
         self.res1 = ResBlock(c_in + c_skip, c_out, emb_dim)
         self.res2 = ResBlock(c_out, c_out, emb_dim)
@@ -397,7 +395,7 @@ class Decoder(nn.Module):
         for block in self.up:
             y = block(y)                                                  # the grid doubles m times
         y = F.silu(self.norm(y))
-        with torch.autocast(y.device.type, enabled=False):      # lam is measured here: in fp32
+        with torch.autocast(y.device.type, enabled=False):  # adaptive_weight looks here: fp32
             return self.last(y.float())                                   # (B,3,H,W)
 
 class Codebook(nn.Module):
@@ -405,18 +403,18 @@ class Codebook(nn.Module):
     def __init__(self, codes, z_dim):
         super().__init__()
         self.embedding = nn.Embedding(codes, z_dim)                       # (K,d)
-        self.register_buffer("wins", torch.zeros(codes))                  # (K,) since last restart
+        self.register_buffer("wins", torch.zeros(codes))      # (K,) see restart_unused
 
     def nearest(self, z):                                                 # (B,d,h,w)
         """The number of the nearest code of each vector: k = argmin_j ‖z - e_j‖ (VQ eq. 1)."""
         B, d, h, w = z.shape
-        # trap: distances in bf16 choose 5 to 15 % of the codes wrongly, so this is fp32. Only the
-        # winner's number is used, so it needs no gradient. And flat: batched, cdist would repeat
+        # trap: distances in bf16 choose many of the codes wrongly, so this is fp32. Only the
+        # winner's number is used, so it needs no gradient. Flat, since a batched cdist would repeat
         # the codebook B times in memory.
         with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
             flat = rearrange(z.float(), "B d h w -> (B h w) d")           # (B·N,d)
             distance = torch.cdist(flat, self.embedding.weight)           # (B·N,K)
-            k = distance.min(dim=1).indices     # twice as fast as argmin on a CPU
+            k = distance.argmin(dim=1)
         return k.view(B, h, w)                                            # (B,h,w)
 
     def lookup(self, k):                                                  # (B,h,w)
@@ -430,21 +428,22 @@ class Codebook(nn.Module):
         # One distance, two halves; sg[] decides who moves: the codes to the vectors that they won,
         # and the encoder's vectors to their codes.
         # trap: swapped weights, 0.25 on the codes' half and 1 on the encoder's: z is pulled four
-        # times too hard, and the curve looks better.
+        # times too hard, and the codebook's curve looks better.
         codebook_loss = F.mse_loss(z_q, z.detach())                       # ‖sg[z] - e‖²
         commit_loss = F.mse_loss(z, z_q.detach())                         # ‖z - sg[e]‖²
         # Straight through (VQ sec. 3.2): the value of z_q with the gradient of z. Rounding has no
         # slope, so what the decoder wants of z_q is passed on to z unchanged: a lie, but one that
         # points downhill while z and z_q are close, which is what the two losses see to.
-        # trap: take both losses from z_q, not from what is returned: that depends on no code.
+        # trap: codebook_loss from this new z_q instead of the one above: no gradient meets a code.
         z_q = z + (z_q - z).detach()
         return z_q, k, codebook_loss, commit_loss
 
     # trap: the usual start, uniform in ±1/K, sits at the origin. Where the encoder's outputs do
     # not, a few codes win everything and the others never get a gradient: the collapse.
-    # ours: all codes start as outputs of the encoder, and one that did not win starts again.
+    # So all start on outputs of the encoder; one that did not win starts again (as in Jukebox,
+    # Dhariwal 2020, arXiv 2005.00341).
     @torch.no_grad()
-    def start_on(self, z, generator, which=...):
+    def start_on(self, z, generator, which=...):        # [...] means all
         """Put the codes `which` (a mask (K,), or all) on random vectors of z (B,d,h,w)."""
         flat = rearrange(z.float(), "B d h w -> (B h w) d")               # (B·N,d)
         n = len(self.wins[which])
@@ -455,7 +454,7 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def count(self, k):
-        """Note which codes won, on all processes."""
+        """Note which codes won, on any process: only 0 or more matters."""
         wins = torch.bincount(k.flatten(), minlength=len(self.wins)).float()
         self.wins += mean_over_processes(wins)
 
@@ -495,9 +494,9 @@ class VQGAN(nn.Module):
 
 def load_lpips(wanted, device):
     """LPIPS (Zhang et al. 2018, arXiv 1801.03924) by the lpips package, for images in [-1,1]; None
-    if wanted is off. auto goes on without weights that are not to be had.
+    if wanted is off, or if it is auto and the weights cannot be had.
     trap: never a part of an nn.Module: .train() would switch its dropout on, and checkpoints would
-    carry its weights. Frozen, in eval mode, called outside of `mixed`, so in fp32."""
+    carry its weights. Frozen, in eval mode, called outside of autocast, so in fp32."""
     if wanted == "off":
         return None
     try:
@@ -507,12 +506,13 @@ def load_lpips(wanted, device):
             net = lpips.LPIPS(net="squeeze" if wanted == "auto" else wanted, verbose=False)
         return net.to(device).eval().requires_grad_(False)
     except Exception as e:              # URLError, OSError, a damaged file, an unknown name
-        demand(wanted == "auto", f"--lpips {wanted}: {e}; off goes without, with more blur")
-        say("WARNING no LPIPS, so more blur: its weights (5 MB) are not in", torch.hub.get_dir())
+        demand(wanted == "auto", f"--lpips: {e}; off goes without, with more blur")
+        say("WARNING no LPIPS, neither as a loss nor as a measure: its weights (5 MB) are not in",
+            torch.hub.get_dir())
 
 class PatchDiscriminator(nn.Module):
     """D: a logit, real or fake, for each patch of 38 pixels (pix2pix, arXiv 1611.07004, has 70).
-    No sigmoid at the end: the hinge loss wants raw logits. GroupNorm, not pix2pix's BatchNorm, so
+    No sigmoid at the end: the hinge loss wants raw logits. Norm, not pix2pix's BatchNorm, so
     that the images of a batch do not depend on each other."""
     def __init__(self, width):
         super().__init__()
@@ -531,10 +531,11 @@ def hinge_loss(real, fake):
     return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
 
 def adaptive_weight(rec, adversarial, last):
-    """lam = ‖∇_L rec‖ / (‖∇_L adversarial‖ + δ), L the decoder's last layer (VQGAN eq. 7).
+    """lam = ‖∇_L rec‖ / (‖∇_L adversarial‖ + δ), L the decoder's last layer (VQGAN eq. 7; δ and
+    the cap are those of its authors' code).
     Why adaptive: D's gradient can be a thousand times stronger or weaker than the reconstruction's,
     and changes as D learns. Scaled so that both push the last layer equally hard, neither drowns
-    the other. At the last layer, since the way back through all others is dear. An untrained D has
+    the other. At the last layer: back through all others would cost too much. An untrained D has
     almost no gradient: hence δ and the cap. trap: lam is a number, no part of the graph."""
     grad_rec, = torch.autograd.grad(rec, last, retain_graph=True)
     grad_adv, = torch.autograd.grad(adversarial, last, retain_graph=True)
@@ -547,6 +548,7 @@ def adaptive_weight(rec, adversarial, last):
 # joins in the second half: from the blobs of the beginning it would learn only that blur is fake.
 # What to look at: mse and lpips fall, codes used and perplexity rise. With the GAN on, d_real stays
 # above 0 and d_fake below, within ±1: both alike, D is blind; far beyond ±1, D has won.
+# Used before they are shown: Images (appendix B), Clock, restore, save (C), reconstruct (E).
 
 def rate(step, progress):
     """Factor of all learning rates: up in the first 50 steps, down in the last 60 % of the run."""
@@ -556,7 +558,7 @@ def rate(step, progress):
 
 def set_learning_rate(optimizer, factor):
     for group in optimizer.param_groups:
-        initial = group.setdefault("initial_lr", group["lr"])     # as the optimiser was made
+        initial = group.setdefault("initial_lr", group["lr"])     # noted at the first call
         group["lr"] = factor * initial
 
 def vq_optimizers(vqgan, cfg):
@@ -585,7 +587,7 @@ def train_vq(cfg, state=None):
     f = 2 ** len(cfg.widths)
     demand(cfg.size >= 32 and cfg.size % f == 0, f"--size: must be 32 or more, a multiple of {f}")
     device, mixed = pick_device(cfg)
-    images = Images(cfg.data, cfg, cfg.folder.parent / "cache")
+    images = Images(cfg.data, cfg, cfg.folder.parent / "cache")   # its train, val: row numbers
     lpips = load_lpips(cfg.lpips, device)
     cfg = replace(cfg, lpips=lpips.pnet_type if lpips else "off")   # a resumed run keeps its loss
     n = len(images.train)
@@ -596,12 +598,12 @@ def train_vq(cfg, state=None):
     adam_d = torch.optim.Adam(disc.parameters(), cfg.d_lr, betas=(0.5, 0.9), fused=True)
     parts = {"model": vqgan, "disc": disc, "adam": adam, "muon": muon, "adam_d": adam_d}
     restore(parts, state)
-    clock = Clock(cfg, n, state)
+    clock = Clock(cfg, n, state)                # yields the steps, keeps the log; progress: 0…1
     say("VQGAN", size_of(vqgan), "at step", clock.step, "of", clock.steps)
     if state is None:
-        preview = {}
-        for i, name in enumerate(images.classes):
-            preview[name] = images.rows(images.train[images.labels[images.train] == i][:16])
+        label = images.labels[images.train]
+        preview = {name: images.rows(images.train[label == i][:16])
+                   for i, name in enumerate(images.classes)}
         draw_rows(cfg.folder / "data_preview.png", preview)
         with torch.no_grad():                   # the codes start on encoder outputs
             some = images.train[shuffled(n, cfg.seed, 0)[:64]]
@@ -628,7 +630,7 @@ def train_vq(cfg, state=None):
         gan_on = cfg.gan_weight > 0 and clock.progress >= cfg.gan_start
         if gan_on:
             with mixed:
-                adversarial = -disc(x_hat).mean()
+                adversarial = -disc(x_hat).mean()             # high logits mean: D is fooled
             lam = adaptive_weight(rec, adversarial, vqgan.decoder.last.weight)
             ramp = min(1, (clock.progress - cfg.gan_start) / 0.1)     # D is young: hear it slowly
             loss = loss + ramp * cfg.gan_weight * lam * adversarial           # VQGAN eq. 6
@@ -657,8 +659,9 @@ def train_vq(cfg, state=None):
             disc.zero_grad()
             d_loss.backward()
             average_gradients(disc)
-            nn.utils.clip_grad_norm_(disc.parameters(), 1.0)
-            adam_d.step()
+            norm = nn.utils.clip_grad_norm_(disc.parameters(), 1.0)
+            if norm.isfinite():
+                adam_d.step()
             losses.update(d_loss=d_loss, d_real=real.mean(), d_fake=fake.mean())
 
         # ---- tell, measure, draw, save ----
@@ -666,7 +669,7 @@ def train_vq(cfg, state=None):
         if clock.look_due():
             path = cfg.folder / f"recon_epoch_{clock.epoch():03d}.png"
             held = look_vq(vqgan, images, lpips, path, mixed)
-            best = clock.tell_look(held, "mse")
+            best = clock.tell_look(held, "mse")     # best.pt has the lowest held-out mse
             save(cfg, clock, parts, {}, best)
 
     save(cfg, clock, parts, {})
@@ -676,13 +679,13 @@ def train_vq(cfg, state=None):
 # ------------------------------------------------------------------------------------------------
 # 8. Stage 2: diffusion
 # Noise is added to a latent in T small steps until nothing is left of it; a network learns to say
-# what was added; sampling walks back. The network may answer with ε or with v; predict() turns
-# either into (z0_hat, eps_hat), and the samplers know only these two.
+# what was added; sampling walks back. It may answer with ε, or with v = √ᾱ ε - √(1-ᾱ) z0, which is
+# useful at any t; predict() turns either into (z0_hat, eps_hat), and the samplers know only these.
 
 class Diffusion:
     """DDPM's noise schedule, its loss (Algorithm 1) and two samplers (Algorithm 2, DDIM). alpha_bar
-    (T+1,): in order of growing noise; the last, at index -1, is 1: before all noise. Raises
-    UserError for a word that it does not know."""
+    (T+1,): ᾱ_t for t = 0…T-1, falling; then, for index -1, a 1: before all noise. Raises UserError
+    for an unknown schedule or target."""
     def __init__(self, T=1000, schedule="cosine", target="v"):
         self.T, self.target = T, target
         if schedule == "linear":
@@ -691,14 +694,14 @@ class Diffusion:
             beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T
         elif schedule == "cosine":              # Nichol & Dhariwal 2021, arXiv 2102.09672, eq. 17
             t = torch.arange(T + 1, dtype=torch.float64) / T
-            f = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
+            f = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2             # ᾱ, but for a factor
             beta = 1 - f[1:] / f[:-1]
         else:
             raise UserError(f"--schedule {schedule}: must be linear or cosine")
-        alpha = 1 - beta.clamp(max=0.999)
+        alpha = 1 - beta.clamp(max=0.999)           # a step adds noise of variance β, keeps 1-β
         alpha_bar = alpha.cumprod(0)                # ᾱ_t = α_0 · … · α_t, made in float64
         self.alpha_bar = F.pad(alpha_bar, (0, 1), value=1).float()            # (T+1,)
-        self.goal(alpha, alpha, alpha)              # an unknown target raises here
+        self.goal(alpha, alpha, alpha)              # only to raise at an unknown target
 
     def alpha_bar_at(self, t, z):
         """ᾱ_t, shaped to multiply z, for t (B,) or one t."""
@@ -706,7 +709,7 @@ class Diffusion:
         return a.view(-1, *[1] * (z.dim() - 1))                               # (B,1,1,1)
 
     def add_noise(self, z0, t, eps):                                          # (B,d,h,w), (B,)
-        """DDPM eq. 4: z_t = √ᾱ z0 + √(1-ᾱ) ε, all steps at once."""
+        """DDPM eq. 4: z_t = √ᾱ z0 + √(1-ᾱ) ε, all steps at once; its std stays 1."""
         a = self.alpha_bar_at(t, z0)
         return a.sqrt() * z0 + (1 - a).sqrt() * eps                           # (B,d,h,w)
 
@@ -714,24 +717,25 @@ class Diffusion:
         """What the network shall answer."""
         if self.target == "eps":
             return eps
-        if self.target == "v":                      # v app. D: v = √ᾱ ε - √(1-ᾱ) z0
+        if self.target == "v":                      # Salimans app. D: v = √ᾱ ε - √(1-ᾱ) z0
             return a.sqrt() * eps - (1 - a).sqrt() * z0
         raise UserError(f"--target {self.target}: must be v or eps")
 
     def predict(self, out, z_t, t):
         """The network's answer -> (z0_hat, eps_hat), both (B,d,h,w).
-        trap: from ε, z0_hat divides the network's error by √ᾱ, 1/157 (linear) or 1/20,291 (cosine)
-        at t = T-1: colours off, latents of std 2 or 3. v never divides. And never clip z0_hat to ±1
-        as for pixels: latents would come out with std 0.68."""
+        trap: from ε, z0_hat multiplies the network's error by 1/√ᾱ, 157 (linear) or 20,291 (cosine)
+        at t = T-1: colours off, latents of std 2 or 3. v never does. And never clip z0_hat to ±1
+        as for pixels: latents would come out with std 0.7."""
         a = self.alpha_bar_at(t, z_t)
         if self.target == "eps":                    # DDPM eq. 4, solved for z0
             return (z_t - (1 - a).sqrt() * out) / a.sqrt(), out
-        z0_hat = a.sqrt() * z_t - (1 - a).sqrt() * out                        # v app. D
+        # v, and nothing else: a new target goes above, as in goal.
+        z0_hat = a.sqrt() * z_t - (1 - a).sqrt() * out                        # Salimans app. D
         eps_hat = (1 - a).sqrt() * z_t + a.sqrt() * out
         return z0_hat, eps_hat
 
     def loss(self, net, z0, t, eps, label):
-        """Algorithm 1, DDPM eq. 14: ‖goal - net(z_t, t)‖², (B,). Predicting nothing costs 1."""
+        """Algorithm 1, DDPM eq. 14: ‖goal - net(z_t, t)‖², (B,). Always answering 0 costs 1."""
         out = net(self.add_noise(z0, t, eps), t, label)
         goal = self.goal(z0, eps, self.alpha_bar_at(t, z0))
         return F.mse_loss(out, goal, reduction="none").flatten(1).mean(1)     # (B,)
@@ -748,8 +752,8 @@ class Diffusion:
 
     def pairs(self, steps):
         """Exactly `steps` pairs (t, t_prev), from T-1 to -1, for 1 <= steps <= T.
-        ours: t = T - T (i/S)², so the strides grow as noise fades: the large things of an image are
-        decided in the few noisiest levels.
+        ours: t = T-1 - T (i/S)², but i levels down at least, so the strides grow as noise fades:
+        the large things of an image are decided in the few noisiest levels.
         trap: range(0, T, T // steps) gives too many or too few for most numbers of steps."""
         ts = []
         for i in range(steps):
@@ -768,12 +772,12 @@ class Diffusion:
             alpha = a / a_prev
             t_all = torch.full((len(z),), t, device=z.device)                 # (B,)
             z0_hat, eps_hat = self.predict(net(z, t_all), z, t_all)
-            if sampler == "ddim":                   # η = 0: one smooth path; 1: as random as DDPM
+            if sampler == "ddim":       # z0_hat, noised back to t_prev; σ: how fresh that noise is
                 sigma = eta * ((1 - a_prev) / (1 - a) * (1 - alpha)).sqrt()           # DDIM eq. 16
                 z = a_prev.sqrt() * z0_hat + (1 - a_prev - sigma**2).clamp(min=0).sqrt() * eps_hat
-            elif sampler == "ddpm":
+            elif sampler == "ddpm":     # Algorithm 2: takes this step's share of the noise out
                 sigma = (1 - alpha).sqrt()                                # DDPM sec. 3.2: σ² = β
-                z = (z - (1 - alpha) / (1 - a).sqrt() * eps_hat) / alpha.sqrt()   # Algorithm 2
+                z = (z - (1 - alpha) / (1 - a).sqrt() * eps_hat) / alpha.sqrt()
             else:
                 raise UserError(f"--sampler {sampler}: must be ddim or ddpm")
             # trap: noise after the last step leaves a grain in every sample.
@@ -792,7 +796,7 @@ def time_embedding(t, dim):
     return torch.cat([angle.sin(), angle.cos()], dim=1)                   # (B,dim)
 
 class UNet(nn.Module):
-    """(z_t, t, class) -> v or ε. Class number n_classes means: not told."""
+    """(z_t, t, class) -> v or ε. There is one class more, number n_classes: not told."""
     def __init__(self, z_dim, widths, n_classes):
         super().__init__()
         E = 4 * widths[0]
@@ -806,10 +810,10 @@ class UNet(nn.Module):
         for c_out in widths:                                              # 64 → 64 → 128
             self.down.append(DownBlock(c_in, c_out, E))
             c_in = c_out
-        self.mid = MidBlock(widths[-1], E)
+        self.mid = MidBlock(c_in, E)
         self.up = nn.ModuleList()
         for c_out in reversed([widths[0], *widths[:-1]]):                 # 128 → 64 → 64
-            self.up.append(UpBlock(c_in, c_out, E, c_skip=c_in))
+            self.up.append(UpBlock(c_in, c_out, E, c_skip=c_in))          # its skip is as wide
             c_in = c_out
         self.norm = Norm(widths[0])
         self.last = zero(nn.Conv2d(widths[0], z_dim, 3, padding=1))
@@ -830,10 +834,10 @@ class UNet(nn.Module):
         return self.last(F.silu(self.norm(y))).float()                    # (B,d,h,w)
 
 def guided(net, guide, label, w, below):
-    """-> a net(z_t, t) that is led towards its class: out = weak + w (strong - weak).
-    weak is not told the class (CFG eq. 6; our w is theirs + 1), and comes from a younger self, an
-    earlier running mean of the weights (Karras 2024, arXiv 2406.02507): what training and the class
-    have added, w = 2 adds once more. Only where t < below: above it costs variety (2404.07724)."""
+    """-> a net(z_t, t) that is led towards its class: out = weak + w (strong - weak). w = 1: strong
+    alone; 2: their difference once more. weak is not told the class (CFG eq. 6; our w is theirs
+    + 1) and is younger: guide has earlier weights (Karras 2024, arXiv 2406.02507). Not where
+    t >= below: there it costs variety (Kynkäänniemi 2024, arXiv 2404.07724). ours: all in one."""
     def answer(z_t, t):
         strong = net(z_t, t, label)
         if w == 1 or t[0] >= below:
@@ -844,8 +848,8 @@ def guided(net, guide, label, w, below):
 # ------------------------------------------------------------------------------------------------
 # 10. Stage 2: training
 # The frozen encoder turns each image once into its grid of code numbers: these are stage 2's data.
-# Diffusion ends in noise of mean 0 and std 1, so the codes are brought there too; both numbers live
-# in the checkpoint. Look at the held-out loss by quarter of t (1 = nothing learnt).
+# ours: codes are diffused (LDM takes z before quantisation). Diffusion ends in noise of mean 0 and
+# std 1, so codes are brought there too. Look at the held-out loss by quarter of t (1: untaught).
 
 @torch.no_grad()
 def encode_images(vqgan, images, device, mixed):
@@ -857,22 +861,22 @@ def encode_images(vqgan, images, device, mixed):
         grids.append(k.to("cpu", torch.int32))
     return torch.cat(grids)
 
-def shares(k, codes):
+def frequencies(k, codes):
     """How often each code stands in the grids k. -> (K,), sum 1."""
     return torch.bincount(k.flatten(), minlength=codes) / k.numel()
 
 def measure_scale(k, e):
     """Mean and std of the codes e (K,d), each as often as it stands in the grids k. -> (2,d).
     ours: by channel. (LDM app. G divides by one std and subtracts no mean.)"""
-    p = shares(k, len(e)).to(e)[:, None]                                  # (K,1)
+    p = frequencies(k, len(e)).to(e)[:, None]                             # (K,1)
     mean = (p * e).sum(0)
     variance = (p * (e - mean) ** 2).sum(0)
     return torch.stack([mean, variance.clamp(min=1e-12).sqrt()])
 
 def standardise(z, scale):
-    """z (B,d,h,w) -> z0. Applied here and below, and nowhere else.
+    """z (B,d,h,w) -> z0; unstandardise goes back. Nothing is scaled anywhere else.
     trap: a copied constant, or one of the two sides forgotten, gives grey mush or noise."""
-    mean, std = scale.view(2, 1, -1, 1, 1)
+    mean, std = scale.view(2, 1, -1, 1, 1)                                # (1,d,1,1) each
     return (z - mean) / std
 def unstandardise(z0, scale):
     mean, std = scale.view(2, 1, -1, 1, 1)
@@ -905,28 +909,30 @@ def look_ldm(model, z0, label, path):
 
 def train_ldm(cfg, state=None):
     """Stage 2, from a stage-1 checkpoint to one that is all that sampling needs. -> exit status."""
+    diffusion = Diffusion(cfg.T, cfg.schedule, cfg.target)
     device, mixed = pick_device(cfg)
-    vq = state["vq"] if state else load_checkpoint(cfg.vq, "--vq", "vq")
+    vq = state.get("vq", {}) if state else load_checkpoint(cfg.vq, "--vq", "vq")
     vqgan, vq_cfg = load_vqgan(vq, device)
     side = vq_cfg.side
-    demand(side % 2 ** len(cfg.widths) == 0, f"--widths: too many to halve {side}×{side} codes")
+    demand(side % 2 ** len(cfg.widths) == 0, "--widths: codes cannot be halved so often")
     images = Images(vq_cfg.data, vq_cfg, cfg.folder.parent / "cache")
     grids = encode_images(vqgan, images, device, mixed)                   # (images,h,w)
     scale = measure_scale(grids[images.train], vqgan.codebook.embedding.weight)           # (2,d)
     n, n_classes = len(images.train), len(images.classes)
-    counts = torch.bincount(images.labels[images.train], minlength=n_classes)
+    same = not state or state.get("classes") == images.classes
+    demand(same, "--resume: the folder has other classes now")
+    class_counts = torch.bincount(images.labels[images.train], minlength=n_classes)
 
     def latents(rows):                                                    # (B,) -> z0 (B,d,h,w)
         return standardise(vqgan.codebook.lookup(grids[rows].to(device)), scale)
 
     torch.manual_seed(cfg.seed)                 # the first weights
-    diffusion = Diffusion(cfg.T, cfg.schedule, cfg.target)
     net = UNet(vq_cfg.z_dim, cfg.widths, n_classes).to(device)
     ema = copy.deepcopy(net).requires_grad_(False)
     guide = copy.deepcopy(ema)                  # the younger self, see guided
     adam = torch.optim.Adam(net.parameters(), cfg.lr, betas=(0.9, 0.99), fused=True)
     parts = {"model": net, "ema": ema, "guide": guide, "adam": adam}
-    facts = {"scale": scale.cpu(), "classes": images.classes, "class_counts": counts,
+    facts = {"scale": scale.cpu(), "classes": images.classes, "class_counts": class_counts,
              "vq": {"config": vq["config"], "model": vq["model"]}}
     restore(parts, state)
     clock = Clock(cfg, n, state)
@@ -937,7 +943,7 @@ def train_ldm(cfg, state=None):
         draw = rng(cfg.seed, "step", step)
         rows = images.train[next_rows(n, step, cfg.batch_size, cfg.seed)]                 # (B,)
         if cfg.balance:
-            chance = 1 / counts[images.labels[images.train]]
+            chance = 1 / class_counts[images.labels[images.train]]
             rows = images.train[chance.multinomial(cfg.batch_size, True, generator=draw)]
         # trap: t from 1…T-1 or 0…T-2 leaves a level that is sampled but was never trained.
         t = torch.randint(cfg.T, (cfg.batch_size,), generator=draw)           # (B,) in 0…T-1
@@ -957,7 +963,7 @@ def train_ldm(cfg, state=None):
             continue
         adam.step()
         update_ema(ema, net, step, cfg.ema)
-        if clock.progress < 0.2:
+        if clock.progress < 0.2:                # from then on it stays young
             guide.load_state_dict(ema.state_dict())
 
         # ---- tell, measure, draw, save ----
@@ -974,7 +980,7 @@ def train_ldm(cfg, state=None):
     return clock.finish(f"sample --ckpt {cfg.folder.as_posix()}")
 # ------------------------------------------------------------------------------------------------
 # 11. Sampling
-# Noise -> latents -> codes -> pixels, batch by batch, so memory does not grow with --n.
+# Noise -> latents -> codes -> pixels, batch by batch.
 
 def frozen(net, weights, device):                       # in eval mode, without gradients
     net.load_state_dict(weights)
@@ -995,8 +1001,8 @@ class LatentDiffusion:
             self.vqgan, self.vq_cfg = load_vqgan(state["vq"], device)
             self.cfg = LDMConfig(**state["config"])
             self.diffusion = Diffusion(self.cfg.T, self.cfg.schedule, self.cfg.target)
-            self.classes = state["classes"]
-            self.scale = state["scale"].to(device)
+            self.classes, self.class_counts = state["classes"], state["class_counts"].float()
+            self.scale = state["scale"].view(2, self.vq_cfg.z_dim).to(device)
             net = UNet(self.vq_cfg.z_dim, self.cfg.widths, len(self.classes))
             self.guide = frozen(copy.deepcopy(net), state["guide"], device)
             self.net = frozen(net, state["ema"], device)
@@ -1040,16 +1046,17 @@ def sample(cfg):
     state = load_checkpoint(cfg.ckpt, "--ckpt", "ldm")
     demand(not list(cfg.folder.glob("*")), f"--out {cfg.folder}: is not empty; name a new folder")
     model = LatentDiffusion(state, *pick_device(cfg))
-    names = [cfg.class_] if cfg.class_ else model.classes[:cfg.n]
-    demand(set(names) <= set(model.classes), f"--class {cfg.class_}: not one of {model.classes}")
-    label = torch.tensor([model.classes.index(name) for name in names])
-    label = label.repeat(cfg.n)[:cfg.n]                                   # (n,) each in turn
+    label = torch.arange(cfg.n) % len(model.classes)                      # (n,) each in turn
+    if cfg.class_:
+        demand(cfg.class_ in model.classes, f"--class: must be one of {model.classes}")
+        label = torch.full_like(label, model.classes.index(cfg.class_))
     pictures, latents = model.images(cfg, range(cfg.n), label)
-    rows = {name: pictures[k::len(names)] for k, name in enumerate(names)}
+    rows = {model.classes[k]: pictures[label == k] for k in label.unique()}
     for name, images in rows.items():
-        (cfg.folder / name).mkdir(parents=True)
+        folder = cfg.folder / re.sub(r"[^\w ,+-]", "_", name)
+        folder.mkdir(parents=True)
         for i, image in enumerate(images):
-            write_png(image, f"{cfg.folder / name}/{i:05d}.png")
+            write_png(image, f"{folder}/{i:05d}.png")
     draw_rows(cfg.folder / "grid.png", rows)
     draw_trajectory(cfg.folder / "trajectory.png", model, cfg, label[:1])
     say(f"latents have std {latents.std():.2f} (healthy: 1); look at", cfg.folder / "grid.png")
@@ -1058,7 +1065,7 @@ def sample(cfg):
 # A. Drawn lesions
 # To run tonight without a download: dermoscopy-like images, endlessly many, of four classes.
 
-LESIONS = {             # four colours; how ragged, how soft the border; how much network; dots
+LESIONS = {             # four colours; how ragged, how soft the border; dark net (or pale); dots
     "keratosis-like": ("b89970 997a57 ccb894 8c7866", .09, .08, .05, .6),
     "melanoma-like": ("42261c 734a33 545c78 8c4545", .20, .12, .20, .5),
     "nevus-like": ("854f38 9e6647 613829 ad6b57", .04, .17, .24, .25),
@@ -1075,7 +1082,7 @@ def synthetic(i, size, seed=0):
     def noise(cells, channels=1):                   # smooth, about -1…1; more cells: a finer grain
         coarse = span(-1, 1, 1, channels, cells, cells)
         return F.interpolate(coarse, (size, size), mode="bicubic", align_corners=True)[0]
-    def distance(n, reach):                         # of each pixel to n random points -> (n,H,W)
+    def distance(n, reach):             # of each pixel, (x,y) below, to n random points -> (n,H,W)
         at = span(-reach, reach, 2, n, 1, 1)
         return torch.hypot(x - at[0], y - at[1])
 
@@ -1123,12 +1130,10 @@ def synthetic(i, size, seed=0):
 # Hours are lost to one bad image in a folder, and most of a laptop's time to decoding JPEGs. So
 # each image is opened once, before training, and written as bytes into one file.
 
-PHOTO = re.compile(r"(?i)^(?!\.|grid|trajectory).*\.(bmp|gif|jpe?g|png|tiff?|webp)$")
-NO_PHOTO = re.compile(r"(?i)_segmentation|_superpixels|_mask|_expert|-partial|(^|/)\.")
-TRAIN = re.compile(r"(?i)(?<![^/])train(ing)?/")        # folders of these names are the split
-HELD_OUT = re.compile(r"(?i)(?<![^/])(val(id(ation)?)?|test(ing)?)/")
-def place(path):
-    return Path(path).expanduser().resolve()
+PHOTO = r"(?i)^(?!\.|(grid|trajectory)\.png).*\.(bmp|gif|jpe?g|png|tiff?|webp)$"
+NO_PHOTO = r"(?i)_segmentation|_superpixels|_mask|_expert|-partial|(^|/)\."
+TRAIN = r"(?i)(?<![^/])train(ing)?/"                    # folders of these names are the split
+HELD_OUT = r"(?i)(?<![^/])(val(id(ation)?)?|test(ing)?)/"
 def read_image(path, size):                             # -> uint8 (3,size,size)
     # Whatever its suffix, PIL would open 40 kinds of files, and start Ghostscript for one of them.
     with Image.open(path, formats=["BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP"]) as im:
@@ -1153,14 +1158,14 @@ def find_images(folder):
                 table[row.get("isic_id") or row.get("image_id")] = row
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if PHOTO.match(path.name) and not NO_PHOTO.search(name) and path.is_file():
+        if re.match(PHOTO, path.name) and not re.search(NO_PHOTO, name) and path.is_file():
             row = table.get(path.stem, {})
             told = row.get("diagnosis_3") or row.get("diagnosis_1") or row.get("dx") or "images"
-            parents = TRAIN.sub("", HELD_OUT.sub("", name)).split("/")[:-1]
-            kind = parents[-1] if parents else told
+            inner = re.sub(TRAIN, "", re.sub(HELD_OUT, "", name))
+            kind = Path(inner).parent.name or told
             lesion = row.get("lesion_id") or path.stem
             stamp = path.stat().st_mtime_ns     # of what a link points to
-            named.append((name, kind, bool(HELD_OUT.search(name)), stamp))
+            named.append((name, kind, bool(re.search(HELD_OUT, name)), stamp))
             hashed.append((name, kind, digest(lesion) % 10 == 0, stamp))
     return named if any(held for _, _, held, _ in named) else hashed
 
@@ -1168,35 +1173,33 @@ class Images:
     """Images at --size, drawn or decoded once, then read from the cache. labels: the number of each
     one's class. train, val: row numbers. Raises UserError."""
     def __init__(self, source, cfg, cache):
-        folder = place(source)
+        folder = Path(source)
         if source == "synthetic":
             kinds = list(LESIONS) * cfg.n_images
             found = [(i, kinds[i], i // 4 % 10 == 0, cfg.seed) for i in range(cfg.n_images)]
         else:
-            demand(folder.is_dir(), f"--data {source}: no such folder; give one, or 'synthetic'")
             found = find_images(folder)
-            demand(found, f"--data {source}: no images in it")
+        demand(found, f"--data {source}: no images are there; give a folder, or 'synthetic'")
 
         def read(name):
             if source == "synthetic":
                 return synthetic(name, cfg.size, cfg.seed).numpy()
             return read_image(folder / name, cfg.size)
         self.size = cfg.size
-        self.path = cache / f"{folder.name}-{self.size}-{digest((folder, found)):x}"
-        index = self.path.with_suffix(".json")
+        self.path = cache / f"{folder.name}-{self.size}-{digest((folder, found)):x}.u8"
+        index = self.path.with_suffix(".pt")
         if not index.exists():
             good = decode(self.path, found, read)
-            write_whole(index, lambda f: f.write(json.dumps(good).encode()))
-        self.names, kinds, held, _ = zip(*json.loads(index.read_text()))
+            write_whole(index, lambda f: torch.save(good, f))
+        self.names, kinds, held, _ = zip(*torch.load(index))
         self.classes = sorted(set(kinds))
         self.labels = torch.tensor([self.classes.index(kind) for kind in kinds])
         held = torch.tensor(held)
         held[::10] |= not held.any()            # of a handful of images hold out at least one
         self.train = (~held).nonzero().flatten()
         # In a folder the first images are of one class: measure on a mixture.
-        mixture = torch.randperm(int(held.sum()), generator=rng("held out"))
-        self.val = held.nonzero().flatten()[mixture]
-        demand(len(self.train), f"--data {source}: no images to train on")
+        val = held.nonzero().flatten()
+        self.val = val[torch.randperm(len(val), generator=rng("held out"))]
         say("data", source, len(self.train), "images to train on,", len(self.val), "held out;",
             *self.classes)
 
@@ -1219,12 +1222,10 @@ def decode(path, found, read):                          # into one file -> the g
         with ThreadPoolExecutor() as pool:
             for image in bar(pool.map(attempt, found), "preparing images", len(found)):
                 f.write(image)
-        demand(len(bad) <= 0.2 * len(found), f"{len(bad)} unreadable images: {list(bad)[:1]}")
+        if bad:
+            say("skipped", len(bad), "images that cannot be read:", *list(bad.items())[:5])
+        demand(len(bad) <= 0.2 * len(found), f"--data: {len(bad)} unreadable images are too many")
     write_whole(path, write)
-    if bad:
-        say("skipped", len(bad), "images that cannot be read:")
-    for name in sorted(bad)[:5]:
-        say("  ", name, bad[name])
     return [row for row in found if row[0] not in bad]
 # ------------------------------------------------------------------------------------------------
 # C. Keeping a run
@@ -1282,26 +1283,27 @@ def load_checkpoint(where, name, *kinds):
     with reading(path):
         state = torch.load(path, map_location="cpu", weights_only=True)
         kind = state["kind"]
-        demand({"config", "step", "seconds", "log"} <= set(state), "it lacks a part")
-    demand(kind in kinds, f"{name} {where}: is of train-{kind}, which is the other stage")
+    demand(kind in kinds, f"{name} {where}: is of the other stage")
     return {**state, "folder": path.parent}
 
 def open_run(cfg, typed, resume, overwrite):
     """-> the settings of a run, and the checkpoint that it goes on from, or None."""
     last = cfg.folder / "last.pt"
-    demand(cfg.batch_size % world() == 0, f"--batch-size: no multiple of {world()} processes")
     if overwrite or not last.exists():
-        for old in cfg.folder.glob("*_epoch_*.png"):    # of the run that it overwrites
-            old.unlink(missing_ok=True)
+        if resume:
+            say("there is no run in", cfg.folder, "yet: a new one begins")
+        old = [last, cfg.folder / "best.pt", *cfg.folder.glob("*_epoch_*.png")]
+        for path in old:                                # of the run that it overwrites
+            path.unlink(missing_ok=True)
         return cfg, None
     demand(resume, f"--out {cfg.folder}: already holds a run; --resume or --overwrite it")
     state = load_checkpoint(last, "--resume", cfg.kind)
-    old = state["config"]
-    differ = [f"{flag(name)} was {old.get(name)}" for name, value in typed.items()
-              if name not in MAY_CHANGE and value != old.get(name)]
-    demand(not differ, f"--resume goes on with the recorded settings: {', '.join(differ)}")
     with reading(last):
-        return replace(cfg, **{**old, **typed}), state
+        old = type(cfg)(**state["config"])
+    differ = [f"{flag(name)} was {getattr(old, name)}" for name, value in typed.items()
+              if name not in MAY_CHANGE and value != getattr(old, name)]
+    demand(not differ, f"--resume goes on with the recorded settings: {differ}")
+    return replace(old, **typed), state
 
 def restore(parts, state):                              # networks and optimisers of a resumed run
     with reading("last.pt"):
@@ -1312,10 +1314,13 @@ class Clock:
     """Yields steps until --epochs, --minutes or a signal end a run, and keeps the log. step: steps
     done, this one included. progress: where this step stands, 0…1. A resumed run counts on."""
     def __init__(self, cfg, n, state):
+        demand(n, "--data: no images to train on")
+        demand(cfg.batch_size % world() == 0, "--batch-size: no multiple of torchrun's processes")
         state = state or {"step": 0, "seconds": 0, "log": []}
-        self.step = state["step"]
-        self.log = state["log"]
-        self.began = time.perf_counter() - state["seconds"]
+        with reading("last.pt"):
+            self.step = state["step"]
+            self.log = state["log"]
+            self.began = time.perf_counter() - state["seconds"]
         self.steps_per_epoch = n / cfg.batch_size
         self.steps = math.ceil(cfg.epochs * self.steps_per_epoch)
         self.minutes = cfg.minutes
@@ -1329,7 +1334,7 @@ class Clock:
     def now(self):
         if self.minutes:
             return self.seconds() / 60 / self.minutes
-        return self.step / self.steps + 1e-9
+        return self.step / self.steps + 1e-9        # so that 10 · 0.3 is not 2.999…
 
     def __iter__(self):
         # Ctrl-C and SIGTERM only ask: the step is finished and saved. A second one ends at once.
@@ -1376,13 +1381,16 @@ class Clock:
         row = {f"held_{name}": value for name, value in held.items()}
         self.log.append({"step": self.step, **row})
         words = [f"{name} {value:.4g}" for name, value in held.items()]
-        say(f"{self.now():4.0%} held out:", ", ".join(words))
+        say(f"{self.now():4.0%} held out:", *words)
         if held.get("codes_used_percent", 100) < 25 or not 0.7 < held.get("latent_std", 1) < 1.4:
             say("WARNING few codes are used, or the latents' std is far from 1: it is still young")
         scores = [row.get(f"held_{score}", math.inf) for row in self.log]
         return held[score] <= min(scores)
 
     def finish(self, then):                             # -> exit status
+        # Nobody leaves before the first process has saved, and all with the same status.
+        anyone = mean_over_processes(torch.tensor(float(self.signal)))
+        self.signal = self.signal or (15 if anyone > 0 else 0)
         then = "to go on, add --resume" if self.signal else f"next: python vqldm.py {then}"
         say("saved at step", self.step, "of", self.steps, "--", then)
         return 128 + self.signal if self.signal else 0
@@ -1397,15 +1405,16 @@ def figure(path, width, height, rows, columns=1):       # with … as axes: draw
     write_whole(path, lambda f: fig.savefig(f, format="png"))
 
 def draw_rows(path, rows):                              # {label: uint8 images}: 16 of each, a strip
+    rows = {label: images for label, images in rows.items() if len(images)}
     with figure(path, 16, 1.3 * len(rows), len(rows)) as axes:
         for ax, (label, images) in zip(axes, rows.items()):
             strip = make_grid(list(images[:16]), 16, pad_value=255)
             ax.imshow(strip.permute(1, 2, 0).numpy())
-            ax.set_title(label, fontsize=9, loc="left")
+            ax.set_title(label, fontsize=9, loc="left", parse_math=False)
             ax.axis("off")
 
 def draw_curves(path, log, names):                      # a panel for each column
-    columns = math.ceil(len(names) / 2)
+    columns = math.ceil(len(names) / 2) or 1
     with figure(path, 2.4 * columns, 4, 2, columns) as axes:
         for ax, name in zip(axes, names):
             rows = [row for row in log if name in row]
@@ -1420,8 +1429,8 @@ def draw_trajectory(path, model, cfg, label):           # from noise to one imag
     draw_rows(path, {"z_t": model.decode(z_t), "guess of z0": model.decode(z0_hat)})
 # ------------------------------------------------------------------------------------------------
 # E. Measuring
-# A number means something beside its references. LPIPS and both distances look through the network
-# that stage 1 trains on: they flatter whoever trains with LPIPS.
+# A distance means something only beside its references: _perfect, _recon, _real. LPIPS, Fréchet
+# and kernel distance look through the network of stage 1's loss: they flatter who trains with it.
 
 def ssim(u, v):
     """Structural similarity (Wang et al. 2004) of images (B,3,H,W) in 0…1. -> (B,)"""
@@ -1458,7 +1467,7 @@ def reconstruct(vqgan, images, lpips, mixed):
             numbers[name] = numbers.get(name, 0) + float(value.sum()) / len(images)
         grids.append(k.cpu())
         copies.append(to_bytes(x_hat))
-    p = shares(torch.cat(grids), len(e))                                  # (K,)
+    p = frequencies(torch.cat(grids), len(e))                             # (K,)
     entropy = -torch.xlogy(p, p).sum()
     numbers["codes_used_percent"] = 100 * int((p > 0).sum()) / len(p)
     numbers["perplexity"] = float(entropy.exp())                          # 1 … K
@@ -1483,20 +1492,23 @@ def frechet(a, b):
 
 def kernel_distance(a, b):
     """Squared MMD with a cubic kernel (Bińkowski 2018, arXiv 1801.01401), of n and n features.
-    Unbiased: two sets of one kind score 0 at any n, where Fréchet scores hundreds if n is small."""
+    Unbiased: two sets of one kind score 0 on average, where Fréchet at small n scores hundreds."""
     k_aa, k_bb, k_ab = [(u @ v.T / u.shape[1] + 1) ** 3 for u, v in ((a, a), (b, b), (a, b))]
     within = (k_aa + k_bb).sum() - (k_aa + k_bb).trace()                  # no image with itself
     return float(within / (len(a) * (len(a) - 1)) - 2 * k_ab.mean())
 
 def unseen_images(cfg, vq_cfg, cache):                  # -> uint8 (n,3,H,W), n others
-    source = cfg.data or vq_cfg.data
-    if source == "synthetic":                           # drawn anew: of these there is no end
+    data = cfg.data or vq_cfg.data
+    demand(cfg.n > 1, "--n: one image is too few to measure on")
+    if data == "synthetic":                             # drawn anew: of these there is no end
         drawn = [synthetic(i, vq_cfg.size, vq_cfg.seed + 1) for i in range(2 * cfg.n)]
         return torch.stack(drawn).split(cfg.n)
-    images = Images(source, vq_cfg, cache)
+    images = Images(data, vq_cfg, cache)
     rows = torch.randperm(len(images.names), generator=rng(cfg.seed, "unseen"))
-    if place(source) == place(vq_cfg.data):
+    if data == vq_cfg.data:
         rows = images.val
+    elif Path(vq_cfg.data) in Path(data).parents:
+        raise UserError("--data lies in what was trained on: leave it out, for the held-out ones")
     n = min(cfg.n, len(rows) // 2)
     demand(n > 1, f"--data: {len(rows)} unseen images are too few to measure on")
     return images.rows(rows[:n]), images.rows(rows[n:2 * n])
@@ -1512,11 +1524,10 @@ def evaluate(cfg):
     pictures = {"real": real, "recon": recon}
     if state["kind"] == "ldm":
         model = LatentDiffusion(state, device, mixed)
-        chance = state["class_counts"].float()
-        label = chance.multinomial(len(real), True, generator=rng(cfg.seed, "classes"))
+        label = model.class_counts.multinomial(len(real), True, generator=rng(cfg.seed, "classes"))
         made, z0 = model.images(SampleConfig(seed=cfg.seed), range(len(real)), label)
         pictures["samples"] = made
-        # A perfect stage 2 makes codes of other real images: it would score as their copies do.
+        # A perfect stage 2 would make the codes of other real images: it scores as these decoded.
         perfect = reconstruct(vqgan, other, lpips, mixed)[1]
         sets = {"": made, "_perfect": perfect, "_recon": recon, "_real": other}
         for name, images in sets.items() if lpips else ():
@@ -1538,7 +1549,7 @@ def evaluate(cfg):
 
 def orthogonal(g):
     """g (r,n) = U S Vᵀ -> about U Vᵀ: its singular values become 0.7 to 1.2. Newton-Schulz: each
-    round takes every singular value s to 3.4445 s - 4.775 s³ + 2.0315 s⁵."""
+    round takes every singular value s to 3.4445 s - 4.775 s³ + 2.0315 s⁵ (Jordan's numbers)."""
     x = g.T if len(g) > g.shape[1] else g                                 # (r,n), r <= n
     x = x / (x.norm() + 1e-7)
     for _ in range(5):
@@ -1560,7 +1571,7 @@ class Muon(torch.optim.Optimizer):
                     state["mean"] = torch.zeros_like(p)
                 state["mean"].lerp_(p.grad, 0.05)
                 g = p.grad.lerp(state["mean"], 0.95).flatten(1)           # Nesterov: look ahead
-                tall = max(1, len(g) / g.shape[1]) ** 0.5   # fewer directions: longer steps in each
+                tall = max(1, len(g) / g.shape[1]) ** 0.5     # longer steps for a tall matrix
                 p.sub_(group["lr"] * tall * orthogonal(g).view_as(p))
 # ------------------------------------------------------------------------------------------------
 # G. Commands
@@ -1610,6 +1621,8 @@ def run_command(argv):
         say(__doc__, "\nCommands ", *COMMANDS, "   COMMAND --help lists its settings")
         return 0
     demand(command in COMMANDS, f"{command}: no command; there are {', '.join(COMMANDS)}")
+    one = world() == 1 or command.startswith("train")
+    demand(one, f"{command}: runs in one process, so without torchrun")
     cls, function = COMMANDS[command]
     parser = build_parser(command)
     typed = vars(parser.parse_args(argv[1:]))
@@ -1626,6 +1639,8 @@ def main(argv=None):
     """Run one command. SystemExit 2 after a user's mistake, 130 or 143 after a signal."""
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     with contextlib.suppress(AttributeError):           # a code page without é must not end a run
         sys.stdout.reconfigure(errors="replace")
     status = 2
@@ -1635,7 +1650,7 @@ def main(argv=None):
         print("vqldm:", e, file=sys.stderr)
     except (MemoryError, OSError, RuntimeError) as e:
         cause = e.__context__ or e                      # torch.save hides a full disk
-        if "memory" in repr(e).lower():
+        if re.search("out of memory|allocate|MemoryError", repr(e)):
             cause = "out of memory: a smaller --batch-size or --size helps"
         elif not isinstance(cause, OSError):
             raise
