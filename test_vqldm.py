@@ -407,7 +407,7 @@ def test_reference_stage_2_ends_with_the_weights_of_algorithm_1_written_out(runs
     told = runs.ldm["log"][-1]
     assert all(p.grad.any() for p in net.parameters())
     assert told["held_loss"] == pytest.approx(float(held.mean()), rel=2e-4)
-    assert told["held_loss"] != pytest.approx(float(raw.mean()), rel=1e-3)
+    assert told["held_loss"] != pytest.approx(float(raw.mean()), rel=3e-4)
     for i, part in enumerate(held.chunk(4)):
         assert told[f"held_loss_t{i + 1}of4"] == pytest.approx(float(part.mean()), rel=1e-3)
 
@@ -1222,15 +1222,16 @@ def test_default_yields_to_preset_to_recorded_to_typed(trained, told):
 
 def test_minutes_and_steps_of_a_resumed_run_count_on():
     """Half of a minute is half of --minutes 1, whatever part of it an earlier session took."""
-    state = {"step": 3, "seconds": 30.0, "log": []}
-    clock = vqldm.Clock(vqldm.VQConfig(minutes=1.0), 100, state)
-    assert 0.5 <= clock.now() < 0.6 and clock.step == 3
-    assert vqldm.Clock(vqldm.VQConfig(epochs=2, batch_size=10), 100, state).now() == \
+    parts = {"model": nn.Linear(1, 1)}
+    state = {"step": 3, "seconds": 30.0, "log": [], "model": parts["model"].state_dict()}
+    run = vqldm.Run(vqldm.VQConfig(minutes=1.0), 100, parts, {}, state)
+    assert 0.5 <= run.now() < 0.6 and run.step == 3
+    assert vqldm.Run(vqldm.VQConfig(epochs=2, batch_size=10), 100, parts, {}, state).now() == \
         pytest.approx(3 / 20)
 
 # ---- Words -------------------------------------------------------------------------------------
 
-SOURCE, NODES = (HERE / "vqldm.py").read_text(encoding="utf8"), 9138
+SOURCE, NODES = (HERE / "vqldm.py").read_text(encoding="utf8"), 8975
 
 def test_the_file_stays_a_text():
     nodes, lines = list(ast.walk(ast.parse(SOURCE))), SOURCE.splitlines()

@@ -100,7 +100,7 @@ class VQConfig(Settings):
     lpips_weight: amount = 0.1          # weight of LPIPS, a learnt distance of images
     commit_weight: amount = 0.25        # weight of the commitment loss beside the codebook's
     gan_weight: amount = 0.2            # weight of the adversarial loss, times lam; 0: no GAN
-    gan_start: amount = 0.5             # part of the run after which the GAN joins
+    gan_start: amount = 0.1             # part of the run after which the GAN joins
     # How fast, how long?
     lr: amount = 1e-3                   # learning rate of all that has none of its own
     muon_lr: amount = 0.02              # learning rate of inner kernels, by Muon; 0: Adam at --lr
@@ -181,7 +181,7 @@ def pick_device(cfg):
     try:
         device = torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError):
-        raise UserError(f"--device {name}: not on this machine; auto and cpu work") from None
+        raise UserError("--device: is not on this machine; auto and cpu work") from None
     bf16 = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
     if device.type == "cuda":                   # not where bf16 is only emulated: that is slower
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -225,9 +225,6 @@ def say(*words):
 
 def bar(items, name, total=None):       # disable=None: shown on a terminal only
     return tqdm(items, name, total, leave=False, disable=rank() > 0 or None)
-def size_of(net):
-    millions = sum(p.numel() for p in net.parameters()) / 1e6
-    return f"{millions:.2f} M parameters"
 # ------------------------------------------------------------------------------------------------
 # 3. What the loops see of data
 # Which images come next, as floats in [-1,1], and turned: a skin lesion has no up.
@@ -349,6 +346,11 @@ class UpBlock(nn.Module):
         if skip is not None:
             y = torch.cat([y, skip], dim=1)                               # (B,c_in+c_skip,2h,2w)
         return self.res2(self.res1(y, emb), emb)                          # (B,c_out,2h,2w)
+
+def levels(widths):
+    """Channels before and after each DownBlock: (16, 64) -> (16, 16), (16, 64). UpBlocks go the
+    same way back: 64 → 16, then 16 → 16."""
+    return list(zip([widths[0], *widths], widths))
 # ------------------------------------------------------------------------------------------------
 # 5. Stage 1: the VQGAN
 # The encoder makes the grid small, the codebook makes it discrete, the decoder undoes both. The
@@ -360,11 +362,8 @@ class Encoder(nn.Module):
     def __init__(self, widths, z_dim):
         super().__init__()
         self.first = nn.Conv2d(3, widths[0], 3, padding=1)
-        self.down = nn.ModuleList()
-        c_in = widths[0]
-        for c_out in widths:                                              # 16 → 16 → 64
-            self.down.append(DownBlock(c_in, c_out))
-            c_in = c_out
+        there = levels(widths)                                            # 16 → 16 → 64
+        self.down = nn.ModuleList([DownBlock(c_in, c_out) for c_in, c_out in there])
         self.mid = MidBlock(widths[-1])
         self.norm = Norm(widths[-1])
         self.last = nn.Conv2d(widths[-1], z_dim, 3, padding=1)
@@ -382,11 +381,8 @@ class Decoder(nn.Module):
         super().__init__()
         self.first = nn.Conv2d(z_dim, widths[-1], 3, padding=1)
         self.mid = MidBlock(widths[-1])
-        self.up = nn.ModuleList()
-        c_in = widths[-1]
-        for c_out in reversed([widths[0], *widths[:-1]]):                 # 64 → 16 → 16
-            self.up.append(UpBlock(c_in, c_out))
-            c_in = c_out
+        back = reversed(levels(widths))                                   # 64 → 16 → 16
+        self.up = nn.ModuleList([UpBlock(c_in, c_out) for c_out, c_in in back])
         self.norm = Norm(widths[0])
         self.last = nn.Conv2d(widths[0], 3, 3, padding=1)
 
@@ -440,8 +436,7 @@ class Codebook(nn.Module):
 
     # trap: the usual start, uniform in ±1/K, sits at the origin. Where the encoder's outputs do
     # not, a few codes win everything and the others never get a gradient: the collapse.
-    # So all start on outputs of the encoder; one that did not win starts again (as in Jukebox,
-    # Dhariwal 2020, arXiv 2005.00341).
+    # So they start on outputs of the encoder; unused ones do so again (Jukebox, arXiv 2005.00341).
     @torch.no_grad()
     def start_on(self, z, generator, which=...):        # [...] means all
         """Put the codes `which` (a mask (K,), or all) on random vectors of z (B,d,h,w)."""
@@ -500,15 +495,13 @@ def load_lpips(wanted, device):
     if wanted == "off":
         return None
     try:
-        with warnings.catch_warnings():         # torchvision has advice for lpips, not for us
-            warnings.simplefilter("ignore")
-            import lpips
-            net = lpips.LPIPS(net="squeeze" if wanted == "auto" else wanted, verbose=False)
+        warnings.filterwarnings("ignore", module="torchvision")     # advice for lpips, not for us
+        import lpips
+        net = lpips.LPIPS(net="squeeze" if wanted == "auto" else wanted, verbose=False)
         return net.to(device).eval().requires_grad_(False)
     except Exception as e:              # URLError, OSError, a damaged file, an unknown name
         demand(wanted == "auto", f"--lpips: {e}; off goes without, with more blur")
-        say("WARNING no LPIPS, neither as a loss nor as a measure: its weights (5 MB) are not in",
-            torch.hub.get_dir())
+        say("WARNING no LPIPS, as loss or as measure: no weights (5 MB) in", torch.hub.get_dir())
 
 class PatchDiscriminator(nn.Module):
     """D: a logit, real or fake, for each patch of 38 pixels (pix2pix, arXiv 1611.07004, has 70).
@@ -531,12 +524,11 @@ def hinge_loss(real, fake):
     return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
 
 def adaptive_weight(rec, adversarial, last):
-    """lam = ‖∇_L rec‖ / (‖∇_L adversarial‖ + δ), L the decoder's last layer (VQGAN eq. 7; δ and
-    the cap are those of its authors' code).
+    """lam = ‖∇_L rec‖ / (‖∇_L adversarial‖ + δ), L the decoder's last layer (VQGAN eq. 7).
     Why adaptive: D's gradient can be a thousand times stronger or weaker than the reconstruction's,
     and changes as D learns. Scaled so that both push the last layer equally hard, neither drowns
     the other. At the last layer: back through all others would cost too much. An untrained D has
-    almost no gradient: hence δ and the cap. trap: lam is a number, no part of the graph."""
+    almost no gradient: hence δ and its authors' cap. trap: lam is a number, not in the graph."""
     grad_rec, = torch.autograd.grad(rec, last, retain_graph=True)
     grad_adv, = torch.autograd.grad(adversarial, last, retain_graph=True)
     norm_rec = mean_over_processes(grad_rec).norm()
@@ -545,10 +537,10 @@ def adaptive_weight(rec, adversarial, last):
 # ------------------------------------------------------------------------------------------------
 # 7. Stage 1: training
 # Two players. The generator (encoder, codebook, decoder) steps first, then D on the same images. D
-# joins in the second half: from the blobs of the beginning it would learn only that blur is fake.
+# joins after a tenth: from the blobs of the very beginning it would learn only that blur is fake.
 # What to look at: mse and lpips fall, codes used and perplexity rise. With the GAN on, d_real stays
 # above 0 and d_fake below, within ±1: both alike, D is blind; far beyond ±1, D has won.
-# Used before they are shown: Images (appendix B), Clock, restore, save (C), reconstruct (E).
+# Used before they are shown: Images (appendix B), Run (C), reconstruct (E).
 
 def rate(step, progress):
     """Factor of all learning rates: up in the first 50 steps, down in the last 60 % of the run."""
@@ -597,9 +589,7 @@ def train_vq(cfg, state=None):
     adam, muon = vq_optimizers(vqgan, cfg)
     adam_d = torch.optim.Adam(disc.parameters(), cfg.d_lr, betas=(0.5, 0.9), fused=True)
     parts = {"model": vqgan, "disc": disc, "adam": adam, "muon": muon, "adam_d": adam_d}
-    restore(parts, state)
-    clock = Clock(cfg, n, state)                # yields the steps, keeps the log; progress: 0…1
-    say("VQGAN", size_of(vqgan), "at step", clock.step, "of", clock.steps)
+    run = Run(cfg, n, parts, {}, state)         # yields the steps; run.progress: 0…1
     if state is None:
         label = images.labels[images.train]
         preview = {name: images.rows(images.train[label == i][:16])
@@ -610,9 +600,9 @@ def train_vq(cfg, state=None):
             z = vqgan.encoder(to_float(images.rows(some)).to(device))
             vqgan.codebook.start_on(z, rng(cfg.seed, "first codes"))
 
-    for step in clock:
+    for step in run:
         for optimizer in (adam, muon, adam_d):
-            set_learning_rate(optimizer, rate(step, clock.progress))
+            set_learning_rate(optimizer, rate(step, run.progress))
         rows = images.train[next_rows(n, step, cfg.batch_size, cfg.seed)]                 # (B,)
         turns = torch.randint(8, (cfg.batch_size,), generator=rng(cfg.seed, "turns", step))
         x = to_float(images.rows(share(rows)))
@@ -627,12 +617,12 @@ def train_vq(cfg, state=None):
         loss = rec + codebook_loss + cfg.commit_weight * commit_loss          # VQGAN eq. 4
         losses = {"mse": mse, "lpips": perceptual, "codebook": codebook_loss}
 
-        gan_on = cfg.gan_weight > 0 and clock.progress >= cfg.gan_start
+        gan_on = cfg.gan_weight > 0 and run.progress >= cfg.gan_start
         if gan_on:
             with mixed:
                 adversarial = -disc(x_hat).mean()             # high logits mean: D is fooled
             lam = adaptive_weight(rec, adversarial, vqgan.decoder.last.weight)
-            ramp = min(1, (clock.progress - cfg.gan_start) / 0.1)     # D is young: hear it slowly
+            ramp = min(1, (run.progress - cfg.gan_start) / 0.1)       # D is young: hear it slowly
             loss = loss + ramp * cfg.gan_weight * lam * adversarial           # VQGAN eq. 6
             losses["lam"] = lam
 
@@ -640,7 +630,7 @@ def train_vq(cfg, state=None):
         loss.backward()
         average_gradients(vqgan)
         norm = nn.utils.clip_grad_norm_(vqgan.parameters(), 1.0)
-        if clock.skips(norm):                   # one bad batch must not end a night
+        if run.skips(norm):                     # one bad batch must not end a night
             continue
         adam.step()
         muon.step()
@@ -665,17 +655,14 @@ def train_vq(cfg, state=None):
             losses.update(d_loss=d_loss, d_real=real.mean(), d_fake=fake.mean())
 
         # ---- tell, measure, draw, save ----
-        clock.tell(losses)
-        if clock.look_due():
-            path = cfg.folder / f"recon_epoch_{clock.epoch():03d}.png"
-            held = look_vq(vqgan, images, lpips, path, mixed)
-            best = clock.tell_look(held, "mse")     # best.pt has the lowest held-out mse
-            save(cfg, clock, parts, {}, best)
+        run.tell(losses)
+        if run.look_due():
+            held = look_vq(vqgan, images, lpips, run.picture("recon"), mixed)
+            run.tell_look(held, "held_mse")
 
-    save(cfg, clock, parts, {})
     if lpips is None:
         say("trained WITHOUT LPIPS")
-    return clock.finish(f"train-ldm --vq {cfg.folder.as_posix()}")
+    return run.finish("next: python vqldm.py train-ldm --vq")
 # ------------------------------------------------------------------------------------------------
 # 8. Stage 2: diffusion
 # Noise is added to a latent in T small steps until nothing is left of it; a network learns to say
@@ -755,9 +742,7 @@ class Diffusion:
         ours: t = T-1 - T (i/S)², but i levels down at least, so the strides grow as noise fades:
         the large things of an image are decided in the few noisiest levels.
         trap: range(0, T, T // steps) gives too many or too few for most numbers of steps."""
-        ts = []
-        for i in range(steps):
-            ts.append(self.T - 1 - max(i, round(self.T * (i / steps) ** 2)))
+        ts = [self.T - 1 - max(i, round(self.T * (i / steps) ** 2)) for i in range(steps)]
         return list(zip(ts, [*ts[1:], -1]))
 
     @torch.no_grad()
@@ -805,16 +790,11 @@ class UNet(nn.Module):
         self.time = nn.Sequential(nn.Linear(self.time_dim, E), nn.SiLU(), nn.Linear(E, E))
         self.label = nn.Embedding(n_classes + 1, E)
         self.first = nn.Conv2d(z_dim, widths[0], 3, padding=1)
-        self.down = nn.ModuleList()
-        c_in = widths[0]
-        for c_out in widths:                                              # 64 → 64 → 128
-            self.down.append(DownBlock(c_in, c_out, E))
-            c_in = c_out
-        self.mid = MidBlock(c_in, E)
-        self.up = nn.ModuleList()
-        for c_out in reversed([widths[0], *widths[:-1]]):                 # 128 → 64 → 64
-            self.up.append(UpBlock(c_in, c_out, E, c_skip=c_in))          # its skip is as wide
-            c_in = c_out
+        there = levels(widths)                                            # 64 → 64 → 128
+        self.down = nn.ModuleList([DownBlock(c_in, c_out, E) for c_in, c_out in there])
+        self.mid = MidBlock(widths[-1], E)
+        back = reversed(there)                                            # 128 → 64 → 64
+        self.up = nn.ModuleList([UpBlock(c_in, c_out, E, c_skip=c_in) for c_out, c_in in back])
         self.norm = Norm(widths[0])
         self.last = zero(nn.Conv2d(widths[0], z_dim, 3, padding=1))
 
@@ -900,8 +880,8 @@ def look_ldm(model, z0, label, path):
     with model.mixed:
         loss = model.diffusion.loss(model.net, z0, t, eps, label)         # (n,)
     numbers = {"loss": float(loss.mean())}
-    for i, quarter in enumerate(loss.chunk(4)):
-        numbers[f"loss_t{i + 1}of4"] = float(quarter.mean())
+    for i, quarter in enumerate(loss.chunk(4), 1):
+        numbers[f"loss_t{i}of4"] = float(quarter.mean())
     classes = torch.arange(16) * len(model.classes) // 16
     pictures, latents = model.images(SampleConfig(), range(16), classes)
     draw_rows(path, {"samples": pictures})
@@ -919,8 +899,7 @@ def train_ldm(cfg, state=None):
     grids = encode_images(vqgan, images, device, mixed)                   # (images,h,w)
     scale = measure_scale(grids[images.train], vqgan.codebook.embedding.weight)           # (2,d)
     n, n_classes = len(images.train), len(images.classes)
-    same = not state or state.get("classes") == images.classes
-    demand(same, "--resume: the folder has other classes now")
+    demand(not state or state.get("classes") == images.classes, "--resume: other classes now")
     class_counts = torch.bincount(images.labels[images.train], minlength=n_classes)
 
     def latents(rows):                                                    # (B,) -> z0 (B,d,h,w)
@@ -934,12 +913,10 @@ def train_ldm(cfg, state=None):
     parts = {"model": net, "ema": ema, "guide": guide, "adam": adam}
     facts = {"scale": scale.cpu(), "classes": images.classes, "class_counts": class_counts,
              "vq": {"config": vq["config"], "model": vq["model"]}}
-    restore(parts, state)
-    clock = Clock(cfg, n, state)
-    say("UNet", size_of(net), "at step", clock.step, "of", clock.steps)
+    run = Run(cfg, n, parts, facts, state)
 
-    for step in clock:
-        set_learning_rate(adam, rate(step, clock.progress))
+    for step in run:
+        set_learning_rate(adam, rate(step, run.progress))
         draw = rng(cfg.seed, "step", step)
         rows = images.train[next_rows(n, step, cfg.batch_size, cfg.seed)]                 # (B,)
         if cfg.balance:
@@ -959,25 +936,22 @@ def train_ldm(cfg, state=None):
         (loss * diffusion.weight(t)).mean().backward()
         average_gradients(net)
         norm = nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        if clock.skips(norm):
+        if run.skips(norm):
             continue
         adam.step()
         update_ema(ema, net, step, cfg.ema)
-        if clock.progress < 0.2:                # from then on it stays young
+        if run.progress < 0.2:                  # from then on it stays young
             guide.load_state_dict(ema.state_dict())
 
         # ---- tell, measure, draw, save ----
-        clock.tell({"loss": loss.mean()})       # without the weight: 1 = nothing learnt
-        if clock.look_due():
-            model = LatentDiffusion(checkpoint(cfg, clock, parts, facts), device, mixed)
+        run.tell({"loss": loss.mean()})         # without the weight: 1 = nothing learnt
+        if run.look_due():
+            model = LatentDiffusion(run.checkpoint(), device, mixed)
             some = images.val[:256]
-            path = cfg.folder / f"samples_epoch_{clock.epoch():03d}.png"
-            held = look_ldm(model, latents(some), images.labels[some], path)
-            best = clock.tell_look(held, "loss")
-            save(cfg, clock, parts, facts, best)
+            held = look_ldm(model, latents(some), images.labels[some], run.picture("samples"))
+            run.tell_look(held, "held_loss")
 
-    save(cfg, clock, parts, facts)
-    return clock.finish(f"sample --ckpt {cfg.folder.as_posix()}")
+    return run.finish("next: python vqldm.py sample --ckpt")
 # ------------------------------------------------------------------------------------------------
 # 11. Sampling
 # Noise -> latents -> codes -> pixels, batch by batch.
@@ -1042,7 +1016,7 @@ class LatentDiffusion:
         return torch.cat(pictures), torch.cat(latents)
 
 def sample(cfg):
-    """New images as PNGs in a folder for each class, grid.png, trajectory.png. -> exit status."""
+    """New images as PNGs in a folder for each class, grid.png, trajectory.png."""
     state = load_checkpoint(cfg.ckpt, "--ckpt", "ldm")
     demand(not list(cfg.folder.glob("*")), f"--out {cfg.folder}: is not empty; name a new folder")
     model = LatentDiffusion(state, *pick_device(cfg))
@@ -1060,7 +1034,6 @@ def sample(cfg):
     draw_rows(cfg.folder / "grid.png", rows)
     draw_trajectory(cfg.folder / "trajectory.png", model, cfg, label[:1])
     say(f"latents have std {latents.std():.2f} (healthy: 1); look at", cfg.folder / "grid.png")
-    return 0
 # ------------------------------------------------------------------------------------------------
 # A. Drawn lesions
 # To run tonight without a download: dermoscopy-like images, endlessly many, of four classes.
@@ -1248,25 +1221,6 @@ def write_whole(path, write):
     finally:
         tmp.unlink(missing_ok=True)
 
-# All that is kept of a run. parts: networks and optimisers; facts: what sampling needs beside them.
-def checkpoint(cfg, clock, parts, facts):
-    state = {name: part.state_dict() for name, part in parts.items()}
-    return {**state, **facts, "kind": cfg.kind, "config": asdict(cfg), "step": clock.step,
-            "seconds": clock.seconds(), "log": clock.log}
-
-def save(cfg, clock, parts, facts, best=False):         # last.pt, best.pt, log.csv, curves.png
-    if rank() > 0:
-        return
-    state = checkpoint(cfg, clock, parts, facts)
-    for name in ("best.pt", "last.pt") if best else ("last.pt",):
-        write_whole(cfg.folder / name, lambda f: torch.save(state, f))
-    names = list(dict.fromkeys(name for row in clock.log for name in row))
-    with open(cfg.folder / "log.csv", "w", newline="") as f:
-        table = csv.DictWriter(f, names)
-        table.writeheader()
-        table.writerows(clock.log)
-    draw_curves(cfg.folder / "curves.png", clock.log, names[1:])
-
 @contextlib.contextmanager
 def reading(what):                                      # whatever is wrong in here: one sentence
     try:
@@ -1305,41 +1259,45 @@ def open_run(cfg, typed, resume, overwrite):
     demand(not differ, f"--resume goes on with the recorded settings: {differ}")
     return replace(old, **typed), state
 
-def restore(parts, state):                              # networks and optimisers of a resumed run
-    with reading("last.pt"):
-        for name, part in parts.items() if state else ():
-            part.load_state_dict(state[name])
-
-class Clock:
-    """Yields steps until --epochs, --minutes or a signal end a run, and keeps the log. step: steps
-    done, this one included. progress: where this step stands, 0…1. A resumed run counts on."""
-    def __init__(self, cfg, n, state):
+class Run:
+    """A training under way: yields its steps until --epochs, --minutes or a signal end it, keeps
+    the log, saves. parts: networks and optimisers; facts: what sampling needs beside them; state: a
+    checkpoint to go on from, or None. step: steps done, this one included. progress: where this
+    step stands, 0…1. status: 128 + the signal's number, if one came."""
+    def __init__(self, cfg, n, parts, facts, state):
         demand(n, "--data: no images to train on")
         demand(cfg.batch_size % world() == 0, "--batch-size: no multiple of torchrun's processes")
-        state = state or {"step": 0, "seconds": 0, "log": []}
-        with reading("last.pt"):
-            self.step = state["step"]
-            self.log = state["log"]
-            self.began = time.perf_counter() - state["seconds"]
+        self.cfg, self.parts, self.facts = cfg, parts, facts
+        self.step = self.bad = self.looks = self.status = 0
+        self.log = []
+        self.began = time.perf_counter()
+        if state:
+            with reading("last.pt"):
+                for name, part in parts.items():
+                    part.load_state_dict(state[name])
+                self.step = state["step"]
+                self.log = state["log"]
+                self.began -= state["seconds"]
         self.steps_per_epoch = n / cfg.batch_size
         self.steps = math.ceil(cfg.epochs * self.steps_per_epoch)
-        self.minutes = cfg.minutes
-        self.signal = self.bad = self.looks = 0
         self.look_due()                                 # those of earlier sessions are done
+        millions = sum(p.numel() for p in parts["model"].parameters()) / 1e6
+        say(f"{millions:.2f} M weights, at step", self.step, "of", self.steps)
 
     def seconds(self):
         return time.perf_counter() - self.began
-    def epoch(self):
-        return int(self.step / self.steps_per_epoch)
     def now(self):
-        if self.minutes:
-            return self.seconds() / 60 / self.minutes
-        return self.step / self.steps + 1e-9        # so that 10 · 0.3 is not 2.999…
+        if self.cfg.minutes:
+            return self.seconds() / 60 / self.cfg.minutes
+        return self.step / self.steps + 1e-9            # so that 10 · 0.3 is not 2.999…
+    def picture(self, name):                            # where to draw what is seen at this look
+        epoch = int(self.step / self.steps_per_epoch)
+        return self.cfg.folder / f"{name}_epoch_{epoch:03d}.png"
 
     def __iter__(self):
         # Ctrl-C and SIGTERM only ask: the step is finished and saved. A second one ends at once.
         def ask(number, frame):
-            self.signal = number
+            self.status = 128 + number
             signal.signal(number, signal.SIG_DFL)
         old = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -1353,8 +1311,7 @@ class Clock:
                 signal.signal(s, handler)
 
     def time_left(self):
-        now = self.now() + 9 * self.signal              # a signal ends the run
-        now = torch.tensor(now, dtype=torch.float64)
+        now = torch.tensor(self.now() + self.status, dtype=torch.float64)   # a signal: far above 1
         self.progress = float(mean_over_processes(now)) # all of them see the same clock
         return self.progress < 1
 
@@ -1377,23 +1334,43 @@ class Clock:
             self.log.append({"step": self.step, **row})
             self.line.set_postfix(row)
 
-    def tell_look(self, held, score):                   # -> is it the lowest score so far?
+    def tell_look(self, held, score):                   # and save; best.pt has the lowest score
         row = {f"held_{name}": value for name, value in held.items()}
         self.log.append({"step": self.step, **row})
         words = [f"{name} {value:.4g}" for name, value in held.items()]
         say(f"{self.now():4.0%} held out:", *words)
         if held.get("codes_used_percent", 100) < 25 or not 0.7 < held.get("latent_std", 1) < 1.4:
             say("WARNING few codes are used, or the latents' std is far from 1: it is still young")
-        scores = [row.get(f"held_{score}", math.inf) for row in self.log]
-        return held[score] <= min(scores)
+        scores = [row.get(score, math.inf) for row in self.log]
+        if row[score] <= min(scores):
+            write_whole(self.cfg.folder / "best.pt", self.write)
+        self.save()
+
+    def checkpoint(self):                               # all that is kept of a run
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        return {**state, **self.facts, "kind": self.cfg.kind, "config": asdict(self.cfg),
+                "step": self.step, "seconds": self.seconds(), "log": self.log}
+    def write(self, f):
+        torch.save(self.checkpoint(), f)
+
+    def save(self):                                     # last.pt, log.csv, curves.png
+        write_whole(self.cfg.folder / "last.pt", self.write)
+        names = list(dict.fromkeys(name for row in self.log for name in row))
+        with open(self.cfg.folder / "log.csv", "w", newline="") as f:
+            table = csv.DictWriter(f, names)
+            table.writeheader()
+            table.writerows(self.log)
+        draw_curves(self.cfg.folder / "curves.png", self.log, names[1:])
 
     def finish(self, then):                             # -> exit status
-        # Nobody leaves before the first process has saved, and all with the same status.
-        anyone = mean_over_processes(torch.tensor(float(self.signal)))
-        self.signal = self.signal or (15 if anyone > 0 else 0)
-        then = "to go on, add --resume" if self.signal else f"next: python vqldm.py {then}"
-        say("saved at step", self.step, "of", self.steps, "--", then)
-        return 128 + self.signal if self.signal else 0
+        if rank() == 0:
+            self.save()
+        # Nobody leaves before that is done, and all with the same status.
+        anyone = mean_over_processes(torch.tensor(float(self.status)))
+        if anyone > 0:
+            then = "to go on, add --resume;"
+        say("saved at step", self.step, "of", self.steps, "--", then, self.cfg.folder)
+        return self.status or (143 if anyone > 0 else 0)
 # ------------------------------------------------------------------------------------------------
 # D. Pictures
 
@@ -1437,10 +1414,11 @@ def ssim(u, v):
     def mean(x):                        # under a Gaussian of 11×11 pixels, where all of it fits
         return gaussian_blur(x, 11, 1.5)[:, :, 5:-5, 5:-5]
     mu_u, mu_v = mean(u), mean(v)
-    var_u, var_v = mean(u * u) - mu_u**2, mean(v * v) - mu_v**2
-    cov = mean(u * v) - mu_u * mu_v
-    luminance = (2 * mu_u * mu_v + 0.01**2) / (mu_u**2 + mu_v**2 + 0.01**2)
-    structure = (2 * cov + 0.03**2) / (var_u + var_v + 0.03**2)
+    product, squares = mu_u * mu_v, mu_u**2 + mu_v**2
+    cov = mean(u * v) - product
+    variances = mean(u * u + v * v) - squares
+    luminance = (2 * product + 1e-4) / (squares + 1e-4)
+    structure = (2 * cov + 9e-4) / (variances + 9e-4)
     return (luminance * structure).mean((1, 2, 3))
 
 def compare(x_hat, x, lpips):                           # (B,3,H,W) in [-1,1], twice
@@ -1488,7 +1466,7 @@ def frechet(a, b):
     cov_a, cov_b = a.T.cov(), b.T.cov()
     root = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0).sqrt()
     between = F.mse_loss(a.mean(0), b.mean(0), reduction="sum")
-    return float(between + cov_a.trace() + cov_b.trace() - 2 * root.sum())
+    return float(between + (cov_a + cov_b).trace() - 2 * root.sum())
 
 def kernel_distance(a, b):
     """Squared MMD with a cubic kernel (Bińkowski 2018, arXiv 1801.01401), of n and n features.
@@ -1510,11 +1488,11 @@ def unseen_images(cfg, vq_cfg, cache):                  # -> uint8 (n,3,H,W), n 
     elif Path(vq_cfg.data) in Path(data).parents:
         raise UserError("--data lies in what was trained on: leave it out, for the held-out ones")
     n = min(cfg.n, len(rows) // 2)
-    demand(n > 1, f"--data: {len(rows)} unseen images are too few to measure on")
-    return images.rows(rows[:n]), images.rows(rows[n:2 * n])
+    demand(n > 1, "--data: too few unseen images to measure on")
+    return images.rows(rows[:2 * n]).split(n)
 
 def evaluate(cfg):
-    """Measure a checkpoint of either stage on images that it never saw. -> exit status."""
+    """Measure a checkpoint of either stage on images that it never saw."""
     state = load_checkpoint(cfg.ckpt, "--ckpt", "ldm", "vq")
     device, mixed = pick_device(cfg)
     lpips = load_lpips("auto", device)
@@ -1530,10 +1508,12 @@ def evaluate(cfg):
         # A perfect stage 2 would make the codes of other real images: it scores as these decoded.
         perfect = reconstruct(vqgan, other, lpips, mixed)[1]
         sets = {"": made, "_perfect": perfect, "_recon": recon, "_real": other}
-        for name, images in sets.items() if lpips else ():
-            a, b = features(lpips, real), features(lpips, images)
-            numbers["kernel" + name] = kernel_distance(a, b)
-            numbers["frechet" + name] = frechet(a, b)
+        if lpips:
+            a = features(lpips, real)
+            for name, images in sets.items():
+                b = features(lpips, images)
+                numbers["kernel" + name] = kernel_distance(a, b)
+                numbers["frechet" + name] = frechet(a, b)
         numbers.update(latent_mean=float(z0.mean()), latent_std=float(z0.std()))
     numbers["n"] = len(real)
     for name, value in numbers.items():
@@ -1541,7 +1521,6 @@ def evaluate(cfg):
     folder = cfg.folder if cfg.out else state["folder"]
     draw_rows(folder / "evaluate.png", pictures)
     (folder / "metrics.json").write_text(json.dumps(numbers, indent=1))
-    return 0
 # ------------------------------------------------------------------------------------------------
 # F. Muon
 # A gradient is strong along a few directions; Adam, number by number, follows these. Muon (Jordan
@@ -1598,9 +1577,8 @@ class Parser(argparse.ArgumentParser):
 def flag(name):                                         # class_ -> --class
     return "--" + name.strip("_").replace("_", "-")
 
-def build_parser(command):
+def build_parser(command, cls):
     """Each field of the command's settings becomes a flag; the comment at its line is its help."""
-    cls, _ = COMMANDS[command]
     parser = Parser(prog=f"vqldm.py {command}", description=cls.__doc__, allow_abbrev=False,
                     argument_default=argparse.SUPPRESS)       # what is not typed has no value
     source = inspect.getsource(Settings) + inspect.getsource(cls)
@@ -1615,27 +1593,27 @@ def build_parser(command):
         mode.add_argument("--overwrite", action="store_true", help="replace the run in --out")
     return parser
 
-def run_command(argv):
-    command = argv[0] if argv else "--help"
+def run_command(argv):                                  # -> exit status; None is 0
+    command, *rest = argv or ["--help"]
     if command in ("-h", "--help"):
         say(__doc__, "\nCommands ", *COMMANDS, "   COMMAND --help lists its settings")
-        return 0
-    demand(command in COMMANDS, f"{command}: no command; there are {', '.join(COMMANDS)}")
-    one = world() == 1 or command.startswith("train")
-    demand(one, f"{command}: runs in one process, so without torchrun")
+        return None
+    demand(command in COMMANDS, f"{command}: no command; there are {list(COMMANDS)}")
+    trains = command.startswith("train")
+    demand(trains or world() == 1, f"{command}: runs in one process, so without torchrun")
     cls, function = COMMANDS[command]
-    parser = build_parser(command)
-    typed = vars(parser.parse_args(argv[1:]))
+    parser = build_parser(command, cls)
+    typed = vars(parser.parse_args(rest))
     resume, overwrite = typed.pop("resume", False), typed.pop("overwrite", False)
     preset = typed.get("preset", "default")
-    demand(preset in PRESETS, f"--preset {preset}: must be one of {', '.join(PRESETS)}")
+    demand(preset in PRESETS, f"--preset: must be one of {list(PRESETS)}")
     words = PRESETS[preset].get(command, "").split()
     cfg = cls(**{**vars(parser.parse_args(words)), **typed})
-    if command.startswith("train"):
+    if trains:
         return function(*open_run(cfg, typed, resume, overwrite))
     return function(cfg)
 
-def main(argv=None):
+def main(argv):
     """Run one command. SystemExit 2 after a user's mistake, 130 or 143 after a signal."""
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
@@ -1645,7 +1623,7 @@ def main(argv=None):
         sys.stdout.reconfigure(errors="replace")
     status = 2
     try:
-        status = run_command(sys.argv[1:] if argv is None else argv)
+        status = run_command(argv)
     except UserError as e:
         print("vqldm:", e, file=sys.stderr)
     except (MemoryError, OSError, RuntimeError) as e:
@@ -1662,4 +1640,4 @@ def main(argv=None):
         dist.destroy_process_group()
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
