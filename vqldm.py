@@ -558,7 +558,8 @@ def vq_optimizers(vqgan, cfg):
     last layers speak of pixels and codes, where each channel is a thing of its own."""
     outer = [vqgan.encoder.first, vqgan.encoder.last, vqgan.decoder.first, vqgan.decoder.last]
     outer = set(nn.ModuleList(outer).parameters())
-    kernels = [p for p in vqgan.parameters() if p.dim() == 4 and p not in outer and cfg.muon_lr]
+    inner = [p for p in vqgan.parameters() if p.dim() == 4 and p not in outer]
+    kernels = inner if cfg.muon_lr > 0 else []
     codes = vqgan.codebook.embedding.weight
     rest = [p for p in vqgan.parameters() if p not in {codes, *kernels}]
     # ours: Adam divides by the gradient's size, so no weight of a loss makes a code move faster
@@ -1105,7 +1106,7 @@ def synthetic(i, size, seed=0):
 
 PHOTO = r"(?i)^(?!\.|(grid|trajectory)\.png).*\.(bmp|gif|jpe?g|png|tiff?|webp)$"
 NO_PHOTO = r"(?i)_segmentation|_superpixels|_mask|_expert|-partial|(^|/)\."
-TRAIN = r"(?i)(?<![^/])train(ing)?/"                    # folders of these names are the split
+TRAIN = r"(?i)(?<![^/])train(ing)?/"                    # the split; (?<![^/]): a whole name
 HELD_OUT = r"(?i)(?<![^/])(val(id(ation)?)?|test(ing)?)/"
 def read_image(path, size):                             # -> uint8 (3,size,size)
     # Whatever its suffix, PIL would open 40 kinds of files, and start Ghostscript for one of them.
@@ -1133,6 +1134,7 @@ def find_images(folder):
         name = path.relative_to(folder).as_posix()
         if re.match(PHOTO, path.name) and not re.search(NO_PHOTO, name) and path.is_file():
             row = table.get(path.stem, {})
+            # The columns of the ISIC archive and of HAM10000.
             told = row.get("diagnosis_3") or row.get("diagnosis_1") or row.get("dx") or "images"
             inner = re.sub(TRAIN, "", re.sub(HELD_OUT, "", name))
             kind = Path(inner).parent.name or told
@@ -1149,6 +1151,7 @@ class Images:
         folder = Path(source)
         if source == "synthetic":
             kinds = list(LESIONS) * cfg.n_images
+            # name, class, held out?, what else the pixels depend on
             found = [(i, kinds[i], i // 4 % 10 == 0, cfg.seed) for i in range(cfg.n_images)]
         else:
             found = find_images(folder)
@@ -1241,7 +1244,8 @@ def load_checkpoint(where, name, *kinds):
     return {**state, "folder": path.parent}
 
 def open_run(cfg, typed, resume, overwrite):
-    """-> the settings of a run, and the checkpoint that it goes on from, or None."""
+    """-> the settings of a run, and the checkpoint that it goes on from, or None. typed: the flags
+    that were given."""
     last = cfg.folder / "last.pt"
     if overwrite or not last.exists():
         if resume:
@@ -1383,9 +1387,10 @@ def figure(path, width, height, rows, columns=1):       # with … as axes: draw
 
 def draw_rows(path, rows):                              # {label: uint8 images}: 16 of each, a strip
     rows = {label: images for label, images in rows.items() if len(images)}
-    with figure(path, 16, 1.3 * len(rows), len(rows)) as axes:
+    columns = max(len(images[:16]) for images in rows.values())
+    with figure(path, columns, 1.3 * len(rows), len(rows)) as axes:
         for ax, (label, images) in zip(axes, rows.items()):
-            strip = make_grid(list(images[:16]), 16, pad_value=255)
+            strip = make_grid(list(images[:16]), columns, pad_value=255)
             ax.imshow(strip.permute(1, 2, 0).numpy())
             ax.set_title(label, fontsize=9, loc="left", parse_math=False)
             ax.axis("off")
@@ -1393,6 +1398,8 @@ def draw_rows(path, rows):                              # {label: uint8 images}:
 def draw_curves(path, log, names):                      # a panel for each column
     columns = math.ceil(len(names) / 2) or 1
     with figure(path, 2.4 * columns, 4, 2, columns) as axes:
+        for ax in axes[len(names):]:
+            ax.axis("off")
         for ax, name in zip(axes, names):
             rows = [row for row in log if name in row]
             ax.plot([row["step"] for row in rows], [row[name] for row in rows])
