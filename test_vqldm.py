@@ -1053,6 +1053,8 @@ def test_a_finished_run_stays_as_it_is_its_epochs_may_grow_and_it_can_be_overwri
         assert same(new["ema"], old["ema"]) == (epochs == 3)
         assert mode == "--overwrite" or new["seconds"] >= old["seconds"]
     assert [path.name for path in out.glob("*.png")] == ["mine.png"]
+    assert cli(*STAGES["ldm"], "--overwrite", "--schedule", "x", "--out", out) == 2
+    assert state_of(out / "last.pt")["step"] == 14      # what cannot begin overwrites nothing
 
 def test_an_interrupt_at_any_renaming_leaves_a_whole_checkpoint(calm, tmp_path, monkeypatch):
     rename, words = os.replace, [*STAGES["ldm"], "--batch-size", 40, "--out"]
@@ -1231,7 +1233,7 @@ def test_minutes_and_steps_of_a_resumed_run_count_on():
 
 # ---- Words -------------------------------------------------------------------------------------
 
-SOURCE, NODES = (HERE / "vqldm.py").read_text(encoding="utf8"), 9010
+SOURCE, NODES = (HERE / "vqldm.py").read_text(encoding="utf8"), 9017
 
 def test_the_file_stays_a_text():
     nodes, lines = list(ast.walk(ast.parse(SOURCE))), SOURCE.splitlines()

@@ -1108,6 +1108,7 @@ PHOTO = r"(?i)^(?!\.|(grid|trajectory)\.png).*\.(bmp|gif|jpe?g|png|tiff?|webp)$"
 NO_PHOTO = r"(?i)_segmentation|_superpixels|_mask|_expert|-partial|(^|/)\."
 TRAIN = r"(?i)(?<![^/])train(ing)?/"                    # the split; (?<![^/]): a whole name
 HELD_OUT = r"(?i)(?<![^/])(val(id(ation)?)?|test(ing)?)/"
+
 def read_image(path, size):                             # -> uint8 (3,size,size)
     # Whatever its suffix, PIL would open 40 kinds of files, and start Ghostscript for one of them.
     with Image.open(path, formats=["BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP"]) as im:
@@ -1122,7 +1123,7 @@ def read_image(path, size):                             # -> uint8 (3,size,size)
 
 def find_images(folder):
     """-> for each photograph under a folder: name, class, is it held out?, when was it changed?
-    The innermost folder tells the class, else a table. HELD_OUT folders are held out, else a tenth.
+    The innermost folder tells the class, else ISIC's or HAM10000's table. HELD_OUT is, or a tenth.
     trap: several photographs show one lesion. Split by photograph, a network is measured on lesions
     that it was trained on. Where lesion_id is known, a whole lesion goes to one side."""
     table, named, hashed = {}, [], []
@@ -1134,7 +1135,6 @@ def find_images(folder):
         name = path.relative_to(folder).as_posix()
         if re.match(PHOTO, path.name) and not re.search(NO_PHOTO, name) and path.is_file():
             row = table.get(path.stem, {})
-            # The columns of the ISIC archive and of HAM10000.
             told = row.get("diagnosis_3") or row.get("diagnosis_1") or row.get("dx") or "images"
             inner = re.sub(TRAIN, "", re.sub(HELD_OUT, "", name))
             kind = Path(inner).parent.name or told
@@ -1250,9 +1250,6 @@ def open_run(cfg, typed, resume, overwrite):
     if overwrite or not last.exists():
         if resume:
             say("there is no run in", cfg.folder, "yet: a new one begins")
-        old = [last, cfg.folder / "best.pt", *cfg.folder.glob("*_epoch_*.png")]
-        for path in old:                                # of the run that it overwrites
-            path.unlink(missing_ok=True)
         return cfg, None
     demand(resume, f"--out {cfg.folder}: already holds a run; --resume or --overwrite it")
     state = load_checkpoint(last, "--resume", cfg.kind)
@@ -1264,10 +1261,9 @@ def open_run(cfg, typed, resume, overwrite):
     return replace(old, **typed), state
 
 class Run:
-    """A training under way: yields its steps until --epochs, --minutes or a signal end it, keeps
-    the log, saves. parts: networks and optimisers; facts: what sampling needs beside them; state: a
-    checkpoint to go on from, or None. step: steps done, this one included. progress: where this
-    step stands, 0…1. status: 128 + the signal's number, if one came."""
+    """A training under way: yields steps until --epochs, --minutes or a signal end it; logs, saves.
+    parts: networks and optimisers; facts: what sampling needs beside them; state: a checkpoint to
+    go on from. step: steps done, this one too. progress: at which of 0…1. status: 128+signal."""
     def __init__(self, cfg, n, parts, facts, state):
         demand(n, "--data: no images to train on")
         demand(cfg.batch_size % world() == 0, "--batch-size: no multiple of torchrun's processes")
@@ -1282,6 +1278,10 @@ class Run:
                 self.step = state["step"]
                 self.log = state["log"]
                 self.began -= state["seconds"]
+        else:                                           # a new run; if it overwrites one: goodbye
+            last, best = cfg.folder / "last.pt", cfg.folder / "best.pt"
+            for old in (last, best, *cfg.folder.glob("*_epoch_*.png")):
+                old.unlink(missing_ok=True)
         self.steps_per_epoch = n / cfg.batch_size
         self.steps = math.ceil(cfg.epochs * self.steps_per_epoch)
         self.look_due()                                 # those of earlier sessions are done
