@@ -145,7 +145,7 @@ class SampleConfig(Settings):
     steps: count = 50                   # S, steps from noise to image, at most T
     sampler: str = "ddim"               # ddim, or ddpm, which wants many more steps
     eta: amount = 0.0                   # fresh noise in a step of ddim: 0 none; 1 DDPM's smaller σ
-    guidance: amount = 2.0              # 1: plain; more: more typical, less varied
+    guidance: amount = 2.2              # 1: plain; more: more typical, less varied
 
 @dataclass(frozen=True)
 class EvaluateConfig(Settings):
