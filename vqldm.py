@@ -1342,7 +1342,7 @@ class Run:
         row = {f"held_{name}": value for name, value in held.items()}
         self.log.append({"step": self.step, **row})
         words = [f"{name} {value:.4g}" for name, value in held.items()]
-        say(f"{self.now():4.0%} held out:", *words)
+        say(f"{min(1, self.now()):4.0%} held out:", *words)
         if held.get("codes_used_percent", 100) < 25 or not 0.7 < held.get("latent_std", 1) < 1.4:
             say("WARNING few codes are used, or the latents' std is far from 1: it is still young")
         scores = [row.get(score, math.inf) for row in self.log]
