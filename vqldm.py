@@ -73,7 +73,7 @@ def amount(text):
 @dataclass(frozen=True)
 class Settings:
     """What every command can be told."""
-    kind = ""
+    kind = ""                           # without a type: no setting
     seed: int = 0                       # every random number is a function of it
     device: str = "auto"                # auto, or a torch device: cpu, cuda:1, mps
     out: str = ""                       # folder to write to; empty: runs/vq, runs/ldm, runs/samples
@@ -260,7 +260,7 @@ def augment(x, turns):
 class Norm(nn.GroupNorm):
     """GroupNorm for any width. It looks at each image alone, so the batch size changes nothing."""
     def __init__(self, c):
-        groups = math.gcd(32, c // 4 or 1, c)       # must divide c; at least 4 channels in each
+        groups = math.gcd(32, c // 4 or 1, c)       # a divisor of c: 16 → 4, 64 → 16, 128 → 32
         super().__init__(groups, c)
 
 def zero(layer):
@@ -391,7 +391,7 @@ class Decoder(nn.Module):
         for block in self.up:
             y = block(y)                                                  # the grid doubles m times
         y = F.silu(self.norm(y))
-        with torch.autocast(y.device.type, enabled=False):  # adaptive_weight looks here: fp32
+        with torch.autocast(y.device.type, enabled=False):  # in fp32: its gradient makes lam
             return self.last(y.float())                                   # (B,3,H,W)
 
 class Codebook(nn.Module):
@@ -423,8 +423,8 @@ class Codebook(nn.Module):
         z_q = self.lookup(k)                                              # (B,d,h,w)
         # One distance, two halves; sg[] decides who moves: the codes to the vectors that they won,
         # and the encoder's vectors to their codes.
-        # trap: swapped weights, 0.25 on the codes' half and 1 on the encoder's: z is pulled four
-        # times too hard, and the codebook's curve looks better.
+        # trap: commit_weight on the codes' half instead of the encoder's: z is pulled four times
+        # too hard, and the codebook's curve looks better.
         codebook_loss = F.mse_loss(z_q, z.detach())                       # ‖sg[z] - e‖²
         commit_loss = F.mse_loss(z, z_q.detach())                         # ‖z - sg[e]‖²
         # Straight through (VQ sec. 3.2): the value of z_q with the gradient of z. Rounding has no
@@ -526,9 +526,9 @@ def hinge_loss(real, fake):
 def adaptive_weight(rec, adversarial, last):
     """lam = ‖∇_L rec‖ / (‖∇_L adversarial‖ + δ), L the decoder's last layer (VQGAN eq. 7).
     Why adaptive: D's gradient can be a thousand times stronger or weaker than the reconstruction's,
-    and changes as D learns. Scaled so that both push the last layer equally hard, neither drowns
-    the other. At the last layer: back through all others would cost too much. An untrained D has
-    almost no gradient: hence δ and its authors' cap. trap: lam is a number, not in the graph."""
+    and changes as D learns. Scaled so that at weight 1 both push the last layer equally, neither
+    drowns the other. At the last: back through all layers would cost too much. An untrained D has
+    almost no gradient: hence δ, and the cap in VQGAN's code. trap: lam is no part of the graph."""
     grad_rec, = torch.autograd.grad(rec, last, retain_graph=True)
     grad_adv, = torch.autograd.grad(adversarial, last, retain_graph=True)
     norm_rec = mean_over_processes(grad_rec).norm()
@@ -539,7 +539,7 @@ def adaptive_weight(rec, adversarial, last):
 # Two players. The generator (encoder, codebook, decoder) steps first, then D on the same images. D
 # joins after a tenth: from the blobs of the very beginning it would learn only that blur is fake.
 # What to look at: mse and lpips fall, codes used and perplexity rise. With the GAN on, d_real stays
-# above 0 and d_fake below, within ±1: both alike, D is blind; far beyond ±1, D has won.
+# above 0 and d_fake below, within ±1. If both are alike, D is blind; far beyond ±1, it has won.
 # Used before they are shown: Images (appendix B), Run (C), reconstruct (E).
 
 def rate(step, progress):
@@ -672,8 +672,8 @@ def train_vq(cfg, state=None):
 
 class Diffusion:
     """DDPM's noise schedule, its loss (Algorithm 1) and two samplers (Algorithm 2, DDIM). alpha_bar
-    (T+1,): ᾱ_t for t = 0…T-1, falling; then, for index -1, a 1: before all noise. Raises UserError
-    for an unknown schedule or target."""
+    (T+1,): for t = 0…T-1 the share of the variance that z0 still has; then, for index -1, where
+    sampling ends, a 1. A step adds noise of variance β and keeps α = 1-β."""
     def __init__(self, T=1000, schedule="cosine", target="v"):
         self.T, self.target = T, target
         if schedule == "linear":
@@ -682,11 +682,11 @@ class Diffusion:
             beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T
         elif schedule == "cosine":              # Nichol & Dhariwal 2021, arXiv 2102.09672, eq. 17
             t = torch.arange(T + 1, dtype=torch.float64) / T
-            f = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2             # ᾱ, but for a factor
+            f = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2        # ᾱ but for a factor
             beta = 1 - f[1:] / f[:-1]
         else:
             raise UserError(f"--schedule {schedule}: must be linear or cosine")
-        alpha = 1 - beta.clamp(max=0.999)           # a step adds noise of variance β, keeps 1-β
+        alpha = 1 - beta.clamp(max=0.999)
         alpha_bar = alpha.cumprod(0)                # ᾱ_t = α_0 · … · α_t, made in float64
         self.alpha_bar = F.pad(alpha_bar, (0, 1), value=1).float()            # (T+1,)
         self.goal(alpha, alpha, alpha)              # only to raise at an unknown target
@@ -697,7 +697,7 @@ class Diffusion:
         return a.view(-1, *[1] * (z.dim() - 1))                               # (B,1,1,1)
 
     def add_noise(self, z0, t, eps):                                          # (B,d,h,w), (B,)
-        """DDPM eq. 4: z_t = √ᾱ z0 + √(1-ᾱ) ε, all steps at once; its std stays 1."""
+        """DDPM eq. 4: z_t = √ᾱ z0 + √(1-ᾱ) ε, all steps at once; the variances add up to 1."""
         a = self.alpha_bar_at(t, z0)
         return a.sqrt() * z0 + (1 - a).sqrt() * eps                           # (B,d,h,w)
 
@@ -717,7 +717,7 @@ class Diffusion:
         a = self.alpha_bar_at(t, z_t)
         if self.target == "eps":                    # DDPM eq. 4, solved for z0
             return (z_t - (1 - a).sqrt() * out) / a.sqrt(), out
-        # v, and nothing else: a new target goes above, as in goal.
+        # (z0, ε) -> (z_t, v) is a rotation, turned back here. A new target goes above.
         z0_hat = a.sqrt() * z_t - (1 - a).sqrt() * out                        # Salimans app. D
         eps_hat = (1 - a).sqrt() * z_t + a.sqrt() * out
         return z0_hat, eps_hat
@@ -733,15 +733,15 @@ class Diffusion:
         ours: for v, the middle counts most. At little noise the loss asks for detail finer than a
         code, which decoding rounds away; at much noise for what cannot be seen. At least 1/4: else
         nobody would teach the answer to pure noise, where all sampling starts."""
-        a = self.alpha_bar_at(t, t)
+        a = self.alpha_bar_at(t, t)                 # (B,): shaped like t itself
         if self.target != "v":
             return torch.ones_like(a)
         return (4 * a * (1 - a)).sqrt().clamp(min=0.25)                       # (B,)
 
     def pairs(self, steps):
         """Exactly `steps` pairs (t, t_prev), from T-1 to -1, for 1 <= steps <= T.
-        ours: t = T-1 - T (i/S)², but i levels down at least, so the strides grow as noise fades:
-        the large things of an image are decided in the few noisiest levels.
+        ours: t = T-1 - T (i/S)², but i levels down at least; S = 4: 999, 937, 749, 437. The large
+        things of an image are decided in the few noisiest levels.
         trap: range(0, T, T // steps) gives too many or too few for most numbers of steps."""
         ts = [self.T - 1 - max(i, round(self.T * (i / steps) ** 2)) for i in range(steps)]
         return list(zip(ts, [*ts[1:], -1]))
@@ -761,7 +761,7 @@ class Diffusion:
             if sampler == "ddim":       # z0_hat, noised back to t_prev; σ: how fresh that noise is
                 sigma = eta * ((1 - a_prev) / (1 - a) * (1 - alpha)).sqrt()           # DDIM eq. 16
                 z = a_prev.sqrt() * z0_hat + (1 - a_prev - sigma**2).clamp(min=0).sqrt() * eps_hat
-            elif sampler == "ddpm":     # Algorithm 2: takes this step's share of the noise out
+            elif sampler == "ddpm":     # Alg. 2: takes (1-α)/(1-ᾱ) of the noise √(1-ᾱ) ε out of z_t
                 sigma = (1 - alpha).sqrt()                                # DDPM sec. 3.2: σ² = β
                 z = (z - (1 - alpha) / (1 - a).sqrt() * eps_hat) / alpha.sqrt()
             else:
@@ -782,19 +782,19 @@ def time_embedding(t, dim):
     return torch.cat([angle.sin(), angle.cos()], dim=1)                   # (B,dim)
 
 class UNet(nn.Module):
-    """(z_t, t, class) -> v or ε. There is one class more, number n_classes: not told."""
+    """(z_t, t, class) -> v or ε. Class number n_classes means: it is not told (see guided)."""
     def __init__(self, z_dim, widths, n_classes):
         super().__init__()
         E = 4 * widths[0]
         self.n_classes = n_classes
-        self.time_dim = 2 * (widths[0] // 2)
+        self.time_dim = 2 * (widths[0] // 2)        # even
         self.time = nn.Sequential(nn.Linear(self.time_dim, E), nn.SiLU(), nn.Linear(E, E))
         self.label = nn.Embedding(n_classes + 1, E)
         self.first = nn.Conv2d(z_dim, widths[0], 3, padding=1)
         there = levels(widths)                                            # 64 → 64 → 128
         self.down = nn.ModuleList([DownBlock(c_in, c_out, E) for c_in, c_out in there])
         self.mid = MidBlock(widths[-1], E)
-        back = reversed(there)                                            # 128 → 64 → 64
+        back = reversed(there)              # 128 → 64 → 64; a skip is as wide as what it meets
         self.up = nn.ModuleList([UpBlock(c_in, c_out, E, c_skip=c_in) for c_out, c_in in back])
         self.norm = Norm(widths[0])
         self.last = zero(nn.Conv2d(widths[0], z_dim, 3, padding=1))
@@ -816,9 +816,9 @@ class UNet(nn.Module):
 
 def guided(net, guide, label, w, below):
     """-> a net(z_t, t) that is led towards its class: out = weak + w (strong - weak). w = 1: strong
-    alone; 2: their difference once more. weak is not told the class (CFG eq. 6; our w is theirs
-    + 1) and is younger: guide has earlier weights (Karras 2024, arXiv 2406.02507). Not where
-    t >= below: there it costs variety (Kynkäänniemi 2024, arXiv 2404.07724). ours: all in one."""
+    alone. weak is not told the class (CFG eq. 6; our w is theirs + 1) and has earlier weights: it
+    errs the same way, only more, so w leads away from that (Karras 2024, arXiv 2406.02507). ours:
+    both at once. Not where t >= below: that costs variety (Kynkäänniemi 2024, arXiv 2404.07724)."""
     def answer(z_t, t):
         strong = net(z_t, t, label)
         if w == 1 or t[0] >= below:
@@ -830,7 +830,7 @@ def guided(net, guide, label, w, below):
 # 10. Stage 2: training
 # The frozen encoder turns each image once into its grid of code numbers: these are stage 2's data.
 # ours: codes are diffused (LDM takes z before quantisation). Diffusion ends in noise of mean 0 and
-# std 1, so codes are brought there too. Look at the held-out loss by quarter of t (1: untaught).
+# std 1, so codes are brought there too. Look at the held-out loss by quarter of t: 1 is untaught.
 
 @torch.no_grad()
 def encode_images(vqgan, images, device, mixed):
@@ -874,7 +874,7 @@ def update_ema(ema, net, step, decay):
 
 @torch.no_grad()
 def look_ldm(model, z0, label, path):
-    """Held-out loss by quarter of t, always with the same noise; 16 samples, drawn. -> numbers."""
+    """A LatentDiffusion's held-out loss by quarter of t, same noise each time; 16 samples drawn."""
     t = torch.arange(len(z0)) * model.cfg.T // len(z0)                    # (n,) evenly over 0…T-1
     eps = torch.randn(z0.shape, generator=rng("held-out noise"))
     t, eps, label = [a.to(z0.device) for a in (t, eps, label)]
@@ -1079,7 +1079,7 @@ def synthetic(i, size, seed=0):
     # Colour: patches of the four of its class; the more ragged, the harder their borders.
     body = mixture(colours, (3 + 40 * ragged) * noise(4, 4)) + .05 * noise(16)
 
-    # Texture: the walls between random cells, dark, or pale if vascular; dark dots.
+    # Texture: walls where two random points are equally near, dark, or pale if vascular; dots.
     first, second = distance(40, .8).topk(2, dim=0, largest=False).values
     body = body * (1 - network * torch.exp(-((second - first) / (2.4 / size + .03)) ** 2))
     spots = torch.sigmoid((span(.01, .08, 9, 1, 1) - distance(9, .4)) * size)     # (9,H,W)
@@ -1123,7 +1123,7 @@ def read_image(path, size):                             # -> uint8 (3,size,size)
 
 def find_images(folder):
     """-> for each photograph under a folder: name, class, is it held out?, when was it changed?
-    The innermost folder tells the class, else ISIC's or HAM10000's table. HELD_OUT is, or a tenth.
+    The innermost folder tells the class, else ISIC's or HAM10000's table. Else a tenth is held out.
     trap: several photographs show one lesion. Split by photograph, a network is measured on lesions
     that it was trained on. Where lesion_id is known, a whole lesion goes to one side."""
     table, named, hashed = {}, [], []
@@ -1171,7 +1171,7 @@ class Images:
         self.classes = sorted(set(kinds))
         self.labels = torch.tensor([self.classes.index(kind) for kind in kinds])
         held = torch.tensor(held)
-        held[::10] |= not held.any()            # of a handful of images hold out at least one
+        held[::10] |= not held.any()            # if none is held out, every tenth
         self.train = (~held).nonzero().flatten()
         # In a folder the first images are of one class: measure on a mixture.
         val = held.nonzero().flatten()
@@ -1263,7 +1263,7 @@ def open_run(cfg, typed, resume, overwrite):
 class Run:
     """A training under way: yields steps until --epochs, --minutes or a signal end it; logs, saves.
     parts: networks and optimisers; facts: what sampling needs beside them; state: a checkpoint to
-    go on from. step: steps done, this one too. progress: at which of 0…1. status: 128+signal."""
+    go on from. step: steps done, this one too. progress: the part done, 0…1. status: 128+signal."""
     def __init__(self, cfg, n, parts, facts, state):
         demand(n, "--data: no images to train on")
         demand(cfg.batch_size % world() == 0, "--batch-size: no multiple of torchrun's processes")
@@ -1284,7 +1284,7 @@ class Run:
                 old.unlink(missing_ok=True)
         self.steps_per_epoch = n / cfg.batch_size
         self.steps = math.ceil(cfg.epochs * self.steps_per_epoch)
-        self.look_due()                                 # those of earlier sessions are done
+        self.look_due()             # sets looks: those of earlier sessions are done
         millions = sum(p.numel() for p in parts["model"].parameters()) / 1e6
         say(f"{millions:.2f} M weights, at step", self.step, "of", self.steps)
 
@@ -1413,7 +1413,7 @@ def draw_trajectory(path, model, cfg, label):           # from noise to one imag
     draw_rows(path, {"z_t": model.decode(z_t), "guess of z0": model.decode(z0_hat)})
 # ------------------------------------------------------------------------------------------------
 # E. Measuring
-# A distance means something only beside its references: _perfect, _recon, _real. LPIPS, Fréchet
+# A distance means something only beside its references (see evaluate). LPIPS, Fréchet
 # and kernel distance look through the network of stage 1's loss: they flatter who trains with it.
 
 def ssim(u, v):
@@ -1464,7 +1464,7 @@ def features(lpips, images):
     for part in images.split(32):
         x = to_float(part).to(lpips.scaling_layer.shift.device)
         x = F.interpolate(x, (224, 224), mode="bilinear", antialias=True)
-        *_, last = lpips.net(lpips.scaling_layer(x))
+        *_, last = lpips.net(lpips.scaling_layer(x))        # maps of all layers; the last
         found.append(last.mean((2, 3)))
     return torch.cat(found).cpu().double()
 
@@ -1477,7 +1477,7 @@ def frechet(a, b):
 
 def kernel_distance(a, b):
     """Squared MMD with a cubic kernel (Bińkowski 2018, arXiv 1801.01401), of n and n features.
-    Unbiased: two sets of one kind score 0 on average, where Fréchet at small n scores hundreds."""
+    Likeness within each set less that between them: 0 on average if they are of one kind."""
     k_aa, k_bb, k_ab = [(u @ v.T / u.shape[1] + 1) ** 3 for u, v in ((a, a), (b, b), (a, b))]
     within = (k_aa + k_bb).sum() - (k_aa + k_bb).trace()                  # no image with itself
     return float(within / (len(a) * (len(a) - 1)) - 2 * k_ab.mean())
@@ -1512,7 +1512,7 @@ def evaluate(cfg):
         label = model.class_counts.multinomial(len(real), True, generator=rng(cfg.seed, "classes"))
         made, z0 = model.images(SampleConfig(seed=cfg.seed), range(len(real)), label)
         pictures["samples"] = made
-        # A perfect stage 2 would make the codes of other real images: it scores as these decoded.
+        # A perfect stage 2 would make codes of other real images: these, decoded, give its score.
         perfect = reconstruct(vqgan, other, lpips, mixed)[1]
         sets = {"": made, "_perfect": perfect, "_recon": recon, "_real": other}
         if lpips:
@@ -1556,7 +1556,7 @@ class Muon(torch.optim.Optimizer):
                 if not state:
                     state["mean"] = torch.zeros_like(p)
                 state["mean"].lerp_(p.grad, 0.05)
-                g = p.grad.lerp(state["mean"], 0.95).flatten(1)           # Nesterov: look ahead
+                g = p.grad.lerp(state["mean"], 0.95).flatten(1)    # Nesterov: .05 grad, .95 mean
                 tall = max(1, len(g) / g.shape[1]) ** 0.5     # longer steps for a tall matrix
                 p.sub_(group["lr"] * tall * orthogonal(g).view_as(p))
 # ------------------------------------------------------------------------------------------------
