@@ -21,7 +21,6 @@ import types
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
-
 import numpy as np
 from PIL import Image
 import pytest
@@ -513,6 +512,7 @@ def test_unet_is_down_middle_and_up_with_skips_of_the_same_size_and_hears_time_a
         y = block.res2(block.res1(y, emb), emb)
     y = net.last(F.silu(net.norm(y)))
     assert torch.allclose(net(z, t, label), y, atol=1e-3) and y.shape == z.shape
+    assert vqldm.levels((16, 64, 32)) == [(16, 16), (16, 64), (64, 32)]
     for other in (net(z, t + 1, label), net(z, t, label.flip(0)), net(z, t)):
         assert (y - other).abs().max() > 1e-3
     assert torch.equal(net(z, t), net(z, t, torch.full((3,), 3)))       # class 3 of 0…2: not told
@@ -966,7 +966,7 @@ def test_what_evaluate_and_resume_would_get_wrong_is_refused(calm, monkeypatch, 
 def test_best_pt_is_the_look_with_the_lowest_score(calm, tmp_path, monkeypatch, stage, score):
     told = iter([5.0, 3, 4, 2, 6, 7, 8, 9, 3, 4])
     monkeypatch.setattr(vqldm, f"look_{stage}", lambda *a: (
-        lambda x: {"psnr": x, "lpips": -x, "loss_t1of4": -x, score: x})(next(told)))
+        lambda x: {"psnr": -x, "lpips": -x, "loss_t1of4": -x, score: x})(next(told)))
     assert cli(*STAGES[stage], "--out", tmp_path) == 0
     best, log = state_of(tmp_path / "best.pt"), state_of(tmp_path / "last.pt")["log"]
     held = {row["step"]: row[f"held_{score}"] for row in log if f"held_{score}" in row}
