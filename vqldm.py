@@ -758,7 +758,7 @@ class Diffusion:
             alpha = a / a_prev
             t_all = torch.full((len(z),), t, device=z.device)                 # (B,)
             z0_hat, eps_hat = self.predict(net(z, t_all), z, t_all)
-            if sampler == "ddim":       # z0_hat, noised back to t_prev; σ: how fresh that noise is
+            if sampler == "ddim":       # z0_hat noised back to t_prev; η = 1: σ of q(z_prev|z_t,z0)
                 sigma = eta * ((1 - a_prev) / (1 - a) * (1 - alpha)).sqrt()           # DDIM eq. 16
                 z = a_prev.sqrt() * z0_hat + (1 - a_prev - sigma**2).clamp(min=0).sqrt() * eps_hat
             elif sampler == "ddpm":     # Alg. 2: takes (1-α)/(1-ᾱ) of the noise √(1-ᾱ) ε out of z_t
