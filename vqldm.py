@@ -25,7 +25,7 @@ Contents  1. Settings                       7. Stage 1: training      To be look
           4. Blocks                        10. Stage 2: training      C. Keeping a run  F. Muon
           5. Stage 1: the VQGAN            11. Sampling               D. Pictures       G. Commands
           6. Stage 1: the losses
-Run it    python vqldm.py train-vq; then train-ldm, then sample. demo: the three in a row.
+Run it    python vqldm.py train-vq, then train-ldm, then sample; evaluate measures.
           trap marks what often goes wrong; ours, and any constant without a source, is no paper's.
 """
 import argparse, contextlib, copy, csv, functools, inspect, json, math, os      # noqa: E401
@@ -43,7 +43,6 @@ from einops import rearrange
 from PIL import Image, ImageOps
 from torch import nn
 from torchvision.io import write_png
-from torchvision.transforms.functional import gaussian_blur
 from torchvision.utils import make_grid
 from tqdm import tqdm
 # ------------------------------------------------------------------------------------------------
@@ -154,11 +153,6 @@ class EvaluateConfig(Settings):
     data: source = ""                   # folder to measure on; empty: what training held out
     n: count = 500                      # how many images, at most, and how many samples
 
-@dataclass(frozen=True)
-class DemoConfig(Settings):
-    """train-vq, train-ldm and sample in a row"""
-    preset: str = "default"             # as in train-vq
-
 PRESETS = {             # a preset is a row of flags, which yours overrule
     "default": {},
     "tiny": {"train-vq": "--size 32 --n-images 200 --widths 16,32 --codes 64 --epochs 2",
@@ -214,10 +208,8 @@ def mean_over_processes(x):
     return x
 
 def average_gradients(net):
-    if world() > 1:                     # in one message: many small ones take longer
-        grads = [p.grad for p in net.parameters()]
-        mean = mean_over_processes(nn.utils.parameters_to_vector(grads))
-        nn.utils.vector_to_parameters(mean, grads)
+    for p in net.parameters():
+        mean_over_processes(p.grad)     # in place
 
 def say(*words):
     if rank() == 0:
@@ -556,10 +548,9 @@ def set_learning_rate(optimizer, factor):
 def vq_optimizers(vqgan, cfg):
     """-> Adam, Muon. Inner kernels go by Muon (appendix F), everything else by Adam: the first and
     last layers speak of pixels and codes, where each channel is a thing of its own."""
-    outer = [vqgan.encoder.first, vqgan.encoder.last, vqgan.decoder.first, vqgan.decoder.last]
-    outer = set(nn.ModuleList(outer).parameters())
-    inner = [p for p in vqgan.parameters() if p.dim() == 4 and p not in outer]
-    kernels = inner if cfg.muon_lr > 0 else []
+    enc, dec = vqgan.encoder, vqgan.decoder
+    blocks = nn.ModuleList([enc.down, enc.mid, dec.mid, dec.up])
+    kernels = [p for p in blocks.parameters() if p.dim() == 4 and cfg.muon_lr > 0]
     codes = vqgan.codebook.embedding.weight
     rest = [p for p in vqgan.parameters() if p not in {codes, *kernels}]
     # ours: Adam divides by the gradient's size, so no weight of a loss makes a code move faster
@@ -659,7 +650,7 @@ def train_vq(cfg, state=None):
         run.tell(losses)
         if run.look_due():
             held = look_vq(vqgan, images, lpips, run.picture("recon"), mixed)
-            run.tell_look(held, "held_mse")
+            run.tell_look(held)
 
     if lpips is None:
         say("trained WITHOUT LPIPS")
@@ -767,7 +758,7 @@ class Diffusion:
             else:
                 raise UserError(f"--sampler {sampler}: must be ddim or ddpm")
             # trap: noise after the last step leaves a grain in every sample.
-            if t_prev >= 0 and sigma.max() > 0:
+            if t_prev >= 0:
                 z = z + sigma * noise()                                       # DDIM eq. 12
             yield z, z0_hat
 # ------------------------------------------------------------------------------------------------
@@ -787,8 +778,7 @@ class UNet(nn.Module):
         super().__init__()
         E = 4 * widths[0]
         self.n_classes = n_classes
-        self.time_dim = 2 * (widths[0] // 2)        # even
-        self.time = nn.Sequential(nn.Linear(self.time_dim, E), nn.SiLU(), nn.Linear(E, E))
+        self.time = nn.Sequential(nn.Linear(E, E), nn.SiLU(), nn.Linear(E, E))
         self.label = nn.Embedding(n_classes + 1, E)
         self.first = nn.Conv2d(z_dim, widths[0], 3, padding=1)
         there = levels(widths)                                            # 64 → 64 → 128
@@ -802,7 +792,7 @@ class UNet(nn.Module):
     def forward(self, z_t, t, label=None):                                # (B,d,h,w), (B,), (B,)
         if label is None:
             label = torch.full_like(t, self.n_classes)
-        emb = self.time(time_embedding(t, self.time_dim))                 # (B,E)
+        emb = self.time(time_embedding(t, self.label.embedding_dim))      # (B,E)
         emb = emb + self.label(label)       # the class joins the time: blocks need not know of it
         y = self.first(z_t)
         skips = []
@@ -830,7 +820,7 @@ def guided(net, guide, label, w, below):
 # 10. Stage 2: training
 # The frozen encoder turns each image once into its grid of code numbers: these are stage 2's data.
 # ours: codes are diffused (LDM takes z before quantisation). Diffusion ends in noise of mean 0 and
-# std 1, so codes are brought there too. Look at the held-out loss by quarter of t: 1 is untaught.
+# std 1, so codes are brought there too. Look at the samples more than at the loss: it says little.
 
 @torch.no_grad()
 def encode_images(vqgan, images, device, mixed):
@@ -874,19 +864,16 @@ def update_ema(ema, net, step, decay):
 
 @torch.no_grad()
 def look_ldm(model, z0, label, path):
-    """A LatentDiffusion's held-out loss by quarter of t, same noise each time; 16 samples drawn."""
+    """A LatentDiffusion's held-out loss, at each look with the same noise; 16 samples drawn."""
     t = torch.arange(len(z0)) * model.cfg.T // len(z0)                    # (n,) evenly over 0…T-1
     eps = torch.randn(z0.shape, generator=rng("held-out noise"))
     t, eps, label = [a.to(z0.device) for a in (t, eps, label)]
     with model.mixed:
         loss = model.diffusion.loss(model.net, z0, t, eps, label)         # (n,)
-    numbers = {"loss": float(loss.mean())}
-    for i, quarter in enumerate(loss.chunk(4), 1):
-        numbers[f"loss_t{i}of4"] = float(quarter.mean())
     classes = torch.arange(16) * len(model.classes) // 16
     pictures, latents = model.images(SampleConfig(), range(16), classes)
     draw_rows(path, {"samples": pictures})
-    return {**numbers, "latent_std": float(latents.std())}
+    return {"loss": float(loss.mean()), "latent_std": float(latents.std())}
 
 def train_ldm(cfg, state=None):
     """Stage 2, from a stage-1 checkpoint to one that is all that sampling needs. -> exit status."""
@@ -950,7 +937,7 @@ def train_ldm(cfg, state=None):
             model = LatentDiffusion(run.checkpoint(), device, mixed)
             some = images.val[:256]
             held = look_ldm(model, latents(some), images.labels[some], run.picture("samples"))
-            run.tell_look(held, "held_loss")
+            run.tell_look(held)
 
     return run.finish("next: python vqldm.py sample --ckpt")
 # ------------------------------------------------------------------------------------------------
@@ -1104,10 +1091,10 @@ def synthetic(i, size, seed=0):
 # Hours are lost to one bad image in a folder, and most of a laptop's time to decoding JPEGs. So
 # each image is opened once, before training, and written as bytes into one file.
 
-PHOTO = r"(?i)^(?!\.|(grid|trajectory)\.png).*\.(bmp|gif|jpe?g|png|tiff?|webp)$"
-NO_PHOTO = r"(?i)_segmentation|_superpixels|_mask|_expert|-partial|(^|/)\."
-TRAIN = r"(?i)(?<![^/])train(ing)?/"                    # the split; (?<![^/]): a whole name
-HELD_OUT = r"(?i)(?<![^/])(val(id(ation)?)?|test(ing)?)/"
+PHOTO = r"(?i).*\.(bmp|gif|jpe?g|png|tiff?|webp)$"      # of a path; not these:
+NO_PHOTO = r"(?i)_segmentation|_superpixels|_mask|_expert|-partial|(^|/)(\.|(grid|trajectory)\.png)"
+HELD_OUT = r"(?i)(?<![^/])(val(id(ation)?)?|test(ing)?)/"       # (?<![^/]): a whole name
+SPLIT = HELD_OUT + r"|(?<![^/])train(ing)?/"
 
 def read_image(path, size):                             # -> uint8 (3,size,size)
     # Whatever its suffix, PIL would open 40 kinds of files, and start Ghostscript for one of them.
@@ -1133,11 +1120,10 @@ def find_images(folder):
                 table[row.get("isic_id") or row.get("image_id")] = row
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if re.match(PHOTO, path.name) and not re.search(NO_PHOTO, name) and path.is_file():
+        if re.match(PHOTO, name) and not re.search(NO_PHOTO, name) and path.is_file():
             row = table.get(path.stem, {})
             told = row.get("diagnosis_3") or row.get("diagnosis_1") or row.get("dx") or "images"
-            inner = re.sub(TRAIN, "", re.sub(HELD_OUT, "", name))
-            kind = Path(inner).parent.name or told
+            kind = Path(re.sub(SPLIT, "", name)).parent.name or told
             lesion = row.get("lesion_id") or path.stem
             stamp = path.stat().st_mtime_ns     # of what a link points to
             named.append((name, kind, bool(re.search(HELD_OUT, name)), stamp))
@@ -1248,8 +1234,6 @@ def open_run(cfg, typed, resume, overwrite):
     that were given."""
     last = cfg.folder / "last.pt"
     if overwrite or not last.exists():
-        if resume:
-            say("there is no run in", cfg.folder, "yet: a new one begins")
         return cfg, None
     demand(resume, f"--out {cfg.folder}: already holds a run; --resume or --overwrite it")
     state = load_checkpoint(last, "--resume", cfg.kind)
@@ -1279,9 +1263,9 @@ class Run:
                 self.log = state["log"]
                 self.began -= state["seconds"]
         else:                                           # a new run; if it overwrites one: goodbye
-            last, best = cfg.folder / "last.pt", cfg.folder / "best.pt"
-            for old in (last, best, *cfg.folder.glob("*_epoch_*.png")):
-                old.unlink(missing_ok=True)
+            for pattern in ("last.pt", "*_epoch_*.png"):
+                for old in cfg.folder.glob(pattern):
+                    old.unlink()
         self.steps_per_epoch = n / cfg.batch_size
         self.steps = math.ceil(cfg.epochs * self.steps_per_epoch)
         self.look_due()             # sets looks: those of earlier sessions are done
@@ -1303,16 +1287,13 @@ class Run:
         def ask(number, frame):
             self.status = 128 + number
             signal.signal(number, signal.SIG_DFL)
-        old = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            with bar(None, "training", self.steps - self.step) as self.line:
-                while self.time_left():
-                    self.step += 1
-                    yield self.step - 1
-                    self.line.update()
-        finally:
-            for s, handler in old.items():
-                signal.signal(s, handler)
+        signal.signal(signal.SIGINT, ask)
+        signal.signal(signal.SIGTERM, ask)
+        with bar(None, "training", self.steps - self.step) as self.line:
+            while self.time_left():
+                self.step += 1
+                yield self.step - 1
+                self.line.update()
 
     def time_left(self):
         now = torch.tensor(self.now() + self.status, dtype=torch.float64)   # a signal: far above 1
@@ -1338,51 +1319,48 @@ class Run:
             self.log.append({"step": self.step, **row})
             self.line.set_postfix(row)
 
-    def tell_look(self, held, score):                   # and save; best.pt has the lowest score
+    def tell_look(self, held):                          # and save
         row = {f"held_{name}": value for name, value in held.items()}
         self.log.append({"step": self.step, **row})
         words = [f"{name} {value:.4g}" for name, value in held.items()]
         say(f"{min(1, self.now()):4.0%} held out:", *words)
         if held.get("codes_used_percent", 100) < 25 or not 0.7 < held.get("latent_std", 1) < 1.4:
             say("WARNING few codes are used, or the latents' std is far from 1: it is still young")
-        scores = [row.get(score, math.inf) for row in self.log]
-        if row[score] <= min(scores):
-            write_whole(self.cfg.folder / "best.pt", self.write)
         self.save()
 
     def checkpoint(self):                               # all that is kept of a run
         state = {name: part.state_dict() for name, part in self.parts.items()}
         return {**state, **self.facts, "kind": self.cfg.kind, "config": asdict(self.cfg),
                 "step": self.step, "seconds": self.seconds(), "log": self.log}
-    def write(self, f):
-        torch.save(self.checkpoint(), f)
 
     def save(self):                                     # last.pt, log.csv, curves.png
-        write_whole(self.cfg.folder / "last.pt", self.write)
+        state = self.checkpoint()
+        write_whole(self.cfg.folder / "last.pt", lambda f: torch.save(state, f))
         names = list(dict.fromkeys(name for row in self.log for name in row))
         with open(self.cfg.folder / "log.csv", "w", newline="") as f:
             table = csv.DictWriter(f, names)
             table.writeheader()
             table.writerows(self.log)
-        draw_curves(self.cfg.folder / "curves.png", self.log, names[1:])
+        if self.log:
+            draw_curves(self.cfg.folder / "curves.png", self.log, names[1:])
 
     def finish(self, then):                             # -> exit status
         if rank() == 0:
             self.save()
-        # Nobody leaves before that is done, and all with the same status.
-        anyone = mean_over_processes(torch.tensor(float(self.status)))
-        if anyone > 0:
+        mean_over_processes(torch.zeros(1))             # nobody leaves before that is done
+        if self.status:
             then = "to go on, add --resume;"
         say("saved at step", self.step, "of", self.steps, "--", then, self.cfg.folder)
-        return self.status or (143 if anyone > 0 else 0)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        return self.status
 # ------------------------------------------------------------------------------------------------
 # D. Pictures
 
 @contextlib.contextmanager
-def figure(path, width, height, rows, columns=1):       # with … as axes: draw
+def figure(path, width, height, rows):                  # with … as axes: draw, one below the other
     from matplotlib.figure import Figure                # not pyplot: needs no window
     fig = Figure(figsize=(width, height), layout="constrained")
-    yield fig.subplots(rows, columns, squeeze=False).flatten()
+    yield fig.subplots(rows, squeeze=False).flatten()
     write_whole(path, lambda f: fig.savefig(f, format="png"))
 
 def draw_rows(path, rows):                              # {label: uint8 images}: 16 of each, a strip
@@ -1395,11 +1373,8 @@ def draw_rows(path, rows):                              # {label: uint8 images}:
             ax.set_title(label, fontsize=9, loc="left", parse_math=False)
             ax.axis("off")
 
-def draw_curves(path, log, names):                      # a panel for each column
-    columns = math.ceil(len(names) / 2) or 1
-    with figure(path, 2.4 * columns, 4, 2, columns) as axes:
-        for ax in axes[len(names):]:
-            ax.axis("off")
+def draw_curves(path, log, names):                      # a panel for each column of the log
+    with figure(path, 8, 1.3 * len(names), len(names)) as axes:
         for ax, name in zip(axes, names):
             rows = [row for row in log if name in row]
             ax.plot([row["step"] for row in rows], [row[name] for row in rows])
@@ -1407,33 +1382,20 @@ def draw_curves(path, log, names):                      # a panel for each colum
 
 def draw_trajectory(path, model, cfg, label):           # from noise to one image, at eight moments
     with model.mixed:
-        film = list(model.walk(cfg, [0], label))
-    film = [film[i] for i in torch.linspace(0, len(film) - 1, 8).long()]
-    z_t, z0_hat = [torch.cat(part) for part in zip(*film)]                # (8,d,h,w) each
-    draw_rows(path, {"z_t": model.decode(z_t), "guess of z0": model.decode(z0_hat)})
+        guesses = [z0_hat for _, z0_hat in model.walk(cfg, [0], label)]
+    moments = torch.linspace(0, len(guesses) - 1, 8).long()
+    film = torch.cat(guesses)[moments]                                    # (8,d,h,w)
+    draw_rows(path, {"the guess of z0 on the way from noise": model.decode(film)})
 # ------------------------------------------------------------------------------------------------
 # E. Measuring
-# A distance means something only beside its references (see evaluate). LPIPS, Fréchet
-# and kernel distance look through the network of stage 1's loss: they flatter who trains with it.
-
-def ssim(u, v):
-    """Structural similarity (Wang et al. 2004) of images (B,3,H,W) in 0…1. -> (B,)"""
-    def mean(x):                        # under a Gaussian of 11×11 pixels, where all of it fits
-        return gaussian_blur(x, 11, 1.5)[:, :, 5:-5, 5:-5]
-    mu_u, mu_v = mean(u), mean(v)
-    product, squares = mu_u * mu_v, mu_u**2 + mu_v**2
-    cov = mean(u * v) - product
-    variances = mean(u * u + v * v) - squares
-    luminance = (2 * product + 1e-4) / (squares + 1e-4)
-    structure = (2 * cov + 9e-4) / (variances + 9e-4)
-    return (luminance * structure).mean((1, 2, 3))
+# A distance means something only beside its references (see evaluate). LPIPS and the kernel
+# distance look through the network of stage 1's loss: they flatter who trains with it.
 
 def compare(x_hat, x, lpips):                           # (B,3,H,W) in [-1,1], twice
     """-> {name: (B,)}. One more measure of a reconstruction is one more line here."""
     mse = F.mse_loss(x_hat, x, reduction="none").mean((1, 2, 3))
     numbers = {"mse": mse,
-               "psnr": 10 * torch.log10(2**2 / mse.clamp(min=1e-10)),     # the range is 2
-               "ssim": ssim((x_hat + 1) / 2, (x + 1) / 2)}
+               "psnr": 10 * torch.log10(2**2 / mse.clamp(min=1e-10))}     # the range is 2
     if lpips:
         numbers["lpips"] = lpips(x_hat, x).flatten()
     return numbers
@@ -1468,13 +1430,6 @@ def features(lpips, images):
         found.append(last.mean((2, 3)))
     return torch.cat(found).cpu().double()
 
-def frechet(a, b):
-    """Fréchet distance of two sets of features (n,C), taken as Gaussians (Heusel et al. 2017)."""
-    cov_a, cov_b = a.T.cov(), b.T.cov()
-    root = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0).sqrt()
-    between = F.mse_loss(a.mean(0), b.mean(0), reduction="sum")
-    return float(between + (cov_a + cov_b).trace() - 2 * root.sum())
-
 def kernel_distance(a, b):
     """Squared MMD with a cubic kernel (Bińkowski 2018, arXiv 1801.01401), of n and n features.
     Likeness within each set less that between them: 0 on average if they are of one kind."""
@@ -1484,16 +1439,14 @@ def kernel_distance(a, b):
 
 def unseen_images(cfg, vq_cfg, cache):                  # -> uint8 (n,3,H,W), n others
     data = cfg.data or vq_cfg.data
-    demand(cfg.n > 1, "--n: one image is too few to measure on")
-    if data == "synthetic":                             # drawn anew: of these there is no end
-        drawn = [synthetic(i, vq_cfg.size, vq_cfg.seed + 1) for i in range(2 * cfg.n)]
-        return torch.stack(drawn).split(cfg.n)
+    # Of drawn images there is no end: another seed's were never trained on.
+    vq_cfg = replace(vq_cfg, seed=vq_cfg.seed + 1, n_images=2 * cfg.n)
     images = Images(data, vq_cfg, cache)
     rows = torch.randperm(len(images.names), generator=rng(cfg.seed, "unseen"))
-    if data == vq_cfg.data:
+    if data == vq_cfg.data != "synthetic":
         rows = images.val
-    elif Path(vq_cfg.data) in Path(data).parents:
-        raise UserError("--data lies in what was trained on: leave it out, for the held-out ones")
+    inside = Path(vq_cfg.data) in Path(data).parents
+    demand(not inside, "--data lies in what was trained on: leave it out, for the held-out ones")
     n = min(cfg.n, len(rows) // 2)
     demand(n > 1, "--data: too few unseen images to measure on")
     return images.rows(rows[:2 * n]).split(n)
@@ -1518,9 +1471,7 @@ def evaluate(cfg):
         if lpips:
             a = features(lpips, real)
             for name, images in sets.items():
-                b = features(lpips, images)
-                numbers["kernel" + name] = kernel_distance(a, b)
-                numbers["frechet" + name] = frechet(a, b)
+                numbers["kernel" + name] = kernel_distance(a, features(lpips, images))
         numbers.update(latent_mean=float(z0.mean()), latent_std=float(z0.std()))
     numbers["n"] = len(real)
     for name, value in numbers.items():
@@ -1536,12 +1487,11 @@ def evaluate(cfg):
 def orthogonal(g):
     """g (r,n) = U S Vᵀ -> about U Vᵀ: its singular values become 0.7 to 1.2. Newton-Schulz: each
     round takes every singular value s to 3.4445 s - 4.775 s³ + 2.0315 s⁵ (Jordan's numbers)."""
-    x = g.T if len(g) > g.shape[1] else g                                 # (r,n), r <= n
-    x = x / (x.norm() + 1e-7)
+    x = g / (g.norm() + 1e-7)
     for _ in range(5):
         gram = x @ x.T                                                    # (r,r)
         x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
-    return x.T if len(g) > g.shape[1] else x
+    return x
 
 class Muon(torch.optim.Optimizer):
     """Steps of lr along orthogonal(running mean of the gradient), for kernels of convolutions."""
@@ -1557,25 +1507,12 @@ class Muon(torch.optim.Optimizer):
                     state["mean"] = torch.zeros_like(p)
                 state["mean"].lerp_(p.grad, 0.05)
                 g = p.grad.lerp(state["mean"], 0.95).flatten(1)    # Nesterov: .05 grad, .95 mean
-                tall = max(1, len(g) / g.shape[1]) ** 0.5     # longer steps for a tall matrix
-                p.sub_(group["lr"] * tall * orthogonal(g).view_as(p))
+                p.sub_(group["lr"] * orthogonal(g).view_as(p))
 # ------------------------------------------------------------------------------------------------
 # G. Commands
 
-def demo(cfg):                                          # as a user would type them
-    vq, ldm, samples = [str(cfg.folder / name) for name in ("vq", "ldm", "samples")]
-    for words in (["train-vq", "--preset", cfg.preset, "--out", vq],
-                  ["train-ldm", "--preset", cfg.preset, "--vq", vq, "--out", ldm],
-                  ["sample", "--ckpt", ldm, "--out", samples]):
-        say("\n$ python vqldm.py", *words)
-        status = run_command([*words, "--seed", str(cfg.seed), "--device", cfg.device])
-        if status:
-            break
-    return status
-
 COMMANDS = {"train-vq": (VQConfig, train_vq), "train-ldm": (LDMConfig, train_ldm),
-            "sample": (SampleConfig, sample), "evaluate": (EvaluateConfig, evaluate),
-            "demo": (DemoConfig, demo)}
+            "sample": (SampleConfig, sample), "evaluate": (EvaluateConfig, evaluate)}
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):                           # one sentence instead of a page of usage
@@ -1622,9 +1559,10 @@ def run_command(argv):                                  # -> exit status; None i
 
 def main(argv):
     """Run one command. SystemExit 2 after a user's mistake, 130 or 143 after a signal."""
-    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-        if torch.cuda.is_available():
+    if "WORLD_SIZE" in os.environ:                      # torchrun sets it
+        cuda = torch.cuda.is_available()
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+        if cuda:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     with contextlib.suppress(AttributeError):           # a code page without é must not end a run
         sys.stdout.reconfigure(errors="replace")
@@ -1643,7 +1581,6 @@ def main(argv):
     if status:
         raise SystemExit(status)
     if dist.is_initialized():
-        dist.barrier()                                  # leave together
         dist.destroy_process_group()
 
 if __name__ == "__main__":
