@@ -1088,6 +1088,23 @@ def test_two_processes_end_with_the_weights_of_one(calm, tmp_path, monkeypatch):
                 a, b = one[part][name], two[part][name]
                 assert (a - b).norm() <= 1e-3 * a.norm() + 1e-5, (part, name)
 
+def test_each_process_of_torchrun_takes_its_own_gpu(monkeypatch):
+    did = []
+    for place, name in (("torch.cuda", "set_device"), ("torch.distributed", "init_process_group")):
+        monkeypatch.setattr(f"{place}.{name}", did.append)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    for name, value in dict(WORLD_SIZE="4", RANK="3", LOCAL_RANK="1").items():
+        monkeypatch.setenv(name, value)
+    assert cli("--help") == 0 and did == ["cpu:gloo,cuda:nccl", 1]
+
+def test_no_process_leaves_before_the_first_has_saved(calm, tmp_path, monkeypatch):
+    """torchrun ends all as soon as one has failed: a signal to the second is to lose nothing."""
+    did, save, mean = [], vqldm.Run.save, vqldm.mean_over_processes
+    monkeypatch.setattr(vqldm.Run, "save", lambda self: [save(self), did.append("save")])
+    monkeypatch.setattr(vqldm, "mean_over_processes", lambda x: [mean(x), did.append("meet")][0])
+    assert cli(*STAGES["ldm"], "--out", tmp_path) == 0 and did[-2:] == ["save", "meet"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler    # Ctrl-C is Python's
+
 @pytest.mark.parametrize("stage, name", [("vq", "augment"), ("ldm", "standardise")])
 def test_bad_batches_are_skipped_and_five_in_a_row_end_the_run(
         calm, tmp_path, monkeypatch, capsys, refused, stage, name):

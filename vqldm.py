@@ -26,7 +26,8 @@ Contents  1. Settings                       7. Stage 1: training      To be look
           5. Stage 1: the VQGAN            11. Sampling               D. Pictures       G. Commands
           6. Stage 1: the losses
 Run it    python vqldm.py train-vq, then train-ldm, then sample; evaluate measures.
-          trap marks what often goes wrong; ours, and any constant without a source, is no paper's.
+          The word trap marks a frequent mistake, the word ours what is in no paper that stands
+          beside it. Constants without a source are ours too.
 """
 import argparse, contextlib, copy, csv, functools, inspect, json, math, os      # noqa: E401
 import random, re, signal, sys, time, warnings                                  # noqa: E401
@@ -383,7 +384,7 @@ class Decoder(nn.Module):
         for block in self.up:
             y = block(y)                                                  # the grid doubles m times
         y = F.silu(self.norm(y))
-        with torch.autocast(y.device.type, enabled=False):  # in fp32: its gradient makes lam
+        with torch.autocast(y.device.type, enabled=False):  # fp32: from its gradient comes lam
             return self.last(y.float())                                   # (B,3,H,W)
 
 class Codebook(nn.Module):
@@ -415,8 +416,8 @@ class Codebook(nn.Module):
         z_q = self.lookup(k)                                              # (B,d,h,w)
         # One distance, two halves; sg[] decides who moves: the codes to the vectors that they won,
         # and the encoder's vectors to their codes.
-        # trap: commit_weight on the codes' half instead of the encoder's: z is pulled four times
-        # too hard, and the codebook's curve looks better.
+        # trap: commit_weight on the codes' half instead of the encoder's. The default is 0.25, so z
+        # is then pulled four times too hard, and the codebook's curve only looks the better for it.
         codebook_loss = F.mse_loss(z_q, z.detach())                       # ‖sg[z] - e‖²
         commit_loss = F.mse_loss(z, z_q.detach())                         # ‖z - sg[e]‖²
         # Straight through (VQ sec. 3.2): the value of z_q with the gradient of z. Rounding has no
@@ -426,8 +427,8 @@ class Codebook(nn.Module):
         z_q = z + (z_q - z).detach()
         return z_q, k, codebook_loss, commit_loss
 
-    # trap: the usual start, uniform in ±1/K, sits at the origin. Where the encoder's outputs do
-    # not, a few codes win everything and the others never get a gradient: the collapse.
+    # trap: the usual start, uniform in ±1/K, puts all codes at the origin. If the encoder's outputs
+    # lie elsewhere, a few codes win everything and the others never get a gradient: the collapse.
     # So they start on outputs of the encoder; unused ones do so again (Jukebox, arXiv 2005.00341).
     @torch.no_grad()
     def start_on(self, z, generator, which=...):        # [...] means all
@@ -441,7 +442,7 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def count(self, k):
-        """Note which codes won, on any process: only 0 or more matters."""
+        """Note which codes won. What matters is 0 or not, so a mean over processes will do."""
         wins = torch.bincount(k.flatten(), minlength=len(self.wins)).float()
         self.wins += mean_over_processes(wins)
 
@@ -519,8 +520,9 @@ def adaptive_weight(rec, adversarial, last):
     """lam = ‖∇_L rec‖ / (‖∇_L adversarial‖ + δ), L the decoder's last layer (VQGAN eq. 7).
     Why adaptive: D's gradient can be a thousand times stronger or weaker than the reconstruction's,
     and changes as D learns. Scaled so that at weight 1 both push the last layer equally, neither
-    drowns the other. At the last: back through all layers would cost too much. An untrained D has
-    almost no gradient: hence δ, and the cap in VQGAN's code. trap: lam is no part of the graph."""
+    drowns the other. Only at the last layer, since gradients of all layers would cost too much. An
+    untrained D has almost no gradient: hence δ, and the cap in VQGAN's code. lam must be a constant
+    to the loss, which autograd.grad without create_graph sees to."""
     grad_rec, = torch.autograd.grad(rec, last, retain_graph=True)
     grad_adv, = torch.autograd.grad(adversarial, last, retain_graph=True)
     norm_rec = mean_over_processes(grad_rec).norm()
@@ -546,13 +548,14 @@ def set_learning_rate(optimizer, factor):
         group["lr"] = factor * initial
 
 def vq_optimizers(vqgan, cfg):
-    """-> Adam, Muon. Inner kernels go by Muon (appendix F), everything else by Adam: the first and
-    last layers speak of pixels and codes, where each channel is a thing of its own."""
+    """-> Adam, Muon. Muon (appendix F) makes steps that are equally long in all directions of a
+    kernel, taken as a matrix. That suits the kernels inside; first and last layers, where a channel
+    is a colour or a part of a code, and all that is no kernel go by Adam."""
     enc, dec = vqgan.encoder, vqgan.decoder
     blocks = nn.ModuleList([enc.down, enc.mid, dec.mid, dec.up])
     kernels = [p for p in blocks.parameters() if p.dim() == 4 and cfg.muon_lr > 0]
     codes = vqgan.codebook.embedding.weight
-    rest = [p for p in vqgan.parameters() if p not in {codes, *kernels}]
+    rest = [p for p in vqgan.parameters() if p not in {codes, *kernels}]      # a set: by identity
     # ours: Adam divides by the gradient's size, so no weight of a loss makes a code move faster
     # than its learning rate. At the network's own rate the codes lag behind the moving z.
     groups = [{"params": rest}, {"params": [codes], "lr": cfg.codes_lr}]
@@ -622,7 +625,7 @@ def train_vq(cfg, state=None):
         loss.backward()
         average_gradients(vqgan)
         norm = nn.utils.clip_grad_norm_(vqgan.parameters(), 1.0)
-        if run.skips(norm):                     # one bad batch must not end a night
+        if run.skips(norm):             # not finite; one bad batch must not end a night, five do
             continue
         adam.step()
         muon.step()
@@ -636,8 +639,8 @@ def train_vq(cfg, state=None):
                 # trap: without detach, D's loss would teach the generator to give itself away.
                 real, fake = disc(x), disc(x_hat.detach())
             d_loss = hinge_loss(real, fake)
-            # trap: the generator's backward has left gradients in D. Zeroed too late, after D's
-            # step, they make D(fake) settle at 0.65 instead of below 0.
+            # trap: the generator's backward has left gradients in D, those that raise D(fake). So
+            # they are zeroed right here. Zeroed only after D's step, D(fake) settles above 0.
             disc.zero_grad()
             d_loss.backward()
             average_gradients(disc)
@@ -658,13 +661,20 @@ def train_vq(cfg, state=None):
 # ------------------------------------------------------------------------------------------------
 # 8. Stage 2: diffusion
 # Noise is added to a latent in T small steps until nothing is left of it; a network learns to say
-# what was added; sampling walks back. It may answer with ε, or with v = √ᾱ ε - √(1-ᾱ) z0, which is
-# useful at any t; predict() turns either into (z0_hat, eps_hat), and the samplers know only these.
+# what was added; sampling walks back. In formulas, with z0 the latent and ε normal noise:
+#
+#   one step further     z_t = √α_t z_(t-1) + √β_t ε     β_t: how much noise is added; α_t = 1-β_t
+#   all steps at once    z_t = √ᾱ_t z0 + √(1-ᾱ_t) ε      ᾱ_t = α_0 · … · α_t: how much of z0 is left
+#   the network answers  ε, or v = √ᾱ_t ε - √(1-ᾱ_t) z0
+#   predict()            turns either answer into two guesses, z0_hat and eps_hat
+#   one step back        is made from these two, by ddim or by ddpm
+#
+# Levels count from 0, and z_t at t = 0 has a little noise already: the clean z0 lies before it. Why
+# v: at much noise ε is nearly z_t itself, so that saying it says little about z0; v is then about
+# -z0, and at little noise about ε: always what z_t does not show.
 
 class Diffusion:
-    """DDPM's noise schedule, its loss (Algorithm 1) and two samplers (Algorithm 2, DDIM). alpha_bar
-    (T+1,): for t = 0…T-1 the share of the variance that z0 still has; then, for index -1, where
-    sampling ends, a 1. A step adds noise of variance β and keeps α = 1-β."""
+    """DDPM's noise schedule, its loss (Algorithm 1) and two samplers (Algorithm 2, DDIM)."""
     def __init__(self, T=1000, schedule="cosine", target="v"):
         self.T, self.target = T, target
         if schedule == "linear":
@@ -672,13 +682,14 @@ class Diffusion:
             # sampling starts from a noise that the network never saw.
             beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T
         elif schedule == "cosine":              # Nichol & Dhariwal 2021, arXiv 2102.09672, eq. 17
-            t = torch.arange(T + 1, dtype=torch.float64) / T
-            f = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2        # ᾱ but for a factor
-            beta = 1 - f[1:] / f[:-1]
+            part = torch.arange(T + 1, dtype=torch.float64) / T              # 0…1
+            curve = torch.cos((part + 0.008) / 1.008 * math.pi / 2) ** 2
+            beta = 1 - curve[1:] / curve[:-1]       # α is the quotient of two neighbouring ᾱ
         else:
             raise UserError(f"--schedule {schedule}: must be linear or cosine")
         alpha = 1 - beta.clamp(max=0.999)
-        alpha_bar = alpha.cumprod(0)                # ᾱ_t = α_0 · … · α_t, made in float64
+        alpha_bar = alpha.cumprod(0)                # made in float64: T factors, one rounding
+        # A 1 behind the last: alpha_bar[-1] is that of z0 itself, where sampling ends.
         self.alpha_bar = F.pad(alpha_bar, (0, 1), value=1).float()            # (T+1,)
         self.goal(alpha, alpha, alpha)              # only to raise at an unknown target
 
@@ -702,28 +713,30 @@ class Diffusion:
 
     def predict(self, out, z_t, t):
         """The network's answer -> (z0_hat, eps_hat), both (B,d,h,w).
-        trap: from ε, z0_hat multiplies the network's error by 1/√ᾱ, 157 (linear) or 20,291 (cosine)
-        at t = T-1: colours off, latents of std 2 or 3. v never does. And never clip z0_hat to ±1
-        as for pixels: latents would come out with std 0.7."""
+        trap: from ε, z0_hat multiplies the network's error by 1/√ᾱ, which is 157 (linear) or 20,291
+        (cosine) at t = T-1: colours off, latents of std 2 or 3. From v, no factor is above 1.
+        trap: z0_hat clipped to ±1, as for pixels: latents come out with std 0.7."""
         a = self.alpha_bar_at(t, z_t)
         if self.target == "eps":                    # DDPM eq. 4, solved for z0
             return (z_t - (1 - a).sqrt() * out) / a.sqrt(), out
-        # (z0, ε) -> (z_t, v) is a rotation, turned back here. A new target goes above.
+        # With √ᾱ = cos φ and √(1-ᾱ) = sin φ: z_t = cos φ z0 + sin φ ε, v = cos φ ε - sin φ z0. That
+        # is a rotation, and here it is turned back. A new target goes above.
         z0_hat = a.sqrt() * z_t - (1 - a).sqrt() * out                        # Salimans app. D
         eps_hat = (1 - a).sqrt() * z_t + a.sqrt() * out
         return z0_hat, eps_hat
 
     def loss(self, net, z0, t, eps, label):
-        """Algorithm 1, DDPM eq. 14: ‖goal - net(z_t, t)‖², (B,). Always answering 0 costs 1."""
+        """Algorithm 1, DDPM eq. 14: the mean of (goal - net(z_t, t))², (B,). Saying 0 costs 1."""
         out = net(self.add_noise(z0, t, eps), t, label)
         goal = self.goal(z0, eps, self.alpha_bar_at(t, z0))
         return F.mse_loss(out, goal, reduction="none").flatten(1).mean(1)     # (B,)
 
     def weight(self, t):
         """How much each t (B,) counts in training.
-        ours: for v, the middle counts most. At little noise the loss asks for detail finer than a
-        code, which decoding rounds away; at much noise for what cannot be seen. At least 1/4: else
-        nobody would teach the answer to pure noise, where all sampling starts."""
+        ours: for v, the middle counts most. The loss of v is z0_hat's squared error / (1-ᾱ): at
+        little noise it asks for detail finer than the distance of two codes, which decoding rounds
+        away; at much noise for a z0 that can hardly be seen. At least 1/4: else nobody would teach
+        the answer to pure noise, where all sampling starts."""
         a = self.alpha_bar_at(t, t)                 # (B,): shaped like t itself
         if self.target != "v":
             return torch.ones_like(a)
@@ -745,21 +758,28 @@ class Diffusion:
             a = self.alpha_bar_at(t, z)
             a_prev = self.alpha_bar_at(t_prev, z)
             # trap: kept levels are further apart than the trained ones, so α is made anew from
-            # them. With the trained α_t, 50 steps would stop half way, in noise.
+            # them. With the trained α_t, ddpm takes too little away in each step and ends in noise.
             alpha = a / a_prev
             t_all = torch.full((len(z),), t, device=z.device)                 # (B,)
             z0_hat, eps_hat = self.predict(net(z, t_all), z, t_all)
-            if sampler == "ddim":       # z0_hat noised back to t_prev; η = 1: σ of q(z_prev|z_t,z0)
+
+            if sampler == "ddim":
+                # z0_hat, noised again up to t_prev. The noise there has variance 1-ᾱ_prev: σ² of it
+                # is fresh, the rest the noise that was seen. η = 0: none fresh. η = 1: σ as if z0
+                # were known, the smaller of DDPM's two choices; below is the larger, σ² = β.
                 sigma = eta * ((1 - a_prev) / (1 - a) * (1 - alpha)).sqrt()           # DDIM eq. 16
-                z = a_prev.sqrt() * z0_hat + (1 - a_prev - sigma**2).clamp(min=0).sqrt() * eps_hat
-            elif sampler == "ddpm":     # Alg. 2: takes (1-α)/(1-ᾱ) of the noise √(1-ᾱ) ε out of z_t
-                sigma = (1 - alpha).sqrt()                                # DDPM sec. 3.2: σ² = β
+                seen = (1 - a_prev - sigma**2).clamp(min=0).sqrt()
+                z = a_prev.sqrt() * z0_hat + seen * eps_hat                           # DDIM eq. 12
+            elif sampler == "ddpm":
+                # DDPM Algorithm 2, line 4: the mean of z_prev, then fresh noise.
+                sigma = (1 - alpha).sqrt()
                 z = (z - (1 - alpha) / (1 - a).sqrt() * eps_hat) / alpha.sqrt()
             else:
                 raise UserError(f"--sampler {sampler}: must be ddim or ddpm")
+
             # trap: noise after the last step leaves a grain in every sample.
             if t_prev >= 0:
-                z = z + sigma * noise()                                       # DDIM eq. 12
+                z = z + sigma * noise()
             yield z, z0_hat
 # ------------------------------------------------------------------------------------------------
 # 9. Stage 2: the UNet
@@ -784,7 +804,9 @@ class UNet(nn.Module):
         there = levels(widths)                                            # 64 → 64 → 128
         self.down = nn.ModuleList([DownBlock(c_in, c_out, E) for c_in, c_out in there])
         self.mid = MidBlock(widths[-1], E)
-        back = reversed(there)              # 128 → 64 → 64; a skip is as wide as what it meets
+        # 128 → 64 → 64: each DownBlock's pair read backwards. Its c_out comes up from below; its
+        # skip, cut off before halving, is as wide.
+        back = reversed(there)
         self.up = nn.ModuleList([UpBlock(c_in, c_out, E, c_skip=c_in) for c_out, c_in in back])
         self.norm = Norm(widths[0])
         self.last = zero(nn.Conv2d(widths[0], z_dim, 3, padding=1))
@@ -805,10 +827,16 @@ class UNet(nn.Module):
         return self.last(F.silu(self.norm(y))).float()                    # (B,d,h,w)
 
 def guided(net, guide, label, w, below):
-    """-> a net(z_t, t) that is led towards its class: out = weak + w (strong - weak). w = 1: strong
-    alone. weak is not told the class (CFG eq. 6; our w is theirs + 1) and has earlier weights: it
-    errs the same way, only more, so w leads away from that (Karras 2024, arXiv 2406.02507). ours:
-    both at once. Not where t >= below: that costs variety (Kynkäänniemi 2024, arXiv 2404.07724)."""
+    """-> a net(z_t, t) that is led towards its class by classifier-free guidance (CFG eq. 6):
+
+        out = weak + w (strong - weak)          strong is told the class, weak is not
+
+    w = 1 is strong alone; more goes further in the direction in which the class pulls. (CFG's own w
+    is ours - 1.) At t >= below, where noise is the larger part, there is no guidance: it would cost
+    variety (Kynkäänniemi 2024, arXiv 2404.07724).
+    ours: weak differs in two ways at once: it is not told the class, and it is a younger network
+    with the same mistakes, only larger, so that w leads away from these too. (Karras 2024, arXiv
+    2406.02507, changes one of the two; guide is that paper's name for the weak one.)"""
     def answer(z_t, t):
         strong = net(z_t, t, label)
         if w == 1 or t[0] >= below:
@@ -821,6 +849,7 @@ def guided(net, guide, label, w, below):
 # The frozen encoder turns each image once into its grid of code numbers: these are stage 2's data.
 # ours: codes are diffused (LDM takes z before quantisation). Diffusion ends in noise of mean 0 and
 # std 1, so codes are brought there too. Look at the samples more than at the loss: it says little.
+# Used before it is shown: LatentDiffusion (section 11), which makes the samples.
 
 @torch.no_grad()
 def encode_images(vqgan, images, device, mixed):
@@ -910,7 +939,7 @@ def train_ldm(cfg, state=None):
         if cfg.balance:
             chance = 1 / class_counts[images.labels[images.train]]
             rows = images.train[chance.multinomial(cfg.batch_size, True, generator=draw)]
-        # trap: t from 1…T-1 or 0…T-2 leaves a level that is sampled but was never trained.
+        # trap: 0…T-2 would never train pure noise, where sampling starts; 1…T-1 not the cleanest.
         t = torch.randint(cfg.T, (cfg.batch_size,), generator=draw)           # (B,) in 0…T-1
         eps = torch.randn(cfg.batch_size, vq_cfg.z_dim, side, side, generator=draw)
         hidden = torch.rand(cfg.batch_size, generator=draw) < 0.1             # (B,) for guidance
@@ -979,7 +1008,7 @@ class LatentDiffusion:
         return draw
 
     def walk(self, cfg, numbers, label, z=None):
-        """From noise, or from z, inside `mixed`: yields (z_t, z0_hat) after each step."""
+        """From noise, or from z: yields (z_t, z0_hat) after each step. Call it inside `mixed`."""
         noise = self.noise(cfg.seed, numbers)
         net = guided(self.net, self.guide, label.to(self.device), cfg.guidance, 0.8 * self.cfg.T)
         z = noise() if z is None else z
@@ -1162,8 +1191,7 @@ class Images:
         # In a folder the first images are of one class: measure on a mixture.
         val = held.nonzero().flatten()
         self.val = val[torch.randperm(len(val), generator=rng("held out"))]
-        say("data", source, len(self.train), "images to train on,", len(self.val), "held out;",
-            *self.classes)
+        say("data", source, len(self.names), "images:", *self.classes)
 
     def rows(self, rows):
         """uint8 (B,3,H,W). Mapped anew each time: pages of an old map would count as our memory."""
@@ -1270,7 +1298,7 @@ class Run:
         self.steps = math.ceil(cfg.epochs * self.steps_per_epoch)
         self.look_due()             # sets looks: those of earlier sessions are done
         millions = sum(p.numel() for p in parts["model"].parameters()) / 1e6
-        say(f"{millions:.2f} M weights, at step", self.step, "of", self.steps)
+        say(f"{millions:.2f} M weights, {n} images to train on, step {self.step} of {self.steps}")
 
     def seconds(self):
         return time.perf_counter() - self.began
