@@ -743,10 +743,11 @@ class Diffusion:
         return (4 * a * (1 - a)).sqrt().clamp(min=0.25)                       # (B,)
 
     def pairs(self, steps):
-        """Exactly `steps` pairs (t, t_prev), from T-1 to -1, for 1 <= steps <= T.
-        ours: t = T-1 - T (i/S)², but i levels down at least; S = 4: 999, 937, 749, 437. The large
-        things of an image are decided in the few noisiest levels.
-        trap: range(0, T, T // steps) gives too many or too few for most numbers of steps."""
+        """Exactly `steps` pairs (t, t_prev), from T-1 down to -1, for 1 <= steps <= T.
+        ours: not evenly, but t = T-1 - T (i/S)², for T = 1000 and S = 4: 999, 937, 749, 437. Short
+        strides first, since the large things of an image are decided in the noisiest levels. At
+        least i levels below T-1: else many steps would begin with the same level twice.
+        trap: range(0, T, T // steps) gives too many: 1000 levels for 600 steps of T = 1000."""
         ts = [self.T - 1 - max(i, round(self.T * (i / steps) ** 2)) for i in range(steps)]
         return list(zip(ts, [*ts[1:], -1]))
 
