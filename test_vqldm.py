@@ -244,7 +244,7 @@ def steps_of(cfg, train):
     orders = [torch.randperm(len(train), generator=rng(cfg.seed, "order", i)) for i in range(9)]
     rows = train[torch.cat(orders)].split(cfg.batch_size)
     for i in range(n := math.ceil(len(train) * cfg.epochs / cfg.batch_size)):
-        progress = i / n + 1e-9
+        progress = i / n
         yield i, rows[i], progress, max(0.01, min(1, (i + 1) / 50, (1 - progress) / 0.6))
 
 def adam(params, betas=(0.9, 0.99)):
@@ -1087,6 +1087,14 @@ def test_two_processes_end_with_the_weights_of_one(calm, tmp_path, monkeypatch):
             for name in one[part].keys() - {"codebook.wins"}:
                 a, b = one[part][name], two[part][name]
                 assert (a - b).norm() <= 1e-3 * a.norm() + 1e-5, (part, name)
+
+@pytest.mark.parametrize("units", [True, False])
+def test_products_are_in_bf16_where_the_processor_has_units_for_it(monkeypatch, units):
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: units)
+    device, mixed = vqldm.pick_device(vqldm.VQConfig(device="cpu"))
+    with mixed:
+        product = torch.ones(2, 2, device=device) @ torch.ones(2, 2)
+    assert product.dtype == (torch.bfloat16 if units else torch.float32)
 
 def test_each_process_of_torchrun_takes_its_own_gpu(monkeypatch):
     did = []

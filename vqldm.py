@@ -49,7 +49,8 @@ from tqdm import tqdm
 # ------------------------------------------------------------------------------------------------
 # 1. Settings
 # Every number that you can change is one line here: name, type, default and, as comment, --help.
-# Who wins: default < --preset < recorded in the checkpoint (on --resume) < typed.
+# Who wins: default < --preset < recorded in the checkpoint (on --resume) < typed. A resumed run
+# takes only what is in MAY_CHANGE.
 
 class UserError(argparse.ArgumentTypeError):        # argparse adds the flag's name to such ones
     """What only the user can put right: told as one sentence, exit status 2."""
@@ -74,9 +75,9 @@ def amount(text):
 class Settings:
     """What every command can be told."""
     kind = ""                           # without a type: no setting
-    seed: int = 0                       # every random number is a function of it
+    seed: int = 0                       # every random number of a run is a function of it
     device: str = "auto"                # auto, or a torch device: cpu, cuda:1, mps
-    out: str = ""                       # folder to write to; empty: runs/vq, runs/ldm, runs/samples
+    out: str = ""                       # folder to write to; empty: runs/vq, /ldm or /samples
 
     @property
     def folder(self):
@@ -144,7 +145,7 @@ class SampleConfig(Settings):
     class_: str = ""                    # only this class; empty: all, in turn
     steps: count = 50                   # S, steps from noise to image, at most T
     sampler: str = "ddim"               # ddim, or ddpm, which wants many more steps
-    eta: amount = 0.0                   # fresh noise in a step of ddim: 0 none; 1 DDPM's smaller σ
+    eta: amount = 0.0                   # fresh noise in a step of ddim: 0 none; 1 nearly as in ddpm
     guidance: amount = 2.2              # 1: plain; more: more typical, less varied
 
 @dataclass(frozen=True)
@@ -223,7 +224,7 @@ def bar(items, name, total=None):       # disable=None: shown on a terminal only
 # Which images come next, as floats in [-1,1], and turned: a skin lesion has no up.
 
 def to_float(x):
-    """uint8 0…255 -> [-1,1], the only range that images have in this program."""
+    """uint8 0…255 -> [-1,1], the only range of images that a network here sees."""
     return x.float() / 127.5 - 1
 def to_bytes(x):                        # and back, on the CPU
     x = (x.float().clamp(-1, 1) + 1) * 127.5
@@ -384,7 +385,7 @@ class Decoder(nn.Module):
         for block in self.up:
             y = block(y)                                                  # the grid doubles m times
         y = F.silu(self.norm(y))
-        with torch.autocast(y.device.type, enabled=False):  # fp32: from its gradient comes lam
+        with torch.autocast(y.device.type, enabled=False):  # fp32: its gradient gives lam, sec. 6
             return self.last(y.float())                                   # (B,3,H,W)
 
 class Codebook(nn.Module):
@@ -411,19 +412,20 @@ class Codebook(nn.Module):
         return rearrange(self.embedding(k), "B h w d -> B d h w")         # (B,d,h,w)
 
     def forward(self, z):                                                 # (B,d,h,w)
-        """-> z_q with the gradient of z, k, codebook loss, commitment loss (VQ eq. 3)."""
+        """-> z_q (which passes its gradient to z), k, codebook loss, commitment loss (VQ eq. 3)."""
         k = self.nearest(z)                                               # (B,h,w)
         z_q = self.lookup(k)                                              # (B,d,h,w)
         # One distance, two halves; sg[] decides who moves: the codes to the vectors that they won,
         # and the encoder's vectors to their codes.
-        # trap: commit_weight on the codes' half instead of the encoder's. The default is 0.25, so z
-        # is then pulled four times too hard, and the codebook's curve only looks the better for it.
+        # trap: commit_weight on the codes' half instead of the encoder's. z is then pulled with 1
+        # instead of 0.25 and gives way. Both halves have the same value, so the codebook's curve
+        # falls too, as if all were well.
         codebook_loss = F.mse_loss(z_q, z.detach())                       # ‖sg[z] - e‖²
         commit_loss = F.mse_loss(z, z_q.detach())                         # ‖z - sg[e]‖²
         # Straight through (VQ sec. 3.2): the value of z_q with the gradient of z. Rounding has no
         # slope, so what the decoder wants of z_q is passed on to z unchanged: a lie, but one that
         # points downhill while z and z_q are close, which is what the two losses see to.
-        # trap: codebook_loss from this new z_q instead of the one above: no gradient meets a code.
+        # trap: codebook_loss from this new z_q, not from the one above: no gradient reaches a code.
         z_q = z + (z_q - z).detach()
         return z_q, k, codebook_loss, commit_loss
 
@@ -497,7 +499,8 @@ def load_lpips(wanted, device):
         say("WARNING no LPIPS, as loss or as measure: no weights (5 MB) in", torch.hub.get_dir())
 
 class PatchDiscriminator(nn.Module):
-    """D: a logit, real or fake, for each patch of 38 pixels (pix2pix, arXiv 1611.07004, has 70).
+    """D: a logit, real or fake, for each patch: convolutions that reach over 38 pixels (pix2pix,
+    arXiv 1611.07004: 70).
     No sigmoid at the end: the hinge loss wants raw logits. Norm, not pix2pix's BatchNorm, so
     that the images of a batch do not depend on each other."""
     def __init__(self, width):
@@ -548,9 +551,10 @@ def set_learning_rate(optimizer, factor):
         group["lr"] = factor * initial
 
 def vq_optimizers(vqgan, cfg):
-    """-> Adam, Muon. Muon (appendix F) makes steps that are equally long in all directions of a
-    kernel, taken as a matrix. That suits the kernels inside; first and last layers, where a channel
-    is a colour or a part of a code, and all that is no kernel go by Adam."""
+    """-> Adam, Muon. Muon takes a kernel as a matrix, a row for each entry of its first axis, and
+    replaces its gradient U S Vᵀ by U Vᵀ: weak directions (singular vectors) get a step as long as
+    strong ones. That suits the kernels inside. First and last layers, where a channel is a colour
+    or a part of a code, and all that is no kernel go by Adam."""
     enc, dec = vqgan.encoder, vqgan.decoder
     blocks = nn.ModuleList([enc.down, enc.mid, dec.mid, dec.up])
     kernels = [p for p in blocks.parameters() if p.dim() == 4 and cfg.muon_lr > 0]
@@ -617,7 +621,7 @@ def train_vq(cfg, state=None):
             with mixed:
                 adversarial = -disc(x_hat).mean()             # high logits mean: D is fooled
             lam = adaptive_weight(rec, adversarial, vqgan.decoder.last.weight)
-            ramp = min(1, (run.progress - cfg.gan_start) / 0.1)       # D is young: hear it slowly
+            ramp = min(1, (run.progress - cfg.gan_start) / 0.1)       # D is young: 0 to 1, slowly
             loss = loss + ramp * cfg.gan_weight * lam * adversarial           # VQGAN eq. 6
             losses["lam"] = lam
 
@@ -636,11 +640,13 @@ def train_vq(cfg, state=None):
         # ---- the discriminator, on the same images ----
         if gan_on:
             with mixed:
-                # trap: without detach, D's loss would teach the generator to give itself away.
+                # trap: without detach, D's backward goes on into the generator and teaches it to
+                # give itself away. (Here its graph is freed by now, and torch would say so.)
                 real, fake = disc(x), disc(x_hat.detach())
             d_loss = hinge_loss(real, fake)
             # trap: the generator's backward has left gradients in D, those that raise D(fake). So
-            # they are zeroed right here. Zeroed only after D's step, D(fake) settles above 0.
+            # they are zeroed right here. Left in until after D's step, they join D's own, and
+            # D(fake) settles above 0.
             disc.zero_grad()
             d_loss.backward()
             average_gradients(disc)
@@ -665,13 +671,14 @@ def train_vq(cfg, state=None):
 #
 #   one step further     z_t = √α_t z_(t-1) + √β_t ε     β_t: how much noise is added; α_t = 1-β_t
 #   all steps at once    z_t = √ᾱ_t z0 + √(1-ᾱ_t) ε      ᾱ_t = α_0 · … · α_t: how much of z0 is left
+#                        (noises add up in variance: α_t (1-ᾱ_(t-1)) + β_t = 1-ᾱ_t)
 #   the network answers  ε, or v = √ᾱ_t ε - √(1-ᾱ_t) z0
 #   predict()            turns either answer into two guesses, z0_hat and eps_hat
 #   one step back        is made from these two, by ddim or by ddpm
 #
-# Levels count from 0, and z_t at t = 0 has a little noise already: the clean z0 lies before it. Why
-# v: at much noise ε is nearly z_t itself, so that saying it says little about z0; v is then about
-# -z0, and at little noise about ε: always what z_t does not show.
+# Levels count from 0, and z_t at t = 0 has a little noise already: z0, the clean one, is z_(t-1)
+# there. Why v: at much noise ε is nearly z_t itself, so that saying it says little about z0; v is
+# then about -z0, and at little noise about ε: always what z_t does not show.
 
 class Diffusion:
     """DDPM's noise schedule, its loss (Algorithm 1) and two samplers (Algorithm 2, DDIM)."""
@@ -683,11 +690,11 @@ class Diffusion:
             beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T
         elif schedule == "cosine":              # Nichol & Dhariwal 2021, arXiv 2102.09672, eq. 17
             part = torch.arange(T + 1, dtype=torch.float64) / T              # 0…1
-            curve = torch.cos((part + 0.008) / 1.008 * math.pi / 2) ** 2
+            curve = torch.cos((part + 0.008) / 1.008 * math.pi / 2) ** 2     # the ᾱ wanted
             beta = 1 - curve[1:] / curve[:-1]       # α is the quotient of two neighbouring ᾱ
         else:
             raise UserError(f"--schedule {schedule}: must be linear or cosine")
-        alpha = 1 - beta.clamp(max=0.999)
+        alpha = 1 - beta.clamp(max=0.999)           # cosine's last would be 1: ᾱ = 0, √ᾱ no divisor
         alpha_bar = alpha.cumprod(0)                # made in float64: T factors, one rounding
         # A 1 behind the last: alpha_bar[-1] is that of z0 itself, where sampling ends.
         self.alpha_bar = F.pad(alpha_bar, (0, 1), value=1).float()            # (T+1,)
@@ -733,10 +740,11 @@ class Diffusion:
 
     def weight(self, t):
         """How much each t (B,) counts in training.
-        ours: for v, the middle counts most. The loss of v is z0_hat's squared error / (1-ᾱ): at
-        little noise it asks for detail finer than the distance of two codes, which decoding rounds
-        away; at much noise for a z0 that can hardly be seen. At least 1/4: else nobody would teach
-        the answer to pure noise, where all sampling starts."""
+        ours: for v, the middle counts most. By predict(), z0_hat is off by √(1-ᾱ) times what v is
+        off, so the loss of v is z0_hat's squared error / (1-ᾱ). At little noise this divisor is
+        tiny: it punishes errors smaller than the distance of two codes, which decoding rounds away.
+        At much noise it asks for a z0 that can hardly be seen. At least 1/4: else nobody would
+        teach the answer to pure noise, where all sampling starts."""
         a = self.alpha_bar_at(t, t)                 # (B,): shaped like t itself
         if self.target != "v":
             return torch.ones_like(a)
@@ -746,7 +754,7 @@ class Diffusion:
         """Exactly `steps` pairs (t, t_prev), from T-1 down to -1, for 1 <= steps <= T.
         ours: not evenly, but t = T-1 - T (i/S)², for T = 1000 and S = 4: 999, 937, 749, 437. Short
         strides first, since the large things of an image are decided in the noisiest levels. At
-        least i levels below T-1: else many steps would begin with the same level twice.
+        least i levels below T-1: else, with many steps, the first levels would be the same one.
         trap: range(0, T, T // steps) gives too many: 1000 levels for 600 steps of T = 1000."""
         ts = [self.T - 1 - max(i, round(self.T * (i / steps) ** 2)) for i in range(steps)]
         return list(zip(ts, [*ts[1:], -1]))
@@ -754,11 +762,11 @@ class Diffusion:
     @torch.no_grad()
     def sample(self, net, z, steps, sampler, eta, noise):
         """Walk back from z, standard normal (B,d,h,w). net(z_t, t) answers, noise() draws numbers
-        like z. Yields (z_t, z0_hat) after each step; the last z_t is the sample."""
+        like z. Yields (z at its new level, z0_hat) after each step; the last z is the sample."""
         for t, t_prev in self.pairs(steps):
             a = self.alpha_bar_at(t, z)
             a_prev = self.alpha_bar_at(t_prev, z)
-            # trap: kept levels are further apart than the trained ones, so α is made anew from
+            # trap: these levels are further apart than the trained ones, so α is made anew from
             # them. With the trained α_t, ddpm takes too little away in each step and ends in noise.
             alpha = a / a_prev
             t_all = torch.full((len(z),), t, device=z.device)                 # (B,)
@@ -766,13 +774,14 @@ class Diffusion:
 
             if sampler == "ddim":
                 # z0_hat, noised again up to t_prev. The noise there has variance 1-ᾱ_prev: σ² of it
-                # is fresh, the rest the noise that was seen. η = 0: none fresh. η = 1: σ as if z0
-                # were known, the smaller of DDPM's two choices; below is the larger, σ² = β.
+                # is fresh, the rest the noise that was seen. η = 0: none fresh. η = 1: by how much
+                # z_prev still varies if z_t and z0 are both given (DDPM's smaller σ, eq. 7).
                 sigma = eta * ((1 - a_prev) / (1 - a) * (1 - alpha)).sqrt()           # DDIM eq. 16
                 seen = (1 - a_prev - sigma**2).clamp(min=0).sqrt()
                 z = a_prev.sqrt() * z0_hat + seen * eps_hat                           # DDIM eq. 12
             elif sampler == "ddpm":
-                # DDPM Algorithm 2, line 4: the mean of z_prev, then fresh noise.
+                # DDPM Algorithm 2, line 4: the mean of z_prev if z_t and z0_hat are given: ddim's
+                # line at η = 1 in other letters. Then fresh noise, DDPM's larger σ: σ² = β.
                 sigma = (1 - alpha).sqrt()
                 z = (z - (1 - alpha) / (1 - a).sqrt() * eps_hat) / alpha.sqrt()
             else:
@@ -805,8 +814,8 @@ class UNet(nn.Module):
         there = levels(widths)                                            # 64 → 64 → 128
         self.down = nn.ModuleList([DownBlock(c_in, c_out, E) for c_in, c_out in there])
         self.mid = MidBlock(widths[-1], E)
-        # 128 → 64 → 64: each DownBlock's pair read backwards. Its c_out comes up from below; its
-        # skip, cut off before halving, is as wide.
+        # 128 → 64 → 64: each DownBlock's pair read backwards, so what it put out is c_in here. What
+        # comes up from below and its skip, taken before it halved, both have that many channels.
         back = reversed(there)
         self.up = nn.ModuleList([UpBlock(c_in, c_out, E, c_skip=c_in) for c_out, c_in in back])
         self.norm = Norm(widths[0])
@@ -833,7 +842,7 @@ def guided(net, guide, label, w, below):
         out = weak + w (strong - weak)          strong is told the class, weak is not
 
     w = 1 is strong alone; more goes further in the direction in which the class pulls. (CFG's own w
-    is ours - 1.) At t >= below, where noise is the larger part, there is no guidance: it would cost
+    is ours - 1.) At t >= below, where nearly all is noise, there is no guidance: it would cost
     variety (Kynkäänniemi 2024, arXiv 2404.07724).
     ours: weak differs in two ways at once: it is not told the class, and it is a younger network
     with the same mistakes, only larger, so that w leads away from these too. (Karras 2024, arXiv
@@ -1104,7 +1113,7 @@ def synthetic(i, size, seed=0):
     body = body * (1 - .8 * spots.amax(0))
     image = torch.lerp(image, body, lesion * span(.85, 1))
 
-    # Hairs on three of ten images: lines in turned coordinates, right across the lesion.
+    # Hairs on three of ten images: lines in turned coordinates, on across the lesion.
     for _ in range(int(span(2, 10)) if span(0, 1) < .3 else 0):
         turn = span(0, 6.3)
         along = x * turn.cos() + y * turn.sin()
@@ -1140,7 +1149,8 @@ def read_image(path, size):                             # -> uint8 (3,size,size)
 
 def find_images(folder):
     """-> for each photograph under a folder: name, class, is it held out?, when was it changed?
-    The innermost folder tells the class, else ISIC's or HAM10000's table. Else a tenth is held out.
+    The innermost folder tells the class, else ISIC's or HAM10000's table. What lies in a folder
+    val or test is held out; without such a folder, a tenth.
     trap: several photographs show one lesion. Split by photograph, a network is measured on lesions
     that it was trained on. Where lesion_id is known, a whole lesion goes to one side."""
     table, named, hashed = {}, [], []
@@ -1234,6 +1244,7 @@ def write_whole(path, write):
     try:
         with open(tmp, "wb") as f:
             write(f)
+            f.flush()
             os.fsync(f.fileno())
         os.replace(tmp, path)
     finally:
@@ -1248,7 +1259,8 @@ def reading(what):                                      # whatever is wrong in h
 
 def load_checkpoint(where, name, *kinds):
     """The checkpoint, or last.pt of a run folder -> its dict. name: the flag that asked for it.
-    trap: torch.load without weights_only=True runs whatever code a stranger put into the file."""
+    trap: with weights_only=False, the default before torch 2.6, torch.load runs whatever code a
+    stranger put into the file."""
     path = Path(where).expanduser()
     path = path / "last.pt" if path.is_dir() else path
     demand(path.is_file(), f"{name} {where}: no checkpoint is there")
@@ -1306,7 +1318,7 @@ class Run:
     def now(self):
         if self.cfg.minutes:
             return self.seconds() / 60 / self.cfg.minutes
-        return self.step / self.steps + 1e-9            # so that 10 · 0.3 is not 2.999…
+        return self.step / self.steps
     def picture(self, name):                            # where to draw what is seen at this look
         epoch = int(self.step / self.steps_per_epoch)
         return self.cfg.folder / f"{name}_epoch_{epoch:03d}.png"
@@ -1418,7 +1430,7 @@ def draw_trajectory(path, model, cfg, label):           # from noise to one imag
 # ------------------------------------------------------------------------------------------------
 # E. Measuring
 # A distance means something only beside its references (see evaluate). LPIPS and the kernel
-# distance look through the network of stage 1's loss: they flatter who trains with it.
+# distance look through the network that is stage 1's loss by default: they flatter who trains so.
 
 def compare(x_hat, x, lpips):                           # (B,3,H,W) in [-1,1], twice
     """-> {name: (B,)}. One more measure of a reconstruction is one more line here."""
@@ -1514,8 +1526,8 @@ def evaluate(cfg):
 # 2024, kellerjordan.github.io/posts/muon) makes steps of the same length in all directions.
 
 def orthogonal(g):
-    """g (r,n) = U S Vᵀ -> about U Vᵀ: its singular values become 0.7 to 1.2. Newton-Schulz: each
-    round takes every singular value s to 3.4445 s - 4.775 s³ + 2.0315 s⁵ (Jordan's numbers)."""
+    """g (r,n) = U S Vᵀ -> about U Vᵀ: its singular values, but for the tiniest, become 0.7 to 1.2.
+    Newton-Schulz: a round takes each of them, s, to 3.4445 s - 4.775 s³ + 2.0315 s⁵ (Jordan)."""
     x = g / (g.norm() + 1e-7)
     for _ in range(5):
         gram = x @ x.T                                                    # (r,r)
@@ -1587,7 +1599,8 @@ def run_command(argv):                                  # -> exit status; None i
     return function(cfg)
 
 def main(argv):
-    """Run one command. SystemExit 2 after a user's mistake, 130 or 143 after a signal."""
+    """Run one command. SystemExit 2 after a user's mistake, a full disk or memory; 130 or 143 after
+    a signal."""
     if "WORLD_SIZE" in os.environ:                      # torchrun sets it
         cuda = torch.cuda.is_available()
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
