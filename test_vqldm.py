@@ -1018,6 +1018,13 @@ def test_a_finished_run_stays_as_it_is_its_epochs_may_grow_and_it_can_be_overwri
     assert cli(*STAGES["ldm"], "--overwrite", "--schedule", "x", "--out", out) == 2
     assert state_of(out / "last.pt")["step"] == 14      # what cannot begin overwrites nothing
 
+def test_what_is_renamed_is_on_the_disk(tmp_path, monkeypatch):
+    """All of it: what Python has in its own buffer, the system cannot flush."""
+    sizes = []
+    monkeypatch.setattr(os, "fsync", lambda fd: sizes.append(os.fstat(fd).st_size))
+    vqldm.write_whole(tmp_path / "a", lambda f: f.write(b"abc"))
+    assert sizes == [3] and (tmp_path / "a").read_bytes() == b"abc"
+
 def test_an_interrupt_at_any_renaming_leaves_a_whole_checkpoint(calm, tmp_path, monkeypatch):
     rename, words = os.replace, [*STAGES["ldm"], "--batch-size", 40, "--out"]
     assert cli(*words, tmp_path / "0") == 0
