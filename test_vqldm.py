@@ -1163,7 +1163,7 @@ def test_without_lpips_a_run_goes_on_and_says_so(calm, tmp_path, monkeypatch, ca
 MISTAKES = {        # the first word of each stands in its sentence
     "train-vq": "--epoch 3|--batchsize=4|5|--size|--size 1.5|--size 30|--size 16|--widths 16,x|"
     "--size 48 --widths 8,8,8,8,8|--widths 16,0|--lr nan|--lr -1|--minutes inf|--epochs 0|"
-    "--batch-size -8|--batch-size 8|--preset huge|--data nowhere|--data empty|--device "
+    "--batch-size -8|--batch-size 8|--preset huge|--data nowhere|--data empty|--data held|--device "
     "cuda:77|--device abacus|--lpips squeezed --n-images 8|--overwrite --resume",
     "train-ldm": "--vq nowhere|--vq {ldm}|--widths 8,8,8,8 --vq {vq}|--target x0 --vq {vq}|"
     "--schedule quadratic --vq {vq}|--T 0",
@@ -1179,13 +1179,14 @@ def test_every_mistake_is_one_sentence_and_nothing_is_written(
     blind_lpips(monkeypatch)
     monkeypatch.chdir(tmp_path)
     Path("empty").mkdir()
+    fill(Path("held/val"), ["a.png"])                   # none to train on
     if mistake == "--batch-size 8":                     # is a mistake only with three processes
         monkeypatch.setattr(vqldm, "world", lambda: 3)
     runs = trained[0] / "runs"
     words = f"{command} {mistake}".format(vq=runs / "vq", ldm=runs / "ldm").split()
     words[1:1] = ["--out", "out"] if command[:5] in ("train", "sampl") else []
     assert re.split("[ =]", mistake)[0] in refused(*words)
-    assert {path.name for path in Path(".").iterdir()} <= {"empty", "cache"}
+    assert {path.name for path in Path(".").iterdir()} <= {"empty", "held", "cache"}
     assert not (runs / "vq/metrics.json").exists()
 
 @pytest.mark.parametrize("command", vqldm.COMMANDS)
