@@ -885,7 +885,7 @@ def measure_scale(k, e):
 
 def standardise(z, scale):
     """z (B,d,h,w) -> z0; unstandardise goes back. Nothing is scaled anywhere else.
-    trap: a copied constant, or one of the two sides forgotten, gives grey mush or noise."""
+    trap: a copied constant, or one of the two sides forgotten: colours and contrast are off."""
     mean, std = scale.view(2, 1, -1, 1, 1)                                # (1,d,1,1) each
     return (z - mean) / std
 def unstandardise(z0, scale):
