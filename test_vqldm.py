@@ -926,8 +926,9 @@ def test_evaluate_takes_only_held_out_images_of_the_training_folder(calm, monkey
     assert len(torch.cat([half, other]).unique(dim=0)) == 2 * n
 
 def test_what_evaluate_and_resume_would_get_wrong_is_refused(calm, monkeypatch, refused):
-    """A part of the training folder, a word about other classes, all processes at once."""
-    assert "--data" in refused(*"evaluate --ckpt calm/vq --data photos/train".split())
+    """A part of the training folder or what it is a part of, other classes, all processes."""
+    for folder in ("photos/train", "."):
+        assert "--data" in refused(*"evaluate --ckpt calm/vq --data".split(), folder)
     classes, make = ["other"], vqldm.Images.__init__
     monkeypatch.setattr(vqldm.Images, "__init__", lambda self, *a: [
         make(self, *a), vars(self).update(classes=classes)][0])

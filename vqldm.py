@@ -77,7 +77,7 @@ class Settings:
     kind = ""                           # without a type: no setting
     seed: int = 0                       # every random number of a run is a function of it
     device: str = "auto"                # auto, or a torch device: cpu, cuda:1, mps
-    out: str = ""                       # folder to write to; empty: runs/vq, /ldm or /samples
+    out: str = ""                       # folder to write to; empty: runs/vq, /ldm, /samples, ckpt's
 
     @property
     def folder(self):
@@ -127,7 +127,7 @@ class LDMConfig(Settings):
     # Which diffusion, how large?
     T: count = 1000                     # noise levels
     schedule: str = "cosine"            # how the noise grows with t: linear, cosine
-    target: str = "v"                   # what the UNet predicts: v, eps
+    target: str = "v"                   # what the UNet predicts: v, or eps, then best with linear
     widths: counts = (64, 128)          # channels of the UNet's DownBlocks
     # How fast, how long?
     ema: amount = 0.995                 # decay of the running mean of the weights
@@ -152,7 +152,7 @@ class SampleConfig(Settings):
 class EvaluateConfig(Settings):
     """measure a checkpoint of either stage on images that it never saw"""
     ckpt: str = "runs/ldm"              # run folder or checkpoint of either stage
-    data: source = ""                   # folder to measure on; empty: what training held out
+    data: source = ""                   # folder to measure on; empty: what was held out or is new
     n: count = 500                      # how many images, at most, and how many samples
 
 PRESETS = {             # a preset is a row of flags, which yours overrule
@@ -418,10 +418,10 @@ class Codebook(nn.Module):
         # One distance, two halves; sg[] decides who moves: the codes to the vectors that they won,
         # and the encoder's vectors to their codes.
         # trap: commit_weight on the codes' half instead of the encoder's. z is then pulled with 1
-        # instead of 0.25 and gives way. Both halves have the same value, so the codebook's curve
-        # falls too, as if all were well.
-        codebook_loss = F.mse_loss(z_q, z.detach())                       # ‖sg[z] - e‖²
-        commit_loss = F.mse_loss(z, z_q.detach())                         # ‖z - sg[e]‖²
+        # instead of 0.25 and bends to its codes, not they to it. Both halves have the same value,
+        # so the codebook's curve falls too, as if all were well.
+        codebook_loss = F.mse_loss(z_q, z.detach())             # ‖sg[z] - e‖², as a mean over
+        commit_loss = F.mse_loss(z, z_q.detach())               # ‖z - sg[e]‖²  all numbers
         # Straight through (VQ sec. 3.2): the value of z_q with the gradient of z. Rounding has no
         # slope, so what the decoder wants of z_q is passed on to z unchanged: a lie, but one that
         # points downhill while z and z_q are close, which is what the two losses see to.
@@ -439,7 +439,7 @@ class Codebook(nn.Module):
         n = len(self.wins[which])
         pick = torch.randint(len(flat), (n,), generator=generator)
         apart = 0.01 * torch.randn(n, flat.shape[1], generator=generator)     # no two alike
-        self.embedding.weight[which] = flat[pick] + apart.to(z.device) * flat.std(0)
+        self.embedding.weight[which] = flat[pick] + apart.to(z.device) * flat.std(0, correction=0)
         self.wins.zero_()
 
     @torch.no_grad()
@@ -480,7 +480,7 @@ class VQGAN(nn.Module):
 # 6. Stage 1: the losses
 # The squared error alone gives blur: the mean of all sharp images that fit. LPIPS compares what a
 # trained network sees. The discriminator learns what still gives a reconstruction away; how hard it
-# pulls is not known beforehand, and lam keeps it from winning.
+# pulls is not known beforehand, and lam keeps it from drowning the others.
 
 def load_lpips(wanted, device):
     """LPIPS (Zhang et al. 2018, arXiv 1801.03924) by the lpips package, for images in [-1,1]; None
@@ -537,7 +537,7 @@ def adaptive_weight(rec, adversarial, last):
 # joins after a tenth: from the blobs of the very beginning it would learn only that blur is fake.
 # What to look at: mse and lpips fall, codes used and perplexity rise. With the GAN on, d_real stays
 # above 0 and d_fake below, within ±1. If both are alike, D is blind; far beyond ±1, it has won.
-# Used before they are shown: Images (appendix B), Run (C), reconstruct (E).
+# Used before they are shown: Images (B), Run (C), draw_rows (D), reconstruct (E), Muon (F).
 
 def rate(step, progress):
     """Factor of all learning rates: up in the first 50 steps, down in the last 60 % of the run."""
@@ -553,8 +553,9 @@ def set_learning_rate(optimizer, factor):
 def vq_optimizers(vqgan, cfg):
     """-> Adam, Muon. Muon takes a kernel as a matrix, a row for each entry of its first axis, and
     replaces its gradient U S Vᵀ by U Vᵀ: weak directions (singular vectors) get a step as long as
-    strong ones. That suits the kernels inside. First and last layers, where a channel is a colour
-    or a part of a code, and all that is no kernel go by Adam."""
+    strong ones, which with Adam are all that moves. That suits the kernels inside, and takes no SVD
+    (appendix F). First and last layers, where a channel is a colour or a part of a code, and all
+    that is no kernel go by Adam."""
     enc, dec = vqgan.encoder, vqgan.decoder
     blocks = nn.ModuleList([enc.down, enc.mid, dec.mid, dec.up])
     kernels = [p for p in blocks.parameters() if p.dim() == 4 and cfg.muon_lr > 0]
@@ -589,7 +590,7 @@ def train_vq(cfg, state=None):
     adam_d = torch.optim.Adam(disc.parameters(), cfg.d_lr, betas=(0.5, 0.9), fused=True)
     parts = {"model": vqgan, "disc": disc, "adam": adam, "muon": muon, "adam_d": adam_d}
     run = Run(cfg, n, parts, {}, state)         # yields the steps; run.progress: 0…1
-    if state is None:
+    if not state:
         label = images.labels[images.train]
         preview = {name: images.rows(images.train[label == i][:16])
                    for i, name in enumerate(images.classes)}
@@ -661,7 +662,7 @@ def train_vq(cfg, state=None):
             held = look_vq(vqgan, images, lpips, run.picture("recon"), mixed)
             run.tell_look(held)
 
-    if lpips is None:
+    if not lpips:
         say("trained WITHOUT LPIPS")
     return run.finish("next: python vqldm.py train-ldm --vq")
 # ------------------------------------------------------------------------------------------------
@@ -690,7 +691,8 @@ class Diffusion:
             beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T
         elif schedule == "cosine":              # Nichol & Dhariwal 2021, arXiv 2102.09672, eq. 17
             part = torch.arange(T + 1, dtype=torch.float64) / T              # 0…1
-            curve = torch.cos((part + 0.008) / 1.008 * math.pi / 2) ** 2     # the ᾱ wanted
+            # The ᾱ wanted. 0.008: else level 0 would have next to no noise.
+            curve = torch.cos((part + 0.008) / 1.008 * math.pi / 2) ** 2
             beta = 1 - curve[1:] / curve[:-1]       # α is the quotient of two neighbouring ᾱ
         else:
             raise UserError(f"--schedule {schedule}: must be linear or cosine")
@@ -740,11 +742,11 @@ class Diffusion:
 
     def weight(self, t):
         """How much each t (B,) counts in training.
-        ours: for v, the middle counts most. By predict(), z0_hat is off by √(1-ᾱ) times what v is
-        off, so the loss of v is z0_hat's squared error / (1-ᾱ). At little noise this divisor is
-        tiny: it punishes errors smaller than the distance of two codes, which decoding rounds away.
-        At much noise it asks for a z0 that can hardly be seen. At least 1/4: else nobody would
-        teach the answer to pure noise, where all sampling starts."""
+        ours: for v, the middle counts most: 1 where ᾱ = 1/2, falling to 1/4 towards both ends. By
+        predict(), z0_hat is off by √(1-ᾱ) times what v is off, so the loss of v is z0_hat's squared
+        error / (1-ᾱ). At little noise this blows up errors that decoding rounds away; at much noise
+        the loss stays large whatever the network does, since z0 can hardly be seen. Neither end
+        shall drown the middle. But neither may go untaught: sampling starts at pure noise."""
         a = self.alpha_bar_at(t, t)                 # (B,): shaped like t itself
         if self.target != "v":
             return torch.ones_like(a)
@@ -775,13 +777,15 @@ class Diffusion:
             if sampler == "ddim":
                 # z0_hat, noised again up to t_prev. The noise there has variance 1-ᾱ_prev: σ² of it
                 # is fresh, the rest the noise that was seen. η = 0: none fresh. η = 1: by how much
-                # z_prev still varies if z_t and z0 are both given (DDPM's smaller σ, eq. 7).
+                # z_prev still varies if z_t and z0 are both given (DDPM's smaller σ, eq. 7): z0
+                # leaves a variance of 1-ᾱ_prev, z_t one of (1-α)/α; the inverses add up to 1/σ².
                 sigma = eta * ((1 - a_prev) / (1 - a) * (1 - alpha)).sqrt()           # DDIM eq. 16
                 seen = (1 - a_prev - sigma**2).clamp(min=0).sqrt()
                 z = a_prev.sqrt() * z0_hat + seen * eps_hat                           # DDIM eq. 12
             elif sampler == "ddpm":
-                # DDPM Algorithm 2, line 4: the mean of z_prev if z_t and z0_hat are given: ddim's
-                # line at η = 1 in other letters. Then fresh noise, DDPM's larger σ: σ² = β.
+                # DDPM Algorithm 2, line 4: the mean of z_prev if z_t and z0_hat are given. It is
+                # ddim's line at η = 1: put in z = √ᾱ z0_hat + √(1-ᾱ) eps_hat. Only the fresh noise
+                # is more, σ² = β: right for data that is normal noise itself (DDPM sec. 3.2).
                 sigma = (1 - alpha).sqrt()
                 z = (z - (1 - alpha) / (1 - a).sqrt() * eps_hat) / alpha.sqrt()
             else:
@@ -815,7 +819,8 @@ class UNet(nn.Module):
         self.down = nn.ModuleList([DownBlock(c_in, c_out, E) for c_in, c_out in there])
         self.mid = MidBlock(widths[-1], E)
         # 128 → 64 → 64: each DownBlock's pair read backwards, so what it put out is c_in here. What
-        # comes up from below and its skip, taken before it halved, both have that many channels.
+        # comes up from below and its skip, taken before it halved, both have that many channels:
+        # 128 + 128 → 64, then 64 + 64 → 64.
         back = reversed(there)
         self.up = nn.ModuleList([UpBlock(c_in, c_out, E, c_skip=c_in) for c_out, c_in in back])
         self.norm = Norm(widths[0])
@@ -859,7 +864,7 @@ def guided(net, guide, label, w, below):
 # The frozen encoder turns each image once into its grid of code numbers: these are stage 2's data.
 # ours: codes are diffused (LDM takes z before quantisation). Diffusion ends in noise of mean 0 and
 # std 1, so codes are brought there too. Look at the samples more than at the loss: it says little.
-# Used before it is shown: LatentDiffusion (section 11), which makes the samples.
+# Used before they are shown: load_vqgan and LatentDiffusion (11), which make the samples.
 
 @torch.no_grad()
 def encode_images(vqgan, images, device, mixed):
@@ -1152,7 +1157,7 @@ def find_images(folder):
     The innermost folder tells the class, else ISIC's or HAM10000's table. What lies in a folder
     val or test is held out; without such a folder, a tenth.
     trap: several photographs show one lesion. Split by photograph, a network is measured on lesions
-    that it was trained on. Where lesion_id is known, a whole lesion goes to one side."""
+    that it was trained on. Where lesion_id is known, that tenth is one of whole lesions."""
     table, named, hashed = {}, [], []
     for path in [*folder.parent.glob("m*.csv"), *folder.glob("m*.csv")]:  # metadata, manifest
         with contextlib.suppress(csv.Error, OSError):
@@ -1306,7 +1311,7 @@ class Run:
         else:                                           # a new run; if it overwrites one: goodbye
             for pattern in ("last.pt", "*_epoch_*.png"):
                 for old in cfg.folder.glob(pattern):
-                    old.unlink()
+                    old.unlink(missing_ok=True)         # another process may be faster
         self.steps_per_epoch = n / cfg.batch_size
         self.steps = math.ceil(cfg.epochs * self.steps_per_epoch)
         self.look_due()             # sets looks: those of earlier sessions are done
@@ -1486,8 +1491,8 @@ def unseen_images(cfg, vq_cfg, cache):                  # -> uint8 (n,3,H,W), n 
     rows = torch.randperm(len(images.names), generator=rng(cfg.seed, "unseen"))
     if data == vq_cfg.data != "synthetic":
         rows = images.val
-    inside = Path(vq_cfg.data) in Path(data).parents
-    demand(not inside, "--data lies in what was trained on: leave it out, for the held-out ones")
+    common = Path(vq_cfg.data) in Path(data).parents or Path(data) in Path(vq_cfg.data).parents
+    demand(not common, "--data has images that were trained on: leave it out for the others")
     n = min(cfg.n, len(rows) // 2)
     demand(n > 1, "--data: too few unseen images to measure on")
     return images.rows(rows[:2 * n]).split(n)
