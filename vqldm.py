@@ -576,7 +576,7 @@ def look_vq(vqgan, images, lpips, path, mixed):
 
 def train_vq(cfg, state=None):
     """Stage 1, from images to a checkpoint. state: one to go on from. -> exit status."""
-    f = 2 ** len(cfg.widths)
+    f = 2 ** (len(cfg.widths) + 1)              # once more than here: stage 2 halves the grid again
     demand(cfg.size >= 32 and cfg.size % f == 0, f"--size: must be 32 or more, a multiple of {f}")
     device, mixed = pick_device(cfg)
     images = Images(cfg.data, cfg, cfg.folder.parent / "cache")   # its train, val: row numbers
@@ -1136,7 +1136,8 @@ def synthetic(i, size, seed=0):
 # each image is opened once, before training, and written as bytes into one file.
 
 PHOTO = r"(?i).*\.(bmp|gif|jpe?g|png|tiff?|webp)$"      # of a path; not these:
-NO_PHOTO = r"(?i)_segmentation|_superpixels|_mask|_expert|-partial|(^|/)(\.|(grid|trajectory)\.png)"
+NO_PHOTO = (r"(?i)(_segmentation|_superpixels|_expert|-partial)[^/]*$|_mask\.\w+$|"
+            r"(^|/)(\.|(grid|trajectory)\.png$)")
 HELD_OUT = r"(?i)(?<![^/])(val(id(ation)?)?|test(ing)?)/"       # (?<![^/]): a whole name
 SPLIT = HELD_OUT + r"|(?<![^/])train(ing)?/"
 
@@ -1159,7 +1160,7 @@ def find_images(folder):
     trap: several photographs show one lesion. Split by photograph, a network is measured on lesions
     that it was trained on. Where lesion_id is known, that tenth is one of whole lesions."""
     table, named, hashed = {}, [], []
-    for path in [*folder.parent.glob("m*.csv"), *folder.glob("m*.csv")]:  # metadata, manifest
+    for path in [*folder.parent.glob("*m*a*.csv"), *folder.glob("*m*a*.csv")]:  # metadata, manifest
         with contextlib.suppress(csv.Error, OSError):
             for row in csv.DictReader(path.open(encoding="utf-8-sig", errors="replace")):
                 table[row.get("isic_id") or row.get("image_id")] = row
@@ -1288,7 +1289,7 @@ def open_run(cfg, typed, resume, overwrite):
     differ = [f"{flag(name)} was {getattr(old, name)}" for name, value in typed.items()
               if name not in MAY_CHANGE and value != getattr(old, name)]
     demand(not differ, f"--resume goes on with the recorded settings: {differ}")
-    return replace(old, **typed), state
+    return replace(old, **{**typed, "out": cfg.out}), state
 
 class Run:
     """A training under way: yields steps until --epochs, --minutes or a signal end it; logs, saves.
@@ -1309,7 +1310,7 @@ class Run:
                 self.log = state["log"]
                 self.began -= state["seconds"]
         else:                                           # a new run; if it overwrites one: goodbye
-            for pattern in ("last.pt", "*_epoch_*.png"):
+            for pattern in ("last.pt", "recon_epoch_*.png", "samples_epoch_*.png"):
                 for old in cfg.folder.glob(pattern):
                     old.unlink(missing_ok=True)         # another process may be faster
         self.steps_per_epoch = n / cfg.batch_size
@@ -1325,8 +1326,8 @@ class Run:
             return self.seconds() / 60 / self.cfg.minutes
         return self.step / self.steps
     def picture(self, name):                            # where to draw what is seen at this look
-        epoch = int(self.step / self.steps_per_epoch)
-        return self.cfg.folder / f"{name}_epoch_{epoch:03d}.png"
+        epoch = self.step / self.steps_per_epoch
+        return self.cfg.folder / f"{name}_epoch_{epoch:05.1f}.png"
 
     def __iter__(self):
         # Ctrl-C and SIGTERM only ask: the step is finished and saved. A second one ends at once.
@@ -1480,8 +1481,9 @@ def kernel_distance(a, b):
     """Squared MMD with a cubic kernel (Bińkowski 2018, arXiv 1801.01401), of n and n features.
     Likeness within each set less that between them: 0 on average if they are of one kind."""
     k_aa, k_bb, k_ab = [(u @ v.T / u.shape[1] + 1) ** 3 for u, v in ((a, a), (b, b), (a, b))]
-    within = (k_aa + k_bb).sum() - (k_aa + k_bb).trace()                  # no image with itself
-    return float(within / (len(a) * (len(a) - 1)) - 2 * k_ab.mean())
+    k = k_aa + k_bb - 2 * k_ab
+    # No image with itself, nor with its own reconstruction.
+    return float((k.sum() - k.trace()) / (len(a) * (len(a) - 1)))
 
 def unseen_images(cfg, vq_cfg, cache):                  # -> uint8 (n,3,H,W), n others
     data = cfg.data or vq_cfg.data
@@ -1606,7 +1608,7 @@ def run_command(argv):                                  # -> exit status; None i
 def main(argv):
     """Run one command. SystemExit 2 after a user's mistake, a full disk or memory; 130 or 143 after
     a signal."""
-    if "WORLD_SIZE" in os.environ:                      # torchrun sets it
+    if dist.is_torchelastic_launched():                 # by torchrun
         cuda = torch.cuda.is_available()
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
         if cuda:
