@@ -156,6 +156,8 @@ def test_codes_start_again_on_encoder_outputs_and_only_those_that_shall():
     far = torch.cdist(e[dead].detach(), flat(100 + z)).amin(1)
     assert torch.equal(e[~dead], before[~dead]) and far.max() < 0.1 * flat(z).std(0).norm()
     assert len(e[dead].unique(dim=0)) == dead.sum()         # no two alike
+    book.start_on(z[:1, :, :1, :1], rng(0))
+    assert e.isfinite().all()                               # a single vector has no spread
 
 # ---- 6. The losses of stage 1 ------------------------------------------------------------------
 
@@ -1023,7 +1025,6 @@ def test_a_finished_run_stays_its_epochs_may_grow_and_it_can_be_overwritten(calm
     assert state_of(out / "last.pt")["step"] == 14      # what cannot begin overwrites nothing
 
 def test_what_is_renamed_is_on_the_disk(tmp_path, monkeypatch):
-    """All of it: what Python has in its own buffer, the system cannot flush."""
     sizes = []
     monkeypatch.setattr(os, "fsync", lambda fd: sizes.append(os.fstat(fd).st_size))
     vqldm.write_whole(tmp_path / "a", lambda f: f.write(b"abc"))
@@ -1110,8 +1111,7 @@ def test_each_process_of_torchrun_takes_its_own_gpu(monkeypatch):
     for place, name in (("torch.cuda", "set_device"), ("torch.distributed", "init_process_group")):
         monkeypatch.setattr(f"{place}.{name}", did.append)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    for name, value in dict(TORCHELASTIC_RUN_ID="none", RANK="3", LOCAL_RANK="1").items():
-        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(os, "environ", dict(os.environ, TORCHELASTIC_RUN_ID="1", LOCAL_RANK="1"))
     assert cli("--help") == 0 and did == ["cpu:gloo,cuda:nccl", 1]
 
 def test_no_process_leaves_before_the_first_has_saved(calm, tmp_path, monkeypatch):

@@ -30,13 +30,15 @@ Run it    python vqldm.py train-vq, then train-ldm, then sample; evaluate measur
           beside it. Constants without a source are ours too.
 """
 import argparse, csv, functools, json, math, os                                  # noqa: E401
-import random, re, signal, sys, time, warnings                                  # noqa: E401
+import random, re, sys, time, warnings                                  # noqa: E401
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from copy import deepcopy
+from csv import DictReader, DictWriter
 from dataclasses import asdict, dataclass, fields, replace
 from inspect import getsource
 from pathlib import Path
+from signal import SIG_DFL, SIGINT, SIGTERM, default_int_handler, signal
 
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")     # torch reads it when it is imported
 import numpy as np
@@ -765,7 +767,10 @@ class Diffusion:
         strides first, since the large things of an image are decided in the noisiest levels. At
         least i levels below T-1: else, with many steps, the first levels would be the same one.
         trap: range(0, T, T // steps) gives too many: 1000 levels for 600 steps of T = 1000."""
-        ts = [self.T - 1 - max(i, round(self.T * (i / steps) ** 2)) for i in range(steps)]
+        ts = []
+        for i in range(steps):
+            behind = round(self.T * (i / steps) ** 2)       # levels that i steps have left behind
+            ts.append(self.T - 1 - max(i, behind))
         return list(zip(ts, [*ts[1:], -1]))
 
     @torch.no_grad()
@@ -1169,7 +1174,7 @@ def find_images(folder):
     table, named, hashed = {}, [], []
     for path in [*folder.parent.glob("*m*a*.csv"), *folder.glob("*m*a*.csv")]:  # metadata, manifest
         with suppress(csv.Error, OSError):
-            for row in csv.DictReader(path.open(encoding="utf-8-sig", errors="replace")):
+            for row in DictReader(path.open(encoding="utf-8-sig", errors="replace")):
                 table[row.get("isic_id") or row.get("image_id")] = row
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
@@ -1340,9 +1345,9 @@ class Run:
         # Ctrl-C and SIGTERM only ask: the step is finished and saved. A second one ends at once.
         def ask(number, frame):
             self.status = 128 + number
-            signal.signal(number, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, ask)
-        signal.signal(signal.SIGTERM, ask)
+            signal(number, SIG_DFL)
+        signal(SIGINT, ask)
+        signal(SIGTERM, ask)
         with bar(None, "training", self.steps - self.step) as self.line:
             while self.time_left():
                 self.step += 1
@@ -1392,7 +1397,7 @@ class Run:
         write_whole(self.cfg.folder / "last.pt", lambda f: torch.save(state, f))
         names = list(dict.fromkeys(name for row in self.log for name in row))
         with open(self.cfg.folder / "log.csv", "w", newline="") as f:
-            table = csv.DictWriter(f, names)
+            table = DictWriter(f, names)
             table.writeheader()
             table.writerows(self.log)
         if self.log:
@@ -1405,7 +1410,7 @@ class Run:
         if self.status:
             then = "to go on, add --resume;"
         say("saved at step", self.step, "of", self.steps, "--", then, self.cfg.folder)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal(SIGINT, default_int_handler)
         return self.status
 # ------------------------------------------------------------------------------------------------
 # D. Pictures
