@@ -5,19 +5,8 @@ The strongest laws have an oracle: where the data is a known mixture of Gaussian
 network is a formula. Stronger still are the references: both trainings, written out once more as
 plainly as possible; the program must end with the same weights. No network, no GPU.
 """
-import ast
-import copy
-import functools
-import itertools
-import json
-import math
-import os
-import re
-import shutil
-import signal
-import subprocess
-import sys
-import types
+import ast, copy, functools, itertools, json, math, os, re                      # noqa: E401
+import shutil, signal, subprocess, sys, types                          # noqa: E401
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
@@ -746,7 +735,8 @@ def test_folders_are_classes_and_train_and_test_the_split(tmp_path, load):
         assert (i in images.val) == name.startswith("Test")
     assert torch.bincount(images.labels[images.val[:20]], minlength=2).min() > 3      # a mixture
 
-@pytest.mark.parametrize("place, key", [("isic", "isic_id"), ("isic/train", "image_id")])
+@pytest.mark.parametrize("place, key", [
+    ("isic", "isic_id"), ("isic/HAM10000_images_part_1", "image_id")])
 def test_a_table_tells_the_classes_and_keeps_photographs_of_a_lesion_on_one_side(
         tmp_path, load, place, key):
     fill(tmp_path / place, [f"{i:03d}.png" for i in range(120)], size=(8, 8))
@@ -878,6 +868,14 @@ def test_pictures_are_drawn_of_any_name_and_of_nothing(tmp_path):
     DRAW_ROWS(tmp_path / "a.png", {"$\\frac$": torch.zeros(2, 3, 8, 8).byte(), "none": []})
     assert (tmp_path / "a.png").stat().st_size > 100
 
+def test_the_trajectory_shows_eight_guesses_from_the_first_to_the_last(monkeypatch):
+    monkeypatch.undo()                                  # draws again
+    guesses, film = [(None, torch.full((1, 3, 2, 2), i)) for i in range(50)], []
+    model = types.SimpleNamespace(mixed=nullcontext(), walk=lambda *a: guesses, decode=list)
+    monkeypatch.setattr(vqldm, "draw_rows", lambda path, rows: film.extend(*rows.values()))
+    vqldm.draw_trajectory(None, model, None, None)
+    assert [int(image[0, 0, 0]) for image in film] == [0, 7, 14, 21, 28, 35, 42, 49]
+
 # ---- C. Keeping a run --------------------------------------------------------------------------
 
 STAGES = {"vq": ("train-vq --lpips off --device cpu --size 32 --widths 8,8 --codes 16 --epochs 3 "
@@ -1002,7 +1000,7 @@ def test_stopped_and_resumed_is_bit_for_bit_the_undisturbed_run(
     now, (first, then) = [], ([], []) if number else (["--minutes", 1e-9], ["--minutes", 0])
     with monkeypatch.context() as patch:
         in_each_step(patch, lambda step: step == stop and now.extend(
-            [signal.raise_signal(number), signal.getsignal(number)]))   # a second one ends it
+            [signal.raise_signal(number), signal.getsignal(signal.SIGINT)]))   # a second ends it
         assert cli(*STAGES[stage], "--out", tmp_path, *first) == (number and 128 + number)
     assert number == 0 or "--resume" in capsys.readouterr().out and now[1] == signal.SIG_DFL
     assert state_of(tmp_path / "last.pt")["step"] == stop + 1

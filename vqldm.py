@@ -26,8 +26,8 @@ Contents  1. Settings                       7. Stage 1: training      To be look
           5. Stage 1: the VQGAN            11. Sampling               D. Pictures       G. Commands
           6. Stage 1: the losses
 Run it    python vqldm.py train-vq, then train-ldm, then sample; evaluate measures.
-          The word trap marks a frequent mistake, the word ours what is in no paper that stands
-          beside it. Constants without a source are ours too.
+          The word trap marks a frequent mistake, the word ours what none of the papers named here
+          does. Constants without a source are common practice, or ours.
 """
 import argparse, csv, functools, json, math, os                                  # noqa: E401
 import random, re, sys, time, warnings                                  # noqa: E401
@@ -94,7 +94,7 @@ class Settings:
 class VQConfig(Settings):
     """stage 1: train the VQGAN, image -> codes -> image"""
     kind = "vq"
-    preset: str = "default"             # tiny, for seconds; paper, 256×256, for a GPU
+    preset: str = "default"             # tiny, for seconds; paper, 256×256, on a GPU
     # Which images?
     data: source = "synthetic"          # 'synthetic', or a folder of images; class = its subfolder
     n_images: count = 4096              # how many to draw if synthetic
@@ -159,7 +159,7 @@ class SampleConfig(Settings):
 class EvaluateConfig(Settings):
     """measure a checkpoint of either stage on images that it never saw"""
     ckpt: str = "runs/ldm"              # run folder or checkpoint of either stage
-    data: source = ""                   # folder to measure on; empty: what was held out or is new
+    data: source = ""                   # folder of others to measure on; empty: what was held out
     n: count = 500                      # how many images, at most, and how many samples
 
 PRESETS = {             # a preset is a row of flags, which yours overrule
@@ -220,7 +220,7 @@ def average_gradients(net):
     if world() > 1:                     # in one message: one for each takes three times as long
         grads = [p.grad for p in net.parameters()]
         mean = mean_over_processes(parameters_to_vector(grads))
-        vector_to_parameters(mean, grads)
+        vector_to_parameters(mean, grads)       # written back into the tensors .grad themselves
 
 def say(*words):
     if rank() == 0:
@@ -245,8 +245,11 @@ def shuffled(n, seed, epoch):
 
 def next_rows(n, step, batch_size, seed):
     """Which of n images make up this step's batch: the next of an endless row of shuffles. (B,)"""
-    places = range(step * batch_size, (step + 1) * batch_size)
-    return torch.stack([shuffled(n, seed, place // n)[place % n] for place in places])
+    rows = []
+    for place in range(step * batch_size, (step + 1) * batch_size):
+        epoch, within = divmod(place, n)
+        rows.append(shuffled(n, seed, epoch)[within])
+    return torch.stack(rows)
 
 def augment(x, turns):
     """Each image (B,C,H,H) in one of the square's eight symmetries, turns (B,) in 0…7."""
@@ -394,7 +397,7 @@ class Decoder(nn.Module):
         for block in self.up:
             y = block(y)                                                  # the grid doubles m times
         y = F.silu(self.norm(y))
-        with torch.autocast(y.device.type, enabled=False):  # fp32: its gradient gives lam, sec. 6
+        with torch.autocast(y.device.type, enabled=False):  # fp32: lam divides gradients of it
             return self.last(y.float())                                   # (B,3,H,W)
 
 class Codebook(nn.Module):
@@ -447,8 +450,9 @@ class Codebook(nn.Module):
         flat = rearrange(z.float(), "B d h w -> (B h w) d")               # (B·N,d)
         n = len(self.wins[which])
         pick = torch.randint(len(flat), (n,), generator=generator)
-        apart = 0.01 * torch.randn(n, flat.shape[1], generator=generator)     # no two alike
-        self.embedding.weight[which] = flat[pick] + apart.to(z.device) * flat.std(0, correction=0)
+        apart = torch.randn(n, flat.shape[1], generator=generator).to(z.device)
+        apart *= 0.01 * flat.std(0, correction=0)                         # so that no two are alike
+        self.embedding.weight[which] = flat[pick] + apart
         self.wins.zero_()
 
     @torch.no_grad()
@@ -532,13 +536,13 @@ def adaptive_weight(rec, adversarial, last):
     """lam = ‖∇_L rec‖ / (‖∇_L adversarial‖ + δ), L the decoder's last layer (VQGAN eq. 7).
     Why adaptive: D's gradient can be a thousand times stronger or weaker than the reconstruction's,
     and changes as D learns. Scaled so that at weight 1 both push the last layer equally, neither
-    drowns the other. Only at the last layer, since gradients of all layers would cost too much. An
-    untrained D has almost no gradient: hence δ, and the cap in VQGAN's code. lam must be a constant
-    to the loss, which autograd.grad without create_graph sees to."""
+    drowns the other. Only at the last layer, since gradients of all layers would cost too much."""
+    # Without create_graph, what comes out has no graph: to the loss, lam is a plain number.
     grad_rec, = torch.autograd.grad(rec, last, retain_graph=True)
     grad_adv, = torch.autograd.grad(adversarial, last, retain_graph=True)
     norm_rec = mean_over_processes(grad_rec).norm()
     norm_adv = mean_over_processes(grad_adv).norm()
+    # δ and the cap are those of VQGAN's code: an untrained D has almost no gradient.
     return (norm_rec / (norm_adv + 1e-4)).clamp(max=1e4)
 # ------------------------------------------------------------------------------------------------
 # 7. Stage 1: training
@@ -560,11 +564,10 @@ def set_learning_rate(optimizer, factor):
         group["lr"] = factor * initial
 
 def vq_optimizers(vqgan, cfg):
-    """-> Adam, Muon. Muon takes a kernel as a matrix, a row for each entry of its first axis, and
-    replaces its gradient U S Vᵀ by U Vᵀ: weak directions (singular vectors) get a step as long as
-    strong ones, which with Adam are all that moves. That suits the kernels inside, and takes no SVD
-    (appendix F). First and last layers, where a channel is a colour or a part of a code, and all
-    that is no kernel go by Adam."""
+    """-> Adam, Muon. With Adam a kernel moves mostly along the few directions in which its gradient
+    is strong; Muon (appendix F) moves it equally far along all. That suits the kernels inside.
+    First and last layers, where a channel is a colour or a part of a code, and all that is no
+    kernel go by Adam."""
     enc, dec = vqgan.encoder, vqgan.decoder
     blocks = nn.ModuleList([enc.down, enc.mid, dec.mid, dec.up])
     kernels = [p for p in blocks.parameters() if p.dim() == 4 and cfg.muon_lr > 0]
@@ -585,8 +588,8 @@ def look_vq(vqgan, images, lpips, path, mixed):
 
 def train_vq(cfg, state=None):
     """Stage 1, from images to a checkpoint. state: one to go on from. -> exit status."""
-    f = 2 ** (len(cfg.widths) + 1)              # once more than here: stage 2 halves the grid again
-    demand(cfg.size >= 32 and cfg.size % f == 0, f"--size: must be 32 or more, a multiple of {f}")
+    f4 = 4 * 2 ** len(cfg.widths)               # f, and the UNet's default halves the grid twice
+    demand(cfg.size >= 32 and cfg.size % f4 == 0, f"--size: must be 32 or more, a multiple of {f4}")
     device, mixed = pick_device(cfg)
     images = Images(cfg.data, cfg, cfg.folder.parent / "cache")   # its train, val: row numbers
     lpips = load_lpips(cfg.lpips, device)
@@ -598,7 +601,7 @@ def train_vq(cfg, state=None):
     adam, muon = vq_optimizers(vqgan, cfg)
     adam_d = torch.optim.Adam(disc.parameters(), cfg.d_lr, betas=(0.5, 0.9), fused=True)
     parts = {"model": vqgan, "disc": disc, "adam": adam, "muon": muon, "adam_d": adam_d}
-    run = Run(cfg, n, parts, {}, state)         # yields the steps; run.progress: 0…1
+    run = Run(cfg, n, parts, facts={}, state=state)     # yields steps, logs, saves; progress: 0…1
     if not state:
         label = images.labels[images.train]
         preview = {name: images.rows(images.train[label == i][:16])
@@ -623,7 +626,7 @@ def train_vq(cfg, state=None):
         mse = F.mse_loss(x_hat, x)
         perceptual = lpips(x_hat, x).mean() if lpips else torch.zeros_like(mse)
         rec = mse + cfg.lpips_weight * perceptual
-        loss = rec + codebook_loss + cfg.commit_weight * commit_loss          # VQGAN eq. 4
+        loss = rec + codebook_loss + cfg.commit_weight * commit_loss          # eq. 4; VQ eq. 3
         losses = {"mse": mse, "lpips": perceptual, "codebook": codebook_loss}
 
         gan_on = cfg.gan_weight > 0 and run.progress >= cfg.gan_start
@@ -686,12 +689,12 @@ def train_vq(cfg, state=None):
 #   predict()            turns either answer into two guesses, z0_hat and eps_hat
 #   one step back        is made from these two, by ddim or by ddpm
 #
-# Levels count from 0, and z_t at t = 0 has a little noise already: z0, the clean one, is z_(t-1)
-# there. Why v: at much noise ε is nearly z_t itself, so that saying it says little about z0; v is
-# then about -z0, and at little noise about ε: always what z_t does not show.
+# Levels count from 0, and at level 0 there is a little noise already. The clean latent, z0, is one
+# below: level -1, where ᾱ = 1. Why v: at much noise ε is nearly z_t itself, so that saying it says
+# little about z0; v is then about -z0, and at little noise about ε: always what z_t hides.
 
 class Diffusion:
-    """DDPM's noise schedule, its loss (Algorithm 1) and two samplers (Algorithm 2, DDIM)."""
+    """A noise schedule, the loss of DDPM (Algorithm 1) and two samplers (Algorithm 2, DDIM)."""
     def __init__(self, T=1000, schedule="cosine", target="v"):
         self.T, self.target = T, target
         if schedule == "linear":
@@ -700,14 +703,14 @@ class Diffusion:
             beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T
         elif schedule == "cosine":              # Nichol & Dhariwal 2021, arXiv 2102.09672, eq. 17
             part = torch.arange(T + 1, dtype=torch.float64) / T              # 0…1
-            # The ᾱ wanted. 0.008: else level 0 would have next to no noise.
+            # The ᾱ wanted. Without 0.008, level 0 would have 17 times less noise.
             curve = torch.cos((part + 0.008) / 1.008 * math.pi / 2) ** 2
             beta = 1 - curve[1:] / curve[:-1]       # α is the quotient of two neighbouring ᾱ
         else:
             raise UserError(f"--schedule {schedule}: must be linear or cosine")
-        alpha = 1 - beta.clamp(max=0.999)           # cosine's last would be 1: ᾱ = 0, √ᾱ no divisor
-        alpha_bar = alpha.cumprod(0)                # made in float64: T factors, one rounding
-        # A 1 behind the last: alpha_bar[-1] is that of z0 itself, where sampling ends.
+        alpha = 1 - beta.clamp(max=0.999)           # cosine's last β is 1, but √ᾱ = 0 no divisor
+        alpha_bar = alpha.cumprod(0)                # in float64: rounded once, not T times
+        # A 1 behind the last: alpha_bar[-1] is that of z0 itself, level -1, where sampling ends.
         self.alpha_bar = F.pad(alpha_bar, (0, 1), value=1).float()            # (T+1,)
         self.goal(alpha, alpha, alpha)              # only to raise at an unknown target
 
@@ -744,28 +747,28 @@ class Diffusion:
         return z0_hat, eps_hat
 
     def loss(self, net, z0, t, eps, label):
-        """Algorithm 1, DDPM eq. 14: the mean of (goal - net(z_t, t))², (B,). Saying 0 costs 1."""
+        """Algorithm 1, DDPM eq. 14: mean of (goal - net(z_t, t))², (B,); 1 if the net says 0."""
         out = net(self.add_noise(z0, t, eps), t, label)
         goal = self.goal(z0, eps, self.alpha_bar_at(t, z0))
         return F.mse_loss(out, goal, reduction="none").flatten(1).mean(1)     # (B,)
 
     def weight(self, t):
         """How much each t (B,) counts in training.
-        ours: for v, the middle counts most: 1 where ᾱ = 1/2, falling to 1/4 towards both ends. By
-        predict(), z0_hat is off by √(1-ᾱ) times what v is off, so the loss of v is z0_hat's squared
-        error / (1-ᾱ). At little noise this blows up errors that decoding rounds away; at much noise
-        the loss stays large whatever the network does, since z0 can hardly be seen. Neither end
-        shall drown the middle. But neither may go untaught: sampling starts at pure noise."""
+        ours: for v, a simple bump: 1 in the middle (ᾱ = 1/2), down to 1/4 at both ends.
+        - Little noise: by predict(), z0_hat is off by √(1-ᾱ) times what v is off. So a loss of v
+          that looks large is a tiny error of z0_hat, which the nearest code rounds away.
+        - Much noise: z0 can hardly be seen, so the loss stays large whatever the network does.
+        Neither end shall drown the middle; neither may go untaught: sampling starts at noise."""
         a = self.alpha_bar_at(t, t)                 # (B,): shaped like t itself
-        if self.target != "v":
+        if self.target != "v":                      # all equal, as in DDPM
             return torch.ones_like(a)
         return (4 * a * (1 - a)).sqrt().clamp(min=0.25)                       # (B,)
 
     def pairs(self, steps):
         """Exactly `steps` pairs (t, t_prev), from T-1 down to -1, for 1 <= steps <= T.
-        ours: not evenly, but t = T-1 - T (i/S)², for T = 1000 and S = 4: 999, 937, 749, 437. Short
-        strides first, since the large things of an image are decided in the noisiest levels. At
-        least i levels below T-1: else, with many steps, the first levels would be the same one.
+        ours: not evenly: step i = 0…S-1 starts at t = T-1 - T (i/S)², for T = 1000 and S = 4 at
+        999, 937, 749, 437. (DDIM app. D.2 has the mirror of it.) Short strides first, since the
+        noisiest levels decide the large things of an image; none below 1, hence the max.
         trap: range(0, T, T // steps) gives too many: 1000 levels for 600 steps of T = 1000."""
         ts = []
         for i in range(steps):
@@ -788,16 +791,16 @@ class Diffusion:
 
             if sampler == "ddim":
                 # z0_hat, noised again up to t_prev. The noise there has variance 1-ᾱ_prev: σ² of it
-                # is fresh, the rest the noise that was seen. η = 0: none fresh. η = 1: by how much
-                # z_prev still varies if z_t and z0 are both given (DDPM's smaller σ, eq. 7): z0
-                # leaves a variance of 1-ᾱ_prev, z_t one of (1-α)/α; the inverses add up to 1/σ².
-                sigma = eta * ((1 - a_prev) / (1 - a) * (1 - alpha)).sqrt()           # DDIM eq. 16
+                # is fresh, the rest the noise that was seen. η = 0: none fresh. η = 1: as much as
+                # z_prev still varies when both z_t and z0 are known (DDPM eq. 7, its smaller σ).
+                sigma = eta * ((1 - a_prev) / (1 - a) * (1 - alpha)).sqrt()           # DDIM eq. 16,
                 seen = (1 - a_prev - sigma**2).clamp(min=0).sqrt()
-                z = a_prev.sqrt() * z0_hat + seen * eps_hat                           # DDIM eq. 12
+                z = a_prev.sqrt() * z0_hat + seen * eps_hat               # eq. 12, where α is our ᾱ
             elif sampler == "ddpm":
-                # DDPM Algorithm 2, line 4: the mean of z_prev if z_t and z0_hat are given. It is
-                # ddim's line at η = 1: put in z = √ᾱ z0_hat + √(1-ᾱ) eps_hat. Only the fresh noise
-                # is more, σ² = β: right for data that is normal noise itself (DDPM sec. 3.2).
+                # DDPM Algorithm 2, line 4: mean of z_prev when z_t and z0_hat are known. That is
+                # ddim's at η = 1 (with z = √ᾱ z0_hat + √(1-ᾱ) eps_hat the two lines become one).
+                # Only the fresh noise is more, σ² = β: by how much z_prev varies when z_t alone is
+                # known and the data, too, is normal noise (DDPM sec. 3.2).
                 sigma = (1 - alpha).sqrt()
                 z = (z - (1 - alpha) / (1 - a).sqrt() * eps_hat) / alpha.sqrt()
             else:
@@ -830,9 +833,8 @@ class UNet(nn.Module):
         there = levels(widths)                                            # 64 → 64 → 128
         self.down = nn.ModuleList([DownBlock(c_in, c_out, E) for c_in, c_out in there])
         self.mid = MidBlock(widths[-1], E)
-        # 128 → 64 → 64: each DownBlock's pair read backwards, so what it put out is c_in here. What
-        # comes up from below and its skip, taken before it halved, both have that many channels:
-        # 128 + 128 → 64, then 64 + 64 → 64.
+        # Each UpBlock mirrors a DownBlock: what that one put out, c_out, comes in here, once from
+        # below and once as the skip: 128 + 128 → 64, then 64 + 64 → 64.
         back = reversed(there)
         self.up = nn.ModuleList([UpBlock(c_in, c_out, E, c_skip=c_in) for c_out, c_in in back])
         self.norm = Norm(widths[0])
@@ -859,11 +861,12 @@ def guided(net, guide, label, w, below):
         out = weak + w (strong - weak)          strong is told the class, weak is not
 
     w = 1 is strong alone; more goes further in the direction in which the class pulls. (CFG's own w
-    is ours - 1.) At t >= below, where nearly all is noise, there is no guidance: it would cost
-    variety (Kynkäänniemi 2024, arXiv 2404.07724).
-    ours: weak differs in two ways at once: it is not told the class, and it is a younger network
-    with the same mistakes, only larger, so that w leads away from these too. (Karras 2024, arXiv
-    2406.02507, changes one of the two; guide is that paper's name for the weak one.)"""
+    is ours - 1.) At t >= below, where noise prevails, there is no guidance: it would cost variety
+    (Kynkäänniemi 2024, arXiv 2404.07724, has none at little noise either).
+    ours: weak is not told the class, and it is guide, a copy of the network from a fifth of its
+    training: less trained on the same data, it is wrong in the same places, only more, so that w
+    leads away from these mistakes too. (Karras 2024, arXiv 2406.02507: younger, but told; Karras
+    2023, 2312.02696: not told, but smaller.)"""
     def answer(z_t, t):
         strong = net(z_t, t, label)
         if w == 1 or t[0] >= below:
@@ -882,9 +885,9 @@ def guided(net, guide, label, w, below):
 def encode_images(vqgan, images, device, mixed):
     """All images -> their code numbers (n,h,w): 4 MB for 4,096 images in 16×16 codes."""
     grids = []
-    for rows in bar(torch.arange(len(images.names)).split(64), "encoding"):
+    for rows in bar(torch.arange(len(images.names)).split(16), "encoding"):
         with mixed:
-            k = vqgan.encode(to_float(images.rows(rows)).to(device))      # (64,h,w)
+            k = vqgan.encode(to_float(images.rows(rows)).to(device))      # (16,h,w)
         grids.append(k.to("cpu", torch.int32))
     return torch.cat(grids)
 
@@ -935,6 +938,7 @@ def train_ldm(cfg, state=None):
     """Stage 2, from a stage-1 checkpoint to one that is all that sampling needs. -> exit status."""
     diffusion = Diffusion(cfg.T, cfg.schedule, cfg.target)
     device, mixed = pick_device(cfg)
+    # A resumed run has its VQGAN in its own checkpoint (see facts).
     vq = state.get("vq", {}) if state else load_checkpoint(cfg.vq, "--vq", "vq")
     vqgan, vq_cfg = load_vqgan(vq, device)
     side = vq_cfg.side
@@ -945,7 +949,6 @@ def train_ldm(cfg, state=None):
     n, n_classes = len(images.train), len(images.classes)
     demand(not state or state.get("classes") == images.classes, "--resume: other classes now")
     class_counts = torch.bincount(images.labels[images.train], minlength=n_classes)
-
     def latents(rows):                                                    # (B,) -> z0 (B,d,h,w)
         return standardise(vqgan.codebook.lookup(grids[rows].to(device)), scale)
 
@@ -969,7 +972,7 @@ def train_ldm(cfg, state=None):
         # trap: 0…T-2 would never train pure noise, where sampling starts; 1…T-1 not the cleanest.
         t = torch.randint(cfg.T, (cfg.batch_size,), generator=draw)           # (B,) in 0…T-1
         eps = torch.randn(cfg.batch_size, vq_cfg.z_dim, side, side, generator=draw)
-        hidden = torch.rand(cfg.batch_size, generator=draw) < 0.1             # (B,) for guidance
+        hidden = torch.rand(cfg.batch_size, generator=draw) < 0.1             # (B,) see guided
         label = images.labels[rows].masked_fill(hidden, n_classes)            # (B,)
         z0 = latents(share(rows))                                             # (B,d,h,w)
         t, eps, label = [share(a).to(device) for a in (t, eps, label)]
@@ -1029,18 +1032,16 @@ class LatentDiffusion:
         """A function that draws the next noise (B,d,h,w); image 17 has its own in any batch."""
         own = [rng(seed, "sample", i) for i in numbers]
         shape = self.vq_cfg.z_dim, self.vq_cfg.side, self.vq_cfg.side
-
         def draw():
             return torch.stack([torch.randn(shape, generator=g) for g in own]).to(self.device)
         return draw
 
-    def walk(self, cfg, numbers, label, z=None):
-        """From noise, or from z: yields (z_t, z0_hat) after each step. Call it inside `mixed`."""
+    def walk(self, cfg, numbers, label):
+        """From noise: yields (z_t, z0_hat) after each step. Call it inside `mixed`."""
         noise = self.noise(cfg.seed, numbers)
         net = guided(self.net, self.guide, label.to(self.device), cfg.guidance, 0.8 * self.cfg.T)
-        z = noise() if z is None else z
         steps = min(cfg.steps, self.cfg.T)
-        return self.diffusion.sample(net, z, steps, cfg.sampler, cfg.eta, noise)
+        return self.diffusion.sample(net, noise(), steps, cfg.sampler, cfg.eta, noise)
 
     @torch.no_grad()
     def decode(self, z0):
@@ -1052,8 +1053,9 @@ class LatentDiffusion:
         """-> uint8 images (n,3,H,W), their latents z0 (n,d,h,w), on the CPU."""
         pictures, latents = [], []
         for i in bar(range(0, len(label), 32), "sampling"):
+            batch = slice(i, i + 32)
             with self.mixed:
-                for z, _ in self.walk(cfg, numbers[i:i + 32], label[i:i + 32]):
+                for z, _ in self.walk(cfg, numbers[batch], label[batch]):
                     z0 = z                              # only where the walk ends is kept
             pictures.append(self.decode(z0))
             latents.append(z0.cpu())
@@ -1080,7 +1082,7 @@ def sample(cfg):
     say(f"latents have std {latents.std():.2f} (healthy: 1); look at", cfg.folder / "grid.png")
 # ------------------------------------------------------------------------------------------------
 # A. Drawn lesions
-# To run tonight without a download: dermoscopy-like images, endlessly many, of four classes.
+# To run tonight without a download. (Drawn images are kept: after a change here, clear runs/cache.)
 
 LESIONS = {             # four colours; how ragged, how soft the border; dark net (or pale); dots
     "keratosis-like": ("b89970 997a57 ccb894 8c7866", .09, .08, .05, .6),
@@ -1122,7 +1124,7 @@ def synthetic(i, size, seed=0):
     # Colour: patches of the four of its class; the more ragged, the harder their borders.
     body = mixture(colours, (3 + 40 * ragged) * noise(4, 4)) + .05 * noise(16)
 
-    # Texture: walls where two random points are equally near, dark, or pale if vascular; dots.
+    # Texture: 40 points make cells; where two are equally near is a wall, dark, or pale. Dots.
     first, second = distance(40, .8).topk(2, dim=0, largest=False).values
     body = body * (1 - network * torch.exp(-((second - first) / (2.4 / size + .03)) ** 2))
     spots = torch.sigmoid((span(.01, .08, 9, 1, 1) - distance(9, .4)) * size)     # (9,H,W)
@@ -1151,7 +1153,7 @@ PHOTO = r"(?i).*\.(bmp|gif|jpe?g|png|tiff?|webp)$"      # of a path; not these:
 NO_PHOTO = (r"(?i)(_segmentation|_superpixels|_expert|-partial)[^/]*$|_mask\.\w+$|"
             r"(^|/)(\.|(grid|trajectory)\.png$)")
 HELD_OUT = r"(?i)(?<![^/])(val(id(ation)?)?|test(ing)?)/"       # (?<![^/]): a whole name
-SPLIT = HELD_OUT + r"|(?<![^/])train(ing)?/"
+NO_CLASS = HELD_OUT + r"|(?<![^/])(train(ing)?|(HAM10000_)?images(_part_\d)?)/"
 
 def read_image(path, size):                             # -> uint8 (3,size,size)
     # Whatever its suffix, PIL would open 40 kinds of files, and start Ghostscript for one of them.
@@ -1172,7 +1174,8 @@ def find_images(folder):
     trap: several photographs show one lesion. Split by photograph, a network is measured on lesions
     that it was trained on. Where lesion_id is known, that tenth is one of whole lesions."""
     table, named, hashed = {}, [], []
-    for path in [*folder.parent.glob("*m*a*.csv"), *folder.glob("*m*a*.csv")]:  # metadata, manifest
+    # metadata.csv, HAM10000_metadata.csv or manifest.csv, in the folder or beside it
+    for path in [*folder.parent.glob("*m*a*.csv"), *folder.glob("*m*a*.csv")]:
         with suppress(csv.Error, OSError):
             for row in DictReader(path.open(encoding="utf-8-sig", errors="replace")):
                 table[row.get("isic_id") or row.get("image_id")] = row
@@ -1181,7 +1184,7 @@ def find_images(folder):
         if re.match(PHOTO, name) and not re.search(NO_PHOTO, name) and path.is_file():
             row = table.get(path.stem, {})
             told = row.get("diagnosis_3") or row.get("diagnosis_1") or row.get("dx") or "images"
-            kind = Path(re.sub(SPLIT, "", name)).parent.name or told
+            kind = Path(re.sub(NO_CLASS, "", name)).parent.name or told
             lesion = row.get("lesion_id") or path.stem
             stamp = path.stat().st_mtime_ns     # of what a link points to
             named.append((name, kind, bool(re.search(HELD_OUT, name)), stamp))
@@ -1200,7 +1203,6 @@ class Images:
         else:
             found = find_images(folder)
         demand(found, f"--data {source}: no images are there; give a folder, or 'synthetic'")
-
         def read(name):
             if source == "synthetic":
                 return synthetic(name, cfg.size, cfg.seed).numpy()
@@ -1223,20 +1225,18 @@ class Images:
         say("data", source, len(self.names), "images:", *self.classes)
 
     def rows(self, rows):
-        """uint8 (B,3,H,W). Mapped anew each time: pages of an old map would count as our memory."""
+        """uint8 (B,3,H,W). Opened anew each time: what an open map has read counts as ours."""
         shape = len(self.names), 3, self.size, self.size
         return torch.from_numpy(np.memmap(self.path, np.uint8, "r", 0, shape)[rows.numpy()])
 
 def decode(path, found, read):                          # into one file -> the good ones of them
     bad = {}
-
     def attempt(row):
         try:
             return read(row[0]).tobytes()
         except Exception as e:                  # PIL raises nearly anything on a broken file
             bad[row[0]] = e
             return b""
-
     def write(f):
         with ThreadPoolExecutor() as pool:
             for image in bar(pool.map(attempt, found), "preparing images", len(found)):
@@ -1342,10 +1342,10 @@ class Run:
         return self.cfg.folder / f"{name}_epoch_{epoch:05.1f}.png"
 
     def __iter__(self):
-        # Ctrl-C and SIGTERM only ask: the step is finished and saved. A second one ends at once.
+        # Ctrl-C and SIGTERM only ask: the step is finished and saved. A second Ctrl-C ends at once.
         def ask(number, frame):
             self.status = 128 + number
-            signal(number, SIG_DFL)
+            signal(SIGINT, SIG_DFL)             # (torchrun may pass on several SIGTERMs)
         signal(SIGINT, ask)
         signal(SIGTERM, ask)
         with bar(None, "training", self.steps - self.step) as self.line:
@@ -1355,8 +1355,9 @@ class Run:
                 self.line.update()
 
     def time_left(self):
-        now = torch.tensor(self.now() + self.status, dtype=torch.float64)   # a signal: far above 1
-        self.progress = float(mean_over_processes(now)) # all of them see the same clock
+        # A signal adds 130 or more: then the mean is above 1, and all processes stop at this step.
+        now = torch.tensor(self.now() + self.status, dtype=torch.float64)
+        self.progress = float(mean_over_processes(now))
         return self.progress < 1
 
     def look_due(self):                                 # at each tenth, and every ten minutes
@@ -1448,7 +1449,7 @@ def draw_trajectory(path, model, cfg, label):           # from noise to one imag
 # ------------------------------------------------------------------------------------------------
 # E. Measuring
 # A distance means something only beside its references (see evaluate). LPIPS and the kernel
-# distance look through the network that is stage 1's loss by default: they flatter who trains so.
+# distance look through the network that is stage 1's loss by default: they flatter such models.
 
 def compare(x_hat, x, lpips):                           # (B,3,H,W) in [-1,1], twice
     """-> {name: (B,)}. One more measure of a reconstruction is one more line here."""
@@ -1464,7 +1465,7 @@ def reconstruct(vqgan, images, lpips, mixed):
     """uint8 (n,3,H,W) -> numbers by name, reconstructions."""
     e = vqgan.codebook.embedding.weight
     numbers, grids, copies = {}, [], []
-    for part in images.split(50):
+    for part in images.split(16):
         x = to_float(part).to(e.device)
         with mixed:
             k = vqgan.encode(x)                                           # (B,h,w)
@@ -1490,20 +1491,20 @@ def features(lpips, images):
     return torch.cat(found).cpu().double()
 
 def kernel_distance(a, b):
-    """Squared MMD with a cubic kernel (Bińkowski 2018, arXiv 1801.01401), of n and n features.
-    Likeness within each set less that between them: 0 on average if they are of one kind."""
+    """Squared MMD, cubic kernel (Bińkowski 2018, arXiv 1801.01401), of n and n features: the mean
+    likeness of pairs within a, plus within b, less twice across; 0 on average if of one kind."""
     k_aa, k_bb, k_ab = [(u @ v.T / u.shape[1] + 1) ** 3 for u, v in ((a, a), (b, b), (a, b))]
     k = k_aa + k_bb - 2 * k_ab
-    # No image with itself, nor with its own reconstruction.
+    # Off the diagonal: no image with itself, nor with its own reconstruction.
     return float((k.sum() - k.trace()) / (len(a) * (len(a) - 1)))
 
 def unseen_images(cfg, vq_cfg, cache):                  # -> uint8 (n,3,H,W), n others
     data = cfg.data or vq_cfg.data
-    # Of drawn images there is no end: another seed's were never trained on.
+    # Of a foreign folder, all; of drawn images, another seed's, which were never trained on.
     vq_cfg = replace(vq_cfg, seed=vq_cfg.seed + 1, n_images=2 * cfg.n)
     images = Images(data, vq_cfg, cache)
     rows = torch.randperm(len(images.names), generator=rng(cfg.seed, "unseen"))
-    if data == vq_cfg.data != "synthetic":
+    if data == vq_cfg.data != "synthetic":              # of the training folder, the held-out ones
         rows = images.val
     common = Path(vq_cfg.data) in Path(data).parents or Path(data) in Path(vq_cfg.data).parents
     demand(not common, "--data has images that were trained on: leave it out for the others")
@@ -1546,15 +1547,16 @@ def evaluate(cfg):
 
 def orthogonal(g):
     """g (r,n) = U S Vᵀ -> about U Vᵀ: its singular values, but for the tiniest, become 0.7 to 1.2.
-    Newton-Schulz: a round takes each of them, s, to 3.4445 s - 4.775 s³ + 2.0315 s⁵ (Jordan)."""
-    x = g / (g.norm() + 1e-7)
+    Newton-Schulz, without an SVD: x xᵀ x = U S³ Vᵀ: sums of such products change S alone. A round
+    takes each s to 3.4445 s - 4.775 s³ + 2.0315 s⁵ (Jordan)."""
+    x = g / (g.norm() + 1e-7)                           # now every s is at most 1, as this wants
     for _ in range(5):
         gram = x @ x.T                                                    # (r,r)
         x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
     return x
 
 class Muon(torch.optim.Optimizer):
-    """Steps of lr along orthogonal(running mean of the gradient), for kernels of convolutions."""
+    """Steps of lr along orthogonal(running mean of the gradient). (Jordan's: longer if tall.)"""
     def __init__(self, kernels, lr):
         super().__init__([{"params": kernels}], {"lr": lr})
 
@@ -1585,8 +1587,8 @@ def build_parser(command, cls):
     """Each field of the command's settings becomes a flag; the comment at its line is its help."""
     parser = Parser(prog=f"vqldm.py {command}", description=cls.__doc__, allow_abbrev=False,
                     argument_default=argparse.SUPPRESS)       # what is not typed has no value
-    source = getsource(Settings) + getsource(cls)
-    comments = dict(re.findall(r"^    (\w+): .*?# (.*)", source, re.MULTILINE))
+    text = getsource(Settings) + getsource(cls)
+    comments = dict(re.findall(r"^    (\w+): .*?# (.*)", text, re.MULTILINE))
     for f in fields(cls):
         how = {"action": "store_true"} if f.type is bool else {"type": f.type}
         how["help"] = f"{comments[f.name]} [{f.default}]"
@@ -1633,7 +1635,7 @@ def main(argv):
     except UserError as e:
         print("vqldm:", e, file=sys.stderr)
     except (MemoryError, OSError, RuntimeError) as e:
-        cause = e.__context__ or e                      # torch.save hides a full disk
+        cause = e.__context__ or e      # torch.save raises its own; the full disk is its context
         if re.search("out of memory|allocate|MemoryError", repr(e)):
             cause = "out of memory: a smaller --batch-size or --size helps"
         elif not isinstance(cause, OSError):
