@@ -476,13 +476,6 @@ def test_oracle_every_sampler_draws_the_data_from_the_perfect_network(
     assert (x.T.cov() - cov).abs().max() < 1.5 * chance + 4 / S
     assert (share - weight).abs().max() < chance / 2 + 1 / S
 
-def test_a_word_that_diffusion_does_not_know_is_a_users_mistake():
-    for words in (dict(schedule="cosin"), dict(target="x")):
-        with pytest.raises(UserError, match="must be"):
-            Diffusion(**words)
-    with pytest.raises(UserError, match="ddmp: must be ddim or ddpm"):
-        next(Diffusion().sample(lambda z, t: z, randn(1, 1, 2, 2), 2, "ddmp", 0, None))
-
 # ---- 9. The UNet -------------------------------------------------------------------------------
 
 def test_unet_is_down_middle_and_up_with_skips_of_the_same_size_and_hears_time_and_class():
@@ -875,6 +868,15 @@ def test_the_trajectory_shows_eight_guesses_from_the_first_to_the_last(monkeypat
     monkeypatch.setattr(vqldm, "draw_rows", lambda path, rows: film.extend(*rows.values()))
     vqldm.draw_trajectory(None, model, None, None)
     assert [int(image[0, 0, 0]) for image in film] == [0, 7, 14, 21, 28, 35, 42, 49]
+
+def test_the_networks_of_the_paper_preset_take_steps_of_batch_2(tmp_path, monkeypatch):
+    states = []                                         # kept from the disk: a gigabyte
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(vqldm.Run, "save", lambda self: states.append(self.checkpoint()))
+    monkeypatch.setattr(vqldm, "load_checkpoint", lambda *a: states[-1])
+    for words in ("train-vq --size 64 --n-images 8 --gan-start 0 --lpips off", "train-ldm --T 2"):
+        assert cli(*words.split(), *"--preset paper --batch-size 2 --epochs 1".split()) == 0
+        assert all(p.isfinite().all() for p in states[-1]["model"].values())
 
 # ---- C. Keeping a run --------------------------------------------------------------------------
 
