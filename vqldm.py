@@ -56,10 +56,10 @@ from tqdm import tqdm
 # ------------------------------------------------------------------------------------------------
 # 1. Settings
 # Every number that you can change is one line here: name, type, default and, as comment, --help.
-# Who wins: default < --preset < recorded in the checkpoint (on --resume) < typed. A resumed run
-# takes only what is in MAY_CHANGE.
+# Who wins: default < --preset < recorded in the checkpoint (on --resume) < typed. Of what is typed,
+# a resumed run takes only what is in MAY_CHANGE.
 
-class UserError(argparse.ArgumentTypeError):        # argparse adds the flag's name to such ones
+class UserError(argparse.ArgumentTypeError):        # argparse puts the flag's name before it
     """What only the user can put right: told as one sentence, exit status 2."""
 
 def demand(ok, text):                   # if it is not so, the command ends with this sentence
@@ -420,8 +420,8 @@ class Codebook(nn.Module):
         return k.view(B, h, w)                                            # (B,h,w)
 
     def lookup(self, k):                                                  # (B,h,w)
-        """z_q = e_k (VQ eq. 2)."""
-        return rearrange(self.embedding(k), "B h w d -> B d h w")         # (B,d,h,w)
+        """z_q = e_k (VQ eq. 2). Contiguous: with d last in memory, a CPU's GroupNorm is slow."""
+        return rearrange(self.embedding(k), "B h w d -> B d h w").contiguous()        # (B,d,h,w)
 
     def forward(self, z):                                                 # (B,d,h,w)
         """-> z_q (which passes its gradient to z), k, codebook loss, commitment loss (VQ eq. 3)."""
@@ -429,9 +429,9 @@ class Codebook(nn.Module):
         z_q = self.lookup(k)                                              # (B,d,h,w)
         # One distance, two halves; sg[] decides who moves: the codes to the vectors that they won,
         # and the encoder's vectors to their codes.
-        # trap: commit_weight on the codes' half instead of the encoder's. z is then pulled with 1
-        # instead of 0.25 and bends to its codes, not they to it. Both halves have the same value,
-        # so the codebook's curve falls too, as if all were well.
+        # trap: commit_weight on the codes' half instead of the encoder's. z is then pulled with
+        # weight 1, not 0.25, and bends to its codes, not they to it. Both halves have the same
+        # value, so the codebook's curve falls too, as if all were well.
         codebook_loss = F.mse_loss(z_q, z.detach())             # ‖sg[z] - e‖², as a mean over
         commit_loss = F.mse_loss(z, z_q.detach())               # ‖z - sg[e]‖²  all numbers
         # Straight through (VQ sec. 3.2): the value of z_q with the gradient of z. Rounding has no
@@ -642,7 +642,7 @@ def train_vq(cfg, state=None):
         loss.backward()
         average_gradients(vqgan)
         norm = clip_grad_norm_(vqgan.parameters(), 1.0)
-        if run.skips(norm):             # not finite; one bad batch must not end a night, five do
+        if run.skips(norm):             # not finite; one bad batch must not end a night
             continue
         adam.step()
         muon.step()
@@ -879,7 +879,7 @@ def guided(net, guide, label, w, below):
 # The frozen encoder turns each image once into its grid of code numbers: these are stage 2's data.
 # ours: codes are diffused (LDM takes z before quantisation). Diffusion ends in noise of mean 0 and
 # std 1, so codes are brought there too. Look at the samples more than at the loss: it says little.
-# Used before they are shown: load_vqgan and LatentDiffusion (11), which make the samples.
+# Used before they are shown: load_vqgan and LatentDiffusion (11), load_checkpoint (C).
 
 @torch.no_grad()
 def encode_images(vqgan, images, device, mixed):
@@ -923,7 +923,7 @@ def update_ema(ema, net, step, decay):
 
 @torch.no_grad()
 def look_ldm(model, z0, label, path):
-    """A LatentDiffusion's held-out loss, at each look with the same noise; 16 samples drawn."""
+    """A LatentDiffusion's held-out loss, at each look with the same noise; 16 samples in a row."""
     t = torch.arange(len(z0)) * model.cfg.T // len(z0)                    # (n,) evenly over 0…T-1
     eps = torch.randn(z0.shape, generator=rng("held-out noise"))
     t, eps, label = [a.to(z0.device) for a in (t, eps, label)]
@@ -1455,7 +1455,7 @@ def compare(x_hat, x, lpips):                           # (B,3,H,W) in [-1,1], t
     """-> {name: (B,)}. One more measure of a reconstruction is one more line here."""
     mse = F.mse_loss(x_hat, x, reduction="none").mean((1, 2, 3))
     numbers = {"mse": mse,
-               "psnr": 10 * torch.log10(2**2 / mse.clamp(min=1e-10))}     # the range is 2
+               "psnr": 10 * torch.log10(4 / mse.clamp(min=1e-10))}        # 4: the range is 2
     if lpips:
         numbers["lpips"] = lpips(x_hat, x).flatten()
     return numbers
