@@ -420,7 +420,7 @@ class Codebook(nn.Module):
         return k.view(B, h, w)                                            # (B,h,w)
 
     def lookup(self, k):                                                  # (B,h,w)
-        """z_q = e_k (VQ eq. 2). Contiguous: with d last in memory, a CPU's GroupNorm is slow."""
+        """z_q = e_k (VQ eq. 2). Contiguous: GroupNorm on a CPU in bf16 is slow if d lies last."""
         return rearrange(self.embedding(k), "B h w d -> B d h w").contiguous()        # (B,d,h,w)
 
     def forward(self, z):                                                 # (B,d,h,w)
