@@ -160,7 +160,7 @@ def test_hinge_loss_by_hand():
 
 def test_discriminator_gives_raw_logits():
     """No sigmoid or tanh: 1000 times the last layer is 1000 times the answer, patch by patch."""
-    disc, x = rough(vqldm.PatchDiscriminator(8)), randn(2, 3, 32, 32)
+    disc, x = rough(vqldm.PatchDiscriminator((8, 8, 8))), randn(2, 3, 32, 32)
     before = disc(x).detach()
     for p in [m for m in disc.modules() if isinstance(m, nn.Conv2d)][-1].parameters():
         p.data *= 1000
@@ -171,7 +171,7 @@ def test_lam_makes_both_losses_push_the_last_layer_equally_hard(weight, strength
     """lam ‖∇adv‖ = ‖∇rec‖. Where D's push is small beside δ = 1e-4, lam stays finite, and at most
     1e4. It is a number, no part of the graph, and the graph is there for the backward to come."""
     torch.manual_seed(0)
-    net, disc, x = vqldm.VQGAN((8, 8), 4, 16), vqldm.PatchDiscriminator(8), randn(4, 3, 16, 16)
+    net, disc, x = vqldm.VQGAN((8, 8), 4, 16), vqldm.PatchDiscriminator((8, 8)), randn(4, 3, 16, 16)
     x_hat, last = net(x)[0], net.decoder.last.weight
     rec, adversarial = weight * F.mse_loss(x_hat, x), -strength * disc(x_hat).mean()
     push_rec, push = [grads(loss, last)[0].norm() for loss in (rec, adversarial)]
@@ -187,7 +187,7 @@ def test_lam_is_measured_in_float32_under_autocast():
     decoder.last.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
     with bf16():
         x_hat = decoder(randn(1, 4, 4, 4))
-        assert vqldm.PatchDiscriminator(8)(x_hat).dtype == torch.float32
+        assert vqldm.PatchDiscriminator((8, 8))(x_hat).dtype == torch.float32
     want = F.conv2d(seen[0].float(), *decoder.last.parameters(), padding=1)
     assert x_hat.dtype == torch.float32 and torch.allclose(x_hat, want, atol=1e-6)
 
@@ -255,7 +255,7 @@ def plain_vq(cfg, lpips, mixed):
     """-> VQGAN, D, how often each code won since the restart, what a log should tell."""
     (images, train, val), seed = drawn(cfg), cfg.seed
     torch.manual_seed(seed)
-    net, disc = vqldm.VQGAN(cfg.widths, cfg.z_dim, cfg.codes), vqldm.PatchDiscriminator(32)
+    net, disc = vqldm.VQGAN(cfg.widths, 3, cfg.codes), vqldm.PatchDiscriminator(cfg.widths)
     book, named = net.codebook, dict(net.named_parameters())
     inner = [n for n, p in named.items()
              if cfg.muon_lr and p.dim() == 4 and not re.search("first|last", n)]

@@ -140,7 +140,7 @@ class LDMConfig(Settings):
     ema: amount = 0.995                 # decay of the running mean of the weights
     lr: amount = 1e-3                   # learning rate
     batch_size: count = 32              # latents in a step, over all processes
-    epochs: count = 26                  # passes over the training latents
+    epochs: count = 36                  # passes over the training latents
     minutes: amount = 0.0               # if above 0: train for so many minutes instead
 
 @dataclass(frozen=True)
@@ -512,20 +512,21 @@ def load_lpips(wanted, device):
         say("WARNING no LPIPS, as loss or as measure: no weights (5 MB) in", torch.hub.get_dir())
 
 class PatchDiscriminator(nn.Module):
-    """D: a logit, real or fake, for each patch: convolutions that reach over 38 pixels (pix2pix,
-    arXiv 1611.07004: 70).
+    """D: a logit, real or fake, for each code's patch: it halves as often as the encoder. At f = 4
+    a logit sees 18 pixels (pix2pix, arXiv 1611.07004: 70): enough to judge the grain.
     No sigmoid at the end: the hinge loss wants raw logits. Norm, not pix2pix's BatchNorm, so
     that the images of a batch do not depend on each other."""
-    def __init__(self, width):
+    def __init__(self, widths):                                           # the VQGAN's
         super().__init__()
-        layers = [nn.Conv2d(3, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
-        for c in (width, 2 * width):                                      # 3 → 32 → 64 → 128 → 1
+        c = max(32, widths[0] // 2)
+        layers = [nn.Conv2d(3, c, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        for _ in widths[1:]:                                              # f = 4: 3 → 32 → 64 → 1
             layers += [nn.Conv2d(c, 2 * c, 4, stride=2, padding=1), Norm(2 * c), nn.LeakyReLU(0.2)]
-        layers.append(nn.Conv2d(4 * width, 1, 3, padding=1))
-        self.layers = nn.Sequential(*layers)
+            c *= 2
+        self.layers = nn.Sequential(*layers, nn.Conv2d(c, 1, 3, padding=1))
 
     def forward(self, x):                                                 # (B,3,H,W)
-        return self.layers(x).float()                                     # (B,1,H/8,W/8)
+        return self.layers(x).float()                                     # (B,1,h,w)
 
 def hinge_loss(real, fake):
     """D's loss, from its logits: real ones above 1 and fake ones below -1 cost nothing more. (The
@@ -542,8 +543,7 @@ def adaptive_weight(rec, adversarial, last):
     grad_adv, = torch.autograd.grad(adversarial, last, retain_graph=True)
     norm_rec = mean_over_processes(grad_rec).norm()
     norm_adv = mean_over_processes(grad_adv).norm()
-    # δ and the cap are those of VQGAN's code: an untrained D has almost no gradient.
-    return (norm_rec / (norm_adv + 1e-4)).clamp(max=1e4)
+    return (norm_rec / (norm_adv + 1e-4)).clamp(max=1e4)    # for a D still untrained; VQGAN's code
 # ------------------------------------------------------------------------------------------------
 # 7. Stage 1: training
 # Two players. The generator (encoder, codebook, decoder) steps first, then D on the same images. D
@@ -597,7 +597,7 @@ def train_vq(cfg, state=None):
     n = len(images.train)
     torch.manual_seed(cfg.seed)                 # the first weights
     vqgan = VQGAN(cfg.widths, cfg.z_dim, cfg.codes).to(device)
-    disc = PatchDiscriminator(max(32, cfg.widths[0] // 2)).to(device)
+    disc = PatchDiscriminator(cfg.widths).to(device)
     adam, muon = vq_optimizers(vqgan, cfg)
     adam_d = torch.optim.Adam(disc.parameters(), cfg.d_lr, betas=(0.5, 0.9), fused=True)
     parts = {"model": vqgan, "disc": disc, "adam": adam, "muon": muon, "adam_d": adam_d}
