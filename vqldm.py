@@ -159,7 +159,7 @@ class SampleConfig(Settings):
 class EvaluateConfig(Settings):
     """measure a checkpoint of either stage on images that it never saw"""
     ckpt: str = "runs/ldm"              # run folder or checkpoint of either stage
-    data: source = ""                   # folder of others to measure on; empty: what was held out
+    data: source = ""                   # folder to measure on, of others; empty: unseen ones
     n: count = 500                      # how many images, at most, and how many samples
 
 PRESETS = {             # a preset is a row of flags, which yours overrule
@@ -549,7 +549,7 @@ def adaptive_weight(rec, adversarial, last):
 # Two players. The generator (encoder, codebook, decoder) steps first, then D on the same images. D
 # joins after a tenth: from the blobs of the very beginning it would learn only that blur is fake.
 # What to look at: mse and lpips fall, codes used and perplexity rise. With the GAN on, d_real stays
-# above 0 and d_fake below, within ±1. If both are alike, D is blind; far beyond ±1, it has won.
+# above 0 and d_fake below, within ±1; far beyond, D has won. Alike for long: D is blind, no grain.
 # Used before they are shown: Images (B), Run (C), draw_rows (D), reconstruct (E), Muon (F).
 
 def rate(step, progress):
