@@ -57,7 +57,7 @@ from tqdm import tqdm
 # 1. Settings
 # Every number that you can change is one line here: name, type, default and, as comment, --help.
 # Who wins: default < --preset < recorded in the checkpoint (on --resume) < typed. Of what is typed,
-# a resumed run takes only what is in MAY_CHANGE.
+# a resumed run refuses what differs, but for what is in MAY_CHANGE.
 
 class UserError(argparse.ArgumentTypeError):        # argparse puts the flag's name before it
     """What only the user can put right: told as one sentence, exit status 2."""
@@ -387,7 +387,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.first = nn.Conv2d(z_dim, widths[-1], 3, padding=1)
         self.mid = MidBlock(widths[-1])
-        back = reversed(levels(widths))                                   # 64 → 16 → 16
+        back = reversed(levels(widths))                                   # (out, in): 64 → 16 → 16
         self.up = nn.ModuleList([UpBlock(c_in, c_out) for c_out, c_in in back])
         self.norm = Norm(widths[0])
         self.last = nn.Conv2d(widths[0], 3, 3, padding=1)
@@ -397,7 +397,7 @@ class Decoder(nn.Module):
         for block in self.up:
             y = block(y)                                                  # the grid doubles m times
         y = F.silu(self.norm(y))
-        with torch.autocast(y.device.type, enabled=False):  # fp32: lam divides gradients of it
+        with torch.autocast(y.device.type, enabled=False):  # fp32, for lam's ratio (section 6)
             return self.last(y.float())                                   # (B,3,H,W)
 
 class Codebook(nn.Module):
@@ -549,7 +549,7 @@ def adaptive_weight(rec, adversarial, last):
 # Two players. The generator (encoder, codebook, decoder) steps first, then D on the same images. D
 # joins after a tenth: from the blobs of the very beginning it would learn only that blur is fake.
 # What to look at: mse and lpips fall, codes used and perplexity rise. With the GAN on, d_real stays
-# above 0 and d_fake below, within ±1; far beyond, D has won. Alike for long: D is blind, no grain.
+# above 0 and d_fake below, within ±1; far beyond: D has won; long equal: D sees no difference.
 # Used before they are shown: Images (B), Run (C), draw_rows (D), reconstruct (E), Muon (F).
 
 def rate(step, progress):
@@ -564,10 +564,10 @@ def set_learning_rate(optimizer, factor):
         group["lr"] = factor * initial
 
 def vq_optimizers(vqgan, cfg):
-    """-> Adam, Muon. With Adam a kernel moves mostly along the few directions in which its gradient
-    is strong; Muon (appendix F) moves it equally far along all. That suits the kernels inside.
-    First and last layers, where a channel is a colour or a part of a code, and all that is no
-    kernel go by Adam."""
+    """-> Adam, Muon. Adam moves a kernel, as a matrix (c_out, rest), mostly along the few singular
+    directions in which its gradient is strong; Muon (appendix F) equally far along all. That is
+    worth 2 dB for the kernels inside. First and last layers, where a channel is a colour or a part
+    of a code, and all that is no kernel go by Adam."""
     enc, dec = vqgan.encoder, vqgan.decoder
     blocks = nn.ModuleList([enc.down, enc.mid, dec.mid, dec.up])
     kernels = [p for p in blocks.parameters() if p.dim() == 4 and cfg.muon_lr > 0]
@@ -708,7 +708,7 @@ class Diffusion:
             beta = 1 - curve[1:] / curve[:-1]       # α is the quotient of two neighbouring ᾱ
         else:
             raise UserError(f"--schedule {schedule}: must be linear or cosine")
-        alpha = 1 - beta.clamp(max=0.999)           # cosine's last β is 1, but √ᾱ = 0 no divisor
+        alpha = 1 - beta.clamp(max=0.999)           # cosine's last β is 1, and we divide by √ᾱ
         alpha_bar = alpha.cumprod(0)                # in float64: rounded once, not T times
         # A 1 behind the last: alpha_bar[-1] is that of z0 itself, level -1, where sampling ends.
         self.alpha_bar = F.pad(alpha_bar, (0, 1), value=1).float()            # (T+1,)
@@ -791,16 +791,16 @@ class Diffusion:
 
             if sampler == "ddim":
                 # z0_hat, noised again up to t_prev. The noise there has variance 1-ᾱ_prev: σ² of it
-                # is fresh, the rest the noise that was seen. η = 0: none fresh. η = 1: as much as
-                # z_prev still varies when both z_t and z0 are known (DDPM eq. 7, its smaller σ).
-                sigma = eta * ((1 - a_prev) / (1 - a) * (1 - alpha)).sqrt()           # DDIM eq. 16,
+                # is fresh, the rest the noise that was seen. η = 0: none fresh. η = 1: the
+                # variance of z_prev given z_t and z0, by Bayes' rule (DDPM eq. 7).
+                sigma = eta * ((1 - a_prev) / (1 - a) * (1 - alpha)).sqrt()           # DDIM eq. 16
                 seen = (1 - a_prev - sigma**2).clamp(min=0).sqrt()
-                z = a_prev.sqrt() * z0_hat + seen * eps_hat               # eq. 12, where α is our ᾱ
+                z = a_prev.sqrt() * z0_hat + seen * eps_hat               # DDIM eq. 12, its α is ᾱ
             elif sampler == "ddpm":
-                # DDPM Algorithm 2, line 4: mean of z_prev when z_t and z0_hat are known. That is
-                # ddim's at η = 1 (with z = √ᾱ z0_hat + √(1-ᾱ) eps_hat the two lines become one).
-                # Only the fresh noise is more, σ² = β: by how much z_prev varies when z_t alone is
-                # known and the data, too, is normal noise (DDPM sec. 3.2).
+                # DDPM Algorithm 2, line 4. The mean is ddim's at η = 1: put z0_hat, solved from
+                # z = √ᾱ z0_hat + √(1-ᾱ) eps_hat, into ddim's line to see it. Only the fresh noise
+                # is more: σ² = 1-α, how much z_prev varies when z_t alone is known and the data,
+                # too, is normal noise (DDPM sec. 3.2).
                 sigma = (1 - alpha).sqrt()
                 z = (z - (1 - alpha) / (1 - a).sqrt() * eps_hat) / alpha.sqrt()
             else:
@@ -972,7 +972,7 @@ def train_ldm(cfg, state=None):
         # trap: 0…T-2 would never train pure noise, where sampling starts; 1…T-1 not the cleanest.
         t = torch.randint(cfg.T, (cfg.batch_size,), generator=draw)           # (B,) in 0…T-1
         eps = torch.randn(cfg.batch_size, vq_cfg.z_dim, side, side, generator=draw)
-        hidden = torch.rand(cfg.batch_size, generator=draw) < 0.1             # (B,) see guided
+        hidden = torch.rand(cfg.batch_size, generator=draw) < 0.1       # (B,) untold, as in guided
         label = images.labels[rows].masked_fill(hidden, n_classes)            # (B,)
         z0 = latents(share(rows))                                             # (B,d,h,w)
         t, eps, label = [share(a).to(device) for a in (t, eps, label)]
@@ -1124,7 +1124,7 @@ def synthetic(i, size, seed=0):
     # Colour: patches of the four of its class; the more ragged, the harder their borders.
     body = mixture(colours, (3 + 40 * ragged) * noise(4, 4)) + .05 * noise(16)
 
-    # Texture: 40 points make cells; where two are equally near is a wall, dark, or pale. Dots.
+    # Texture: 40 points make cells; where two are equally near is a dark or pale wall. Then dots.
     first, second = distance(40, .8).topk(2, dim=0, largest=False).values
     body = body * (1 - network * torch.exp(-((second - first) / (2.4 / size + .03)) ** 2))
     spots = torch.sigmoid((span(.01, .08, 9, 1, 1) - distance(9, .4)) * size)     # (9,H,W)
@@ -1152,7 +1152,7 @@ def synthetic(i, size, seed=0):
 PHOTO = r"(?i).*\.(bmp|gif|jpe?g|png|tiff?|webp)$"      # of a path; not these:
 NO_PHOTO = (r"(?i)(_segmentation|_superpixels|_expert|-partial)[^/]*$|_mask\.\w+$|"
             r"(^|/)(\.|(grid|trajectory)\.png$)")
-HELD_OUT = r"(?i)(?<![^/])(val(id(ation)?)?|test(ing)?)/"       # (?<![^/]): a whole name
+HELD_OUT = r"(?i)(?<![^/])(val(id(ation)?)?|test(ing)?)/"       # (?<![^/]): at a name's start
 NO_CLASS = HELD_OUT + r"|(?<![^/])(train(ing)?|(HAM10000_)?images(_part_\d)?)/"
 
 def read_image(path, size):                             # -> uint8 (3,size,size)
@@ -1225,7 +1225,7 @@ class Images:
         say("data", source, len(self.names), "images:", *self.classes)
 
     def rows(self, rows):
-        """uint8 (B,3,H,W). Opened anew each time: what an open map has read counts as ours."""
+        """uint8 (B,3,H,W). Opened anew each time: an open map keeps what it has read."""
         shape = len(self.names), 3, self.size, self.size
         return torch.from_numpy(np.memmap(self.path, np.uint8, "r", 0, shape)[rows.numpy()])
 
@@ -1498,13 +1498,13 @@ def kernel_distance(a, b):
     # Off the diagonal: no image with itself, nor with its own reconstruction.
     return float((k.sum() - k.trace()) / (len(a) * (len(a) - 1)))
 
-def unseen_images(cfg, vq_cfg, cache):                  # -> uint8 (n,3,H,W), n others
+def unseen_images(cfg, vq_cfg, cache):                  # -> two sets of uint8 (n,3,H,W)
     data = cfg.data or vq_cfg.data
-    # Of a foreign folder, all; of drawn images, another seed's, which were never trained on.
+    # Of a foreign folder, all; of the one trained on, val; of drawn images, another seed's.
     vq_cfg = replace(vq_cfg, seed=vq_cfg.seed + 1, n_images=2 * cfg.n)
     images = Images(data, vq_cfg, cache)
     rows = torch.randperm(len(images.names), generator=rng(cfg.seed, "unseen"))
-    if data == vq_cfg.data != "synthetic":              # of the training folder, the held-out ones
+    if data == vq_cfg.data != "synthetic":
         rows = images.val
     common = Path(vq_cfg.data) in Path(data).parents or Path(data) in Path(vq_cfg.data).parents
     demand(not common, "--data has images that were trained on: leave it out for the others")
@@ -1548,7 +1548,7 @@ def evaluate(cfg):
 def orthogonal(g):
     """g (r,n) = U S Vᵀ -> about U Vᵀ: its singular values, but for the tiniest, become 0.7 to 1.2.
     Newton-Schulz, without an SVD: x xᵀ x = U S³ Vᵀ: sums of such products change S alone. A round
-    takes each s to 3.4445 s - 4.775 s³ + 2.0315 s⁵ (Jordan)."""
+    takes each s to 3.4445 s - 4.775 s³ + 2.0315 s⁵ (Jordan): small ones grow, all end near 1."""
     x = g / (g.norm() + 1e-7)                           # now every s is at most 1, as this wants
     for _ in range(5):
         gram = x @ x.T                                                    # (r,r)
@@ -1556,7 +1556,7 @@ def orthogonal(g):
     return x
 
 class Muon(torch.optim.Optimizer):
-    """Steps of lr along orthogonal(running mean of the gradient). (Jordan's: longer if tall.)"""
+    """Steps of lr along orthogonal(running mean of the gradient). (Jordan's: longer if r > n.)"""
     def __init__(self, kernels, lr):
         super().__init__([{"params": kernels}], {"lr": lr})
 
