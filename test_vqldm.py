@@ -1163,7 +1163,7 @@ def test_without_lpips_a_run_goes_on_and_says_so(calm, tmp_path, monkeypatch, ca
 # ---- G. Command line ---------------------------------------------------------------------------
 
 MISTAKES = {        # the first word of each stands in its sentence
-    "train-vq": "--epoch 3|--batchsize=4|5|--size|--size 1.5|--size 36|--size 16|--widths 16,x|"
+    "train-vq": "--epoch 3|--batchsize=4|5|--size|--size 1.5|--size 40|--size 16|--widths 16,x|"
     "--size 48 --widths 8,8,8,8,8|--widths 16,0|--lr nan|--lr -1|--minutes inf|--epochs 0|"
     "--batch-size -8|--batch-size 8|--preset huge|--data nowhere|--data empty|--data held|--device "
     "cuda:77|--device abacus|--lpips squeezed --n-images 8|--overwrite --resume",
