@@ -405,7 +405,7 @@ class Codebook(nn.Module):
     def __init__(self, codes, z_dim):
         super().__init__()
         self.embedding = nn.Embedding(codes, z_dim)                       # (K,d)
-        self.register_buffer("wins", torch.zeros(codes))      # (K,) see restart_unused
+        self.register_buffer("wins", torch.zeros(codes))      # (K,) see count
 
     def nearest(self, z):                                                 # (B,d,h,w)
         """The number of the nearest code of each vector: k = argmin_j ‖z - e_j‖ (VQ eq. 1)."""
@@ -588,8 +588,8 @@ def look_vq(vqgan, images, lpips, path, mixed):
 
 def train_vq(cfg, state=None):
     """Stage 1, from images to a checkpoint. state: one to go on from. -> exit status."""
-    f4 = 4 * 2 ** len(cfg.widths)               # f, and the UNet's default halves the grid twice
-    demand(cfg.size >= 32 and cfg.size % f4 == 0, f"--size: must be 32 or more, a multiple of {f4}")
+    unit = 4 * 2 ** len(cfg.widths)             # 4·f: the UNet's default halves the grid twice
+    demand(cfg.size >= 32 and cfg.size % unit == 0, f"--size: from 32 on, a multiple of {unit}")
     device, mixed = pick_device(cfg)
     images = Images(cfg.data, cfg, cfg.folder.parent / "cache")   # its train, val: row numbers
     lpips = load_lpips(cfg.lpips, device)
@@ -626,7 +626,7 @@ def train_vq(cfg, state=None):
         mse = F.mse_loss(x_hat, x)
         perceptual = lpips(x_hat, x).mean() if lpips else torch.zeros_like(mse)
         rec = mse + cfg.lpips_weight * perceptual
-        loss = rec + codebook_loss + cfg.commit_weight * commit_loss          # eq. 4; VQ eq. 3
+        loss = rec + codebook_loss + cfg.commit_weight * commit_loss   # VQGAN eq. 4, VQ eq. 3
         losses = {"mse": mse, "lpips": perceptual, "codebook": codebook_loss}
 
         gan_on = cfg.gan_weight > 0 and run.progress >= cfg.gan_start
