@@ -4,6 +4,7 @@
 Stage 1, the VQGAN, learns to write an image as a small grid of code numbers and to read it back.
 Stage 2, latent diffusion, learns to make new grids out of noise, and stage 1 reads these back as
 images. The second stage works on few numbers, and that is why all of this fits on a laptop.
+The images: skin lesions through a dermatoscope, drawn or real (ISIC, HAM10000), or any of yours.
 
   x ───Enc───► z ───nearest code───► z_q ───Dec───► x_hat       stage 1: VQGAN        (train-vq)
   (B,3,H,W)    (B,d,h,w)  │          (B,d,h,w)      (B,3,H,W)
@@ -56,8 +57,9 @@ from tqdm import tqdm
 # ------------------------------------------------------------------------------------------------
 # 1. Settings
 # Every number that you can change is one line here: name, type, default and, as comment, --help.
-# Who wins: default < --preset < recorded in the checkpoint (on --resume) < typed. Of what is typed,
-# a resumed run refuses what differs, but for what is in MAY_CHANGE.
+# (Words that are new to you are explained where they are used.) Who wins: default < --preset <
+# recorded in the checkpoint (on --resume) < typed. But on --resume, a typed setting that differs
+# from the recorded one is refused, unless MAY_CHANGE (below) names it.
 
 class UserError(argparse.ArgumentTypeError):        # argparse puts the flag's name before it
     """What only the user can put right: told as one sentence, exit status 2."""
@@ -84,7 +86,7 @@ class Settings:
     kind = ""                           # without a type: no setting
     seed: int = 0                       # every random number of a run is a function of it
     device: str = "auto"                # auto, or a torch device: cpu, cuda:1, mps
-    out: str = ""                       # folder to write to; empty: runs/vq, /ldm, /samples, ckpt's
+    out: str = ""                       # where to write; empty: runs/vq, /ldm, /samples, --ckpt's
 
     @property
     def folder(self):
@@ -177,7 +179,8 @@ MAY_CHANGE = {"device", "out", "lpips", "epochs", "minutes"}        # on --resum
 # On what do we compute, how many processes are we, and where does randomness come from?
 
 def pick_device(cfg):
-    """-> device, and a context in which matrix products go in bf16, if that is faster there."""
+    """-> device, and a context (autocast) in which matrix products go in bf16, if it can do that:
+    16-bit floats with the range of fp32 and only three digits, at twice the speed or more."""
     name = cfg.device
     if name == "auto":
         name = torch.accelerator.current_accelerator(check_available=True) or "cpu"
@@ -193,7 +196,6 @@ def pick_device(cfg):
 
 def rng(*key):
     """The random numbers that belong to a key, such as (seed, "turns", step).
-
     Randomness is looked up, never carried along: step 700 draws the same numbers whether the run
     went there at once or was killed and resumed; a checkpoint has no random state to forget."""
     return torch.Generator().manual_seed(digest(key))
@@ -201,8 +203,9 @@ def rng(*key):
 def digest(key):                        # anything -> 63 bits, the same on every machine
     return random.Random(repr(key)).getrandbits(63)
 
-# torchrun: each process takes its share of the batch, and the mean of their gradients is that of
-# the whole batch. DistributedDataParallel does this too, and hides it.
+# torchrun starts this program once for each GPU: world says how many there are, rank which one this
+# is. Each takes its share of the batch, and the mean of their gradients, by all_reduce, a sum over
+# all, is that of the whole batch. DistributedDataParallel does this too, and hides it.
 def world():
     return dist.get_world_size() if dist.is_initialized() else 1
 def rank():
@@ -270,7 +273,8 @@ class Norm(nn.GroupNorm):
         super().__init__(groups, c)
 
 def zero(layer):
-    """Zeroed, a layer adds nothing at first: every block starts as its shortcut, not as noise."""
+    """Zeroed, a layer adds nothing at first: each block starts as its shortcut, not as noise. It
+    does learn: its gradient is made of its input, which is not 0; the layers before it follow."""
     zeros_(layer.weight)
     zeros_(layer.bias)
     return layer
@@ -298,8 +302,10 @@ class ResBlock(nn.Module):
         return self.shortcut(x) + y                                       # (B,c_out,H,W)
 
 class AttentionBlock(nn.Module):
-    """Every position looks at every other: the non-local block of VQGAN Table 7. Its cost grows
-    with (h·w)²: nothing on 16×16, most of a step on 64×64. So it sits in the middle only."""
+    """Every position looks at every other: the non-local block of VQGAN Table 7. Three linear maps
+    give each position a query, a key and a value. What it gets is a mean of all values; one weighs
+    the more, the better its key fits the position's query (a softmax of q·k, Vaswani 2017). The
+    cost grows with (h·w)²: nothing on 16×16, most of a step on 64×64; so, in the middle only."""
     def __init__(self, c):
         super().__init__()
         self.norm = Norm(c)
@@ -308,7 +314,7 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x):                                                 # (B,C,h,w)
         y = rearrange(self.norm(x), "B C h w -> B (h w) C")               # (B,N,C)
-        y, _ = self.attention(y, y, y, need_weights=False)    # the weights would be B·N² numbers
+        y, _ = self.attention(y, y, y, need_weights=False)    # queries, keys, values: all from y
         y = rearrange(y, "B (h w) C -> B C h w", h=x.shape[2])
         return x + y                                                      # (B,C,h,w)
 
@@ -354,8 +360,7 @@ class UpBlock(nn.Module):
         return self.res2(self.res1(y, emb), emb)                          # (B,c_out,2h,2w)
 
 def levels(widths):
-    """Channels before and after each DownBlock: (16, 64) -> (16, 16), (16, 64). UpBlocks go the
-    same way back: 64 → 16, then 16 → 16."""
+    """Channels before and after each DownBlock: (16, 64) -> (16, 16), (16, 64). UpBlocks: back."""
     return list(zip([widths[0], *widths], widths))
 # ------------------------------------------------------------------------------------------------
 # 5. Stage 1: the VQGAN
@@ -397,8 +402,8 @@ class Decoder(nn.Module):
         for block in self.up:
             y = block(y)                                                  # the grid doubles m times
         y = F.silu(self.norm(y))
-        with torch.autocast(y.device.type, enabled=False):  # fp32, for lam's ratio (section 6)
-            return self.last(y.float())                                   # (B,3,H,W)
+        with torch.autocast(y.device.type, enabled=False):  # fp32, since lam (section 6)
+            return self.last(y.float())                 # divides its gradients. (B,3,H,W)
 
 class Codebook(nn.Module):
     """Replaces each vector of z by the nearest of K learned ones (VQ sec. 3.1)."""
@@ -410,9 +415,8 @@ class Codebook(nn.Module):
     def nearest(self, z):                                                 # (B,d,h,w)
         """The number of the nearest code of each vector: k = argmin_j ‖z - e_j‖ (VQ eq. 1)."""
         B, d, h, w = z.shape
-        # trap: distances in bf16 choose many of the codes wrongly, so this is fp32. Only the
-        # winner's number is used, so it needs no gradient. Flat, since a batched cdist would repeat
-        # the codebook B times in memory.
+        # trap: distances in bf16 choose many of the codes wrongly, so this is fp32. No gradient:
+        # a number comes out. Flat: a batched cdist would repeat the codebook B times in memory.
         with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
             flat = rearrange(z.float(), "B d h w -> (B h w) d")           # (B·N,d)
             distance = torch.cdist(flat, self.embedding.weight)           # (B·N,K)
@@ -429,9 +433,9 @@ class Codebook(nn.Module):
         z_q = self.lookup(k)                                              # (B,d,h,w)
         # One distance, two halves; sg[] decides who moves: the codes to the vectors that they won,
         # and the encoder's vectors to their codes.
-        # trap: commit_weight on the codes' half instead of the encoder's. z is then pulled with
-        # weight 1, not 0.25, and bends to its codes, not they to it. Both halves have the same
-        # value, so the codebook's curve falls too, as if all were well.
+        # trap: commit_weight on the codes' half, not the encoder's (so it is in VQGAN's own code;
+        # hence the 1 in `paper`). z is pulled with 1, not 0.25, and bends to its codes, not they to
+        # it. Both halves have the same value, so the codebook's curve falls as if all were well.
         codebook_loss = F.mse_loss(z_q, z.detach())             # ‖sg[z] - e‖², as a mean over
         commit_loss = F.mse_loss(z, z_q.detach())               # ‖z - sg[e]‖²  all numbers
         # Straight through (VQ sec. 3.2): the value of z_q with the gradient of z. Rounding has no
@@ -492,8 +496,9 @@ class VQGAN(nn.Module):
 # ------------------------------------------------------------------------------------------------
 # 6. Stage 1: the losses
 # The squared error alone gives blur: the mean of all sharp images that fit. LPIPS compares what a
-# trained network sees. The discriminator learns what still gives a reconstruction away; how hard it
-# pulls is not known beforehand, and lam keeps it from drowning the others.
+# trained network sees. For what still gives a reconstruction away there is a GAN, two networks
+# against each other. The discriminator D learns to give real images high numbers (logits) and
+# reconstructions low ones; the VQGAN, the generator, learns to raise D's numbers for its own.
 
 def load_lpips(wanted, device):
     """LPIPS (Zhang et al. 2018, arXiv 1801.03924) by the lpips package, for images in [-1,1]; None
@@ -535,9 +540,8 @@ def hinge_loss(real, fake):
 
 def adaptive_weight(rec, adversarial, last):
     """lam = ‖∇_L rec‖ / (‖∇_L adversarial‖ + δ), L the decoder's last layer (VQGAN eq. 7).
-    Why adaptive: D's gradient can be a thousand times stronger or weaker than the reconstruction's,
-    and changes as D learns. Scaled so that at weight 1 both push the last layer equally, neither
-    drowns the other. Only at the last layer, since gradients of all layers would cost too much."""
+    D's gradient can be a thousand times stronger or weaker than the reconstruction's, and changes
+    as D learns. Scaled, at weight 1 both push L equally. (All layers would cost too much.)"""
     # Without create_graph, what comes out has no graph: to the loss, lam is a plain number.
     grad_rec, = torch.autograd.grad(rec, last, retain_graph=True)
     grad_adv, = torch.autograd.grad(adversarial, last, retain_graph=True)
@@ -546,8 +550,8 @@ def adaptive_weight(rec, adversarial, last):
     return (norm_rec / (norm_adv + 1e-4)).clamp(max=1e4)    # for a D still untrained; VQGAN's code
 # ------------------------------------------------------------------------------------------------
 # 7. Stage 1: training
-# Two players. The generator (encoder, codebook, decoder) steps first, then D on the same images. D
-# joins after a tenth: from the blobs of the very beginning it would learn only that blur is fake.
+# The generator steps first, then D on the same images. D joins after a tenth: from the blobs of the
+# very beginning it would learn only that blur is fake.
 # What to look at: mse and lpips fall, codes used and perplexity rise. With the GAN on, d_real stays
 # above 0 and d_fake below, within ±1; far beyond: D has won; long equal: D sees no difference.
 # Used before they are shown: Images (B), Run (C), draw_rows (D), reconstruct (E), Muon (F).
@@ -564,10 +568,9 @@ def set_learning_rate(optimizer, factor):
         group["lr"] = factor * initial
 
 def vq_optimizers(vqgan, cfg):
-    """-> Adam, Muon. Adam moves a kernel, as a matrix (c_out, rest), mostly along the few singular
-    directions in which its gradient is strong; Muon (appendix F) equally far along all. That is
-    worth 2 dB for the kernels inside. First and last layers, where a channel is a colour or a part
-    of a code, and all that is no kernel go by Adam."""
+    """-> Adam, Muon. The kernels inside go by Muon, another optimiser (appendix F says why); with
+    Adam the error, after as many steps, is half as large again. First and last layers, where a
+    channel is a colour or a part of a code, and all that is no kernel go by Adam."""
     enc, dec = vqgan.encoder, vqgan.decoder
     blocks = nn.ModuleList([enc.down, enc.mid, dec.mid, dec.up])
     kernels = [p for p in blocks.parameters() if p.dim() == 4 and cfg.muon_lr > 0]
@@ -657,9 +660,8 @@ def train_vq(cfg, state=None):
                 # give itself away. (Here its graph is freed by now, and torch would say so.)
                 real, fake = disc(x), disc(x_hat.detach())
             d_loss = hinge_loss(real, fake)
-            # trap: the generator's backward has left gradients in D, those that raise D(fake). So
-            # they are zeroed right here. Left in until after D's step, they join D's own, and
-            # D(fake) settles above 0.
+            # trap: the generator's backward has left gradients in D, those that raise D(fake). Not
+            # zeroed before this, they join D's own, and D(fake) settles above 0.
             disc.zero_grad()
             d_loss.backward()
             average_gradients(disc)
@@ -688,6 +690,8 @@ def train_vq(cfg, state=None):
 #   the network answers  ε, or v = √ᾱ_t ε - √(1-ᾱ_t) z0
 #   predict()            turns either answer into two guesses, z0_hat and eps_hat
 #   one step back        is made from these two, by ddim or by ddpm
+# Why many steps, if z0_hat is there after the first? In much noise many z0 fit, and the best answer
+# by squared error is their mean, a blur. So we go a little way towards it and ask again: fewer fit.
 #
 # Levels count from 0, and at level 0 there is a little noise already. The clean latent, z0, is one
 # below: level -1, where ᾱ = 1. Why v: at much noise ε is nearly z_t itself, so that saying it says
@@ -791,16 +795,16 @@ class Diffusion:
 
             if sampler == "ddim":
                 # z0_hat, noised again up to t_prev. The noise there has variance 1-ᾱ_prev: σ² of it
-                # is fresh, the rest the noise that was seen. η = 0: none fresh. η = 1: the
-                # variance of z_prev given z_t and z0, by Bayes' rule (DDPM eq. 7).
+                # is fresh, the rest the noise that was seen. Any split is right in variance. η = 0:
+                # none fresh. η = 1: as much as z_prev varies if z_t and z0 are known (DDPM eq. 7).
                 sigma = eta * ((1 - a_prev) / (1 - a) * (1 - alpha)).sqrt()           # DDIM eq. 16
                 seen = (1 - a_prev - sigma**2).clamp(min=0).sqrt()
                 z = a_prev.sqrt() * z0_hat + seen * eps_hat               # DDIM eq. 12, its α is ᾱ
             elif sampler == "ddpm":
-                # DDPM Algorithm 2, line 4. The mean is ddim's at η = 1: put z0_hat, solved from
-                # z = √ᾱ z0_hat + √(1-ᾱ) eps_hat, into ddim's line to see it. Only the fresh noise
-                # is more: σ² = 1-α, how much z_prev varies when z_t alone is known and the data,
-                # too, is normal noise (DDPM sec. 3.2).
+                # DDPM Algorithm 2, line 4. The mean is ddim's at η = 1, where `seen` comes to
+                # √α (1-ᾱ_prev) / √(1-ᾱ), with z0_hat written as (z - √(1-ᾱ) eps_hat) / √ᾱ. Only the
+                # fresh noise is more. The σ above is for a z0 that is known, and ours is a guess;
+                # σ² = 1-α is right if all data are normal noise, too (DDPM sec. 3.2).
                 sigma = (1 - alpha).sqrt()
                 z = (z - (1 - alpha) / (1 - a).sqrt() * eps_hat) / alpha.sqrt()
             else:
@@ -816,7 +820,8 @@ class Diffusion:
 # the skips, which carry fine detail past the bottleneck: noise has no short description.
 
 def time_embedding(t, dim):
-    """t (B,) -> (B,dim): sines and cosines of growing period (Vaswani 2017, arXiv 1706.03762)."""
+    """t (B,) -> (B,dim): sines and cosines of growing period (Vaswani 2017, arXiv 1706.03762). The
+    fast ones tell neighbours apart, the slow ones far from near: both are hard from t alone."""
     frequency = 10_000 ** (-torch.arange(dim // 2, device=t.device) / (dim // 2))   # (dim/2,)
     angle = t.float()[:, None] * frequency                                # (B,dim/2)
     return torch.cat([angle.sin(), angle.cos()], dim=1)                   # (B,dim)
@@ -833,8 +838,8 @@ class UNet(nn.Module):
         there = levels(widths)                                            # 64 → 64 → 128
         self.down = nn.ModuleList([DownBlock(c_in, c_out, E) for c_in, c_out in there])
         self.mid = MidBlock(widths[-1], E)
-        # Each UpBlock mirrors a DownBlock: what that one put out, c_out, comes in here, once from
-        # below and once as the skip: 128 + 128 → 64, then 64 + 64 → 64.
+        # Each UpBlock mirrors a DownBlock, so (out, in) again. As much as comes in from below comes
+        # in as the skip: 128 + 128 → 64, then 64 + 64 → 64.
         back = reversed(there)
         self.up = nn.ModuleList([UpBlock(c_in, c_out, E, c_skip=c_in) for c_out, c_in in back])
         self.norm = Norm(widths[0])
@@ -865,8 +870,7 @@ def guided(net, guide, label, w, below):
     (Kynkäänniemi 2024, arXiv 2404.07724, has none at little noise either).
     ours: weak is not told the class, and it is guide, a copy of the network from a fifth of its
     training: less trained on the same data, it is wrong in the same places, only more, so that w
-    leads away from these mistakes too. (Karras 2024, arXiv 2406.02507: younger, but told; Karras
-    2023, 2312.02696: not told, but smaller.)"""
+    leads away from them. (Karras 2024, 2406.02507: younger, but told; 2312.02696: smaller.)"""
     def answer(z_t, t):
         strong = net(z_t, t, label)
         if w == 1 or t[0] >= below:
@@ -914,9 +918,9 @@ def unstandardise(z0, scale):
 
 @torch.no_grad()
 def update_ema(ema, net, step, decay):
-    """The running mean of the weights: ema <- decay·ema + (1-decay)·net.
-    trap: without a warm-up of the decay itself, after 1,000 steps at 0.9999 the mean is still 90 %
-    first weights, and samples are noise."""
+    """The running mean of the weights, to sample with: ema <- decay·ema + (1-decay)·net. Each step
+    jumps about the goal, since no batch is like another; the mean lies closer to it.
+    trap: decay not warmed up: after 1,000 steps at 0.9999 it is 90 % first weights; noise comes."""
     decay = min(decay, (1 + step) / (10 + step))
     for mean, p in zip(ema.parameters(), net.parameters()):
         mean.lerp_(p, 1 - decay)
@@ -1001,7 +1005,6 @@ def train_ldm(cfg, state=None):
     return run.finish("next: python vqldm.py sample --ckpt")
 # ------------------------------------------------------------------------------------------------
 # 11. Sampling
-# Noise -> latents -> codes -> pixels, batch by batch.
 
 def frozen(net, weights, device):                       # in eval mode, without gradients
     net.load_state_dict(weights)
@@ -1014,8 +1017,7 @@ def load_vqgan(state, device):                          # -> VQGAN of a checkpoi
         return frozen(vqgan, state["model"], device), cfg
 
 class LatentDiffusion:
-    """All that a stage-2 checkpoint needs to make images: UNet (its running mean), its guide,
-    Diffusion, VQGAN, scale, names of the classes."""
+    """All that makes images: UNet (its running mean), guide, Diffusion, VQGAN, scale, classes."""
     def __init__(self, state, device, mixed):
         self.device, self.mixed = device, mixed
         with reading("the UNet"):
@@ -1151,7 +1153,7 @@ def synthetic(i, size, seed=0):
 
 PHOTO = r"(?i).*\.(bmp|gif|jpe?g|png|tiff?|webp)$"      # of a path; not these:
 NO_PHOTO = (r"(?i)(_segmentation|_superpixels|_expert|-partial)[^/]*$|_mask\.\w+$|"
-            r"(^|/)(\.|(grid|trajectory)\.png$)")
+            r"(^|/)(\.|(grid|trajectory)\.png$)")       # masks and the like, hidden ones, our own
 HELD_OUT = r"(?i)(?<![^/])(val(id(ation)?)?|test(ing)?)/"       # (?<![^/]): at a name's start
 NO_CLASS = HELD_OUT + r"|(?<![^/])(train(ing)?|(HAM10000_)?images(_part_\d)?)/"
 
@@ -1277,8 +1279,7 @@ def reading(what):                                      # whatever is wrong in h
 
 def load_checkpoint(where, name, *kinds):
     """The checkpoint, or last.pt of a run folder -> its dict. name: the flag that asked for it.
-    trap: with weights_only=False, the default before torch 2.6, torch.load runs whatever code a
-    stranger put into the file."""
+    trap: weights_only=False, the default before torch 2.6, runs what code a stranger put in."""
     path = Path(where).expanduser()
     path = path / "last.pt" if path.is_dir() else path
     demand(path.is_file(), f"{name} {where}: no checkpoint is there")
@@ -1289,8 +1290,7 @@ def load_checkpoint(where, name, *kinds):
     return {**state, "folder": path.parent}
 
 def open_run(cfg, typed, resume, overwrite):
-    """-> the settings of a run, and the checkpoint that it goes on from, or None. typed: the flags
-    that were given."""
+    """-> the settings of a run, and the checkpoint to go on from, or None. typed: flags."""
     last = cfg.folder / "last.pt"
     if overwrite or not last.exists():
         return cfg, None
@@ -1455,7 +1455,7 @@ def compare(x_hat, x, lpips):                           # (B,3,H,W) in [-1,1], t
     """-> {name: (B,)}. One more measure of a reconstruction is one more line here."""
     mse = F.mse_loss(x_hat, x, reduction="none").mean((1, 2, 3))
     numbers = {"mse": mse,
-               "psnr": 10 * torch.log10(4 / mse.clamp(min=1e-10))}        # 4: the range is 2
+               "psnr": 10 * torch.log10(4 / mse.clamp(min=1e-10))}  # dB: +3 halves the mse
     if lpips:
         numbers["lpips"] = lpips(x_hat, x).flatten()
     return numbers
@@ -1542,8 +1542,9 @@ def evaluate(cfg):
     (folder / "metrics.json").write_text(json.dumps(numbers, indent=1))
 # ------------------------------------------------------------------------------------------------
 # F. Muon
-# A gradient is strong along a few directions; Adam, number by number, follows these. Muon (Jordan
-# 2024, kellerjordan.github.io/posts/muon) makes steps of the same length in all directions.
+# A matrix is a sum of directions u vᵀ, each with a strength s (the SVD). In a kernel's gradient, as
+# a matrix (c_out, rest), a few are far stronger. Adam evens out numbers, not directions: the strong
+# ones lead. Muon (Jordan 2024, kellerjordan.github.io/posts/muon) goes equally far along all.
 
 def orthogonal(g):
     """g (r,n) = U S Vᵀ -> about U Vᵀ: its singular values, but for the tiniest, become 0.7 to 1.2.
@@ -1620,8 +1621,7 @@ def run_command(argv):                                  # -> exit status; None i
     return function(cfg)
 
 def main(argv):
-    """Run one command. SystemExit 2 after a user's mistake, a full disk or memory; 130 or 143 after
-    a signal."""
+    """Run one command. SystemExit 2: user's mistake, full disk or memory; 130, 143: a signal."""
     if dist.is_torchelastic_launched():                 # by torchrun
         cuda = torch.cuda.is_available()
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
