@@ -360,7 +360,7 @@ class UpBlock(nn.Module):
         return self.res2(self.res1(y, emb), emb)                          # (B,c_out,2h,2w)
 
 def levels(widths):
-    """Channels before and after each DownBlock: (16, 64) -> (16, 16), (16, 64). UpBlocks: back."""
+    """(c_in, c_out) of each DownBlock: (16, 64) -> (16, 16), (16, 64). For UpBlocks, reversed."""
     return list(zip([widths[0], *widths], widths))
 # ------------------------------------------------------------------------------------------------
 # 5. Stage 1: the VQGAN
@@ -920,7 +920,7 @@ def unstandardise(z0, scale):
 def update_ema(ema, net, step, decay):
     """The running mean of the weights, to sample with: ema <- decay·ema + (1-decay)·net. Each step
     jumps about the goal, since no batch is like another; the mean lies closer to it.
-    trap: decay not warmed up: after 1,000 steps at 0.9999 it is 90 % first weights; noise comes."""
+    trap: no warm-up: after 1,000 steps at 0.9999 the mean is 90 % first weights, samples noise."""
     decay = min(decay, (1 + step) / (10 + step))
     for mean, p in zip(ema.parameters(), net.parameters()):
         mean.lerp_(p, 1 - decay)
