@@ -13,7 +13,7 @@ The images: skin lesions through a dermatoscope, drawn or real (ISIC, HAM10000),
   noise ──UNet, S times──► z0 ──·std+mean──► nearest code ──Dec──► image              (sample)
 
 Letters   B batch · C channels · H W pixels · h w latent grid · d length of a code · K codes
-          N = h·w tokens · T noise levels · S sampling steps · E length of the time embedding
+          N = h·w places · T noise levels · S sampling steps · E length of the time embedding
           x image in [-1,1] · z latent · z_q its code · k its number · z0 standardised z_q (DDPM's
           x_0) · z_t the same at noise level t in 0…T-1 · eps the noise ε · v a mix of ε and z0
           alpha_bar is ᾱ · lam the GAN's weight λ · a hat: an estimate · sg[] is .detach()
@@ -30,12 +30,10 @@ Run it    python vqldm.py train-vq, then train-ldm, then sample; evaluate measur
           The word trap marks a frequent mistake, the word ours what none of the papers named here
           does. Constants without a source are common practice, or ours.
 """
-import argparse, csv, functools, json, math, os                                  # noqa: E401
-import random, re, sys, time, warnings                                  # noqa: E401
+import argparse, csv, functools, json, math, os, random, re, sys, time, warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from copy import deepcopy
-from csv import DictReader, DictWriter
 from dataclasses import asdict, dataclass, fields, replace
 from inspect import getsource
 from pathlib import Path
@@ -57,9 +55,8 @@ from tqdm import tqdm
 # ------------------------------------------------------------------------------------------------
 # 1. Settings
 # Every number that you can change is one line here: name, type, default and, as comment, --help.
-# (Words that are new to you are explained where they are used.) Who wins: default < --preset <
-# recorded in the checkpoint (on --resume) < typed. But on --resume, a typed setting that differs
-# from the recorded one is refused, unless MAY_CHANGE (below) names it.
+# (New words are explained where they are used.) Who wins: default < --preset < typed. On --resume
+# the checkpoint's hold; a typed one that differs is refused, unless MAY_CHANGE (below) names it.
 
 class UserError(argparse.ArgumentTypeError):        # argparse puts the flag's name before it
     """What only the user can put right: told as one sentence, exit status 2."""
@@ -106,7 +103,7 @@ class VQConfig(Settings):
     z_dim: count = 3                    # d, the length of a code
     codes: count = 2048                 # K, the number of codes
     # What counts how much?
-    lpips: str = "auto"                 # trunk: squeeze, alex, vgg, or off; auto: squeeze, if there
+    lpips: str = "auto"                 # LPIPS by squeeze, alex, vgg; off; auto: squeeze, else off
     lpips_weight: amount = 0.1          # weight of LPIPS, a learnt distance of images
     commit_weight: amount = 0.25        # weight of the commitment loss beside the codebook's
     gan_weight: amount = 0.2            # weight of the adversarial loss, times lam; 0: no GAN
@@ -199,7 +196,6 @@ def rng(*key):
     Randomness is looked up, never carried along: step 700 draws the same numbers whether the run
     went there at once or was killed and resumed; a checkpoint has no random state to forget."""
     return torch.Generator().manual_seed(digest(key))
-
 def digest(key):                        # anything -> 63 bits, the same on every machine
     return random.Random(repr(key)).getrandbits(63)
 
@@ -267,14 +263,15 @@ def augment(x, turns):
 # noise level (emb), and its UpBlocks see what the DownBlock of the same size put out (skip).
 
 class Norm(nn.GroupNorm):
-    """GroupNorm for any width. It looks at each image alone, so the batch size changes nothing."""
+    """GroupNorm for any width: brings each group of channels to mean 0 and std 1, then scales and
+    shifts each channel as learnt. It looks at each image alone: the batch size changes nothing."""
     def __init__(self, c):
         groups = math.gcd(32, c // 4 or 1, c)       # a divisor of c: 16 → 4, 64 → 16, 128 → 32
         super().__init__(groups, c)
 
 def zero(layer):
     """Zeroed, a layer adds nothing at first: each block starts as its shortcut, not as noise. It
-    does learn: its gradient is made of its input, which is not 0; the layers before it follow."""
+    does learn: its gradient is input times error, not 0. Those before it follow a step later."""
     zeros_(layer.weight)
     zeros_(layer.bias)
     return layer
@@ -302,10 +299,10 @@ class ResBlock(nn.Module):
         return self.shortcut(x) + y                                       # (B,c_out,H,W)
 
 class AttentionBlock(nn.Module):
-    """Every position looks at every other: the non-local block of VQGAN Table 7. Three linear maps
-    give each position a query, a key and a value. What it gets is a mean of all values; one weighs
-    the more, the better its key fits the position's query (a softmax of q·k, Vaswani 2017). The
-    cost grows with (h·w)²: nothing on 16×16, most of a step on 64×64; so, in the middle only."""
+    """Every position looks at every other (VQGAN Table 7); a convolution sees only what is near.
+    Linear maps give each a query, a key and a value. What it gets is a mean of all values; one
+    weighs the more, the better its key fits the query (a softmax of q·k, Vaswani 2017). The cost
+    grows with (h·w)²: nothing on 16×16, most of a step on 64×64; so, in the middle only."""
     def __init__(self, c):
         super().__init__()
         self.norm = Norm(c)
@@ -364,8 +361,10 @@ def levels(widths):
     return list(zip([widths[0], *widths], widths))
 # ------------------------------------------------------------------------------------------------
 # 5. Stage 1: the VQGAN
-# The encoder makes the grid small, the codebook makes it discrete, the decoder undoes both. The
-# codebook is the delicate part: an argmin has no gradient, and codes that never win never learn.
+# The encoder makes the grid small, the codebook makes it discrete, the decoder undoes both. Why
+# discrete? For VQGAN, since its stage 2 predicts code numbers one by one, as a text's words. Here,
+# since what stage 2 gets slightly wrong is then rounded to the nearest code, and does not show.
+# The codebook is the delicate part: argmin has no gradient, and codes that never win never learn.
 # Watch codes used (%) and perplexity: K if all are used equally, 1 if all have collapsed into one.
 
 class Encoder(nn.Module):
@@ -431,17 +430,17 @@ class Codebook(nn.Module):
         """-> z_q (which passes its gradient to z), k, codebook loss, commitment loss (VQ eq. 3)."""
         k = self.nearest(z)                                               # (B,h,w)
         z_q = self.lookup(k)                                              # (B,d,h,w)
-        # One distance, two halves; sg[] decides who moves: the codes to the vectors that they won,
-        # and the encoder's vectors to their codes.
-        # trap: commit_weight on the codes' half, not the encoder's (so it is in VQGAN's own code;
-        # hence the 1 in `paper`). z is pulled with 1, not 0.25, and bends to its codes, not they to
-        # it. Both halves have the same value, so the codebook's curve falls as if all were well.
+        # One distance, two losses; sg[] decides who moves:
+        #   codebook_loss   the codes, to the vectors that they won       weight 1
+        #   commit_loss     the encoder's vectors, to their codes         weight commit_weight: 0.25
+        # trap: 0.25 on the first and 1 on the second (so in VQGAN's own code; hence the 1 in
+        # `paper`): z bends to its codes, not they to it. Both are one number: no curve shows it.
         codebook_loss = F.mse_loss(z_q, z.detach())             # ‖sg[z] - e‖², as a mean over
         commit_loss = F.mse_loss(z, z_q.detach())               # ‖z - sg[e]‖²  all numbers
         # Straight through (VQ sec. 3.2): the value of z_q with the gradient of z. Rounding has no
         # slope, so what the decoder wants of z_q is passed on to z unchanged: a lie, but one that
         # points downhill while z and z_q are close, which is what the two losses see to.
-        # trap: codebook_loss from this new z_q, not from the one above: no gradient reaches a code.
+        # trap: the codebook loss below this line, from the new z_q: no gradient reaches a code.
         z_q = z + (z_q - z).detach()
         return z_q, k, codebook_loss, commit_loss
 
@@ -495,16 +494,16 @@ class VQGAN(nn.Module):
         return self.decoder(self.codebook.lookup(self.codebook.nearest(z)))
 # ------------------------------------------------------------------------------------------------
 # 6. Stage 1: the losses
-# The squared error alone gives blur: the mean of all sharp images that fit. LPIPS compares what a
-# trained network sees. For what still gives a reconstruction away there is a GAN, two networks
-# against each other. The discriminator D learns to give real images high numbers (logits) and
-# reconstructions low ones; the VQGAN, the generator, learns to raise D's numbers for its own.
+# The squared error alone gives blur: the mean of all sharp images that fit. LPIPS sends both images
+# through a frozen network that was trained to name photographs, and adds up how its feature maps
+# differ: blurred hair has other features. Against what still gives reconstructions away there is a
+# GAN, two networks that compete: the discriminator D learns to give real images high numbers
+# (logits) and reconstructions low ones; the VQGAN, the generator, to raise D's for its own.
 
 def load_lpips(wanted, device):
-    """LPIPS (Zhang et al. 2018, arXiv 1801.03924) by the lpips package, for images in [-1,1]; None
-    if wanted is off, or if it is auto and the weights cannot be had.
-    trap: never a part of an nn.Module: .train() would switch its dropout on, and checkpoints would
-    carry its weights. Frozen, in eval mode, called outside of autocast, so in fp32."""
+    """LPIPS (Zhang 2018, arXiv 1801.03924) of the lpips package, for images in [-1,1]; None if off,
+    or if auto finds no weights. Called outside of autocast, so in fp32. trap: as a part of another
+    nn.Module, .train() would switch its dropout on, and checkpoints would carry its weights."""
     if wanted == "off":
         return None
     try:
@@ -518,9 +517,8 @@ def load_lpips(wanted, device):
 
 class PatchDiscriminator(nn.Module):
     """D: a logit, real or fake, for each code's patch: it halves as often as the encoder. At f = 4
-    a logit sees 18 pixels (pix2pix, arXiv 1611.07004: 70): enough to judge the grain.
-    No sigmoid at the end: the hinge loss wants raw logits. Norm, not pix2pix's BatchNorm, so
-    that the images of a batch do not depend on each other."""
+    a logit sees 18 pixels (pix2pix, arXiv 1611.07004: 70): enough to judge the grain. No sigmoid at
+    the end: hinge wants raw logits. Norm, not BatchNorm: no image shall depend on its batch."""
     def __init__(self, widths):                                           # the VQGAN's
         super().__init__()
         c = max(32, widths[0] // 2)
@@ -568,9 +566,8 @@ def set_learning_rate(optimizer, factor):
         group["lr"] = factor * initial
 
 def vq_optimizers(vqgan, cfg):
-    """-> Adam, Muon. The kernels inside go by Muon, another optimiser (appendix F says why); with
-    Adam the error, after as many steps, is half as large again. First and last layers, where a
-    channel is a colour or a part of a code, and all that is no kernel go by Adam."""
+    """-> Adam, Muon. Inner kernels go by Muon (F says why; by Adam the error, after as many steps,
+    is half as large again), the rest by Adam, with it the kernels that touch colours or codes."""
     enc, dec = vqgan.encoder, vqgan.decoder
     blocks = nn.ModuleList([enc.down, enc.mid, dec.mid, dec.up])
     kernels = [p for p in blocks.parameters() if p.dim() == 4 and cfg.muon_lr > 0]
@@ -644,7 +641,7 @@ def train_vq(cfg, state=None):
         vqgan.zero_grad()
         loss.backward()
         average_gradients(vqgan)
-        norm = clip_grad_norm_(vqgan.parameters(), 1.0)
+        norm = clip_grad_norm_(vqgan.parameters(), 1.0)         # no batch may throw it far off
         if run.skips(norm):             # not finite; one bad batch must not end a night
             continue
         adam.step()
@@ -683,7 +680,6 @@ def train_vq(cfg, state=None):
 # 8. Stage 2: diffusion
 # Noise is added to a latent in T small steps until nothing is left of it; a network learns to say
 # what was added; sampling walks back. In formulas, with z0 the latent and ε normal noise:
-#
 #   one step further     z_t = √α_t z_(t-1) + √β_t ε     β_t: how much noise is added; α_t = 1-β_t
 #   all steps at once    z_t = √ᾱ_t z0 + √(1-ᾱ_t) ε      ᾱ_t = α_0 · … · α_t: how much of z0 is left
 #                        (noises add up in variance: α_t (1-ᾱ_(t-1)) + β_t = 1-ᾱ_t)
@@ -707,7 +703,8 @@ class Diffusion:
             beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T
         elif schedule == "cosine":              # Nichol & Dhariwal 2021, arXiv 2102.09672, eq. 17
             part = torch.arange(T + 1, dtype=torch.float64) / T              # 0…1
-            # The ᾱ wanted. Without 0.008, level 0 would have 17 times less noise.
+            # The ᾱ wanted: it falls evenly; linear's last third is nearly all noise, and wasted.
+            # Without 0.008, level 0 would have 17 times less noise: too little to learn from.
             curve = torch.cos((part + 0.008) / 1.008 * math.pi / 2) ** 2
             beta = 1 - curve[1:] / curve[:-1]       # α is the quotient of two neighbouring ᾱ
         else:
@@ -758,11 +755,10 @@ class Diffusion:
 
     def weight(self, t):
         """How much each t (B,) counts in training.
-        ours: for v, a simple bump: 1 in the middle (ᾱ = 1/2), down to 1/4 at both ends.
-        - Little noise: by predict(), z0_hat is off by √(1-ᾱ) times what v is off. So a loss of v
-          that looks large is a tiny error of z0_hat, which the nearest code rounds away.
-        - Much noise: z0 can hardly be seen, so the loss stays large whatever the network does.
-        Neither end shall drown the middle; neither may go untaught: sampling starts at noise."""
+        ours: for v, a bump: 1 in the middle (ᾱ = 1/2), down to 1/4 at both ends. In little noise a
+        large loss of v is a small error of z0_hat, √(1-ᾱ) times it by predict(), and the nearest
+        code rounds it away. In much noise the loss stays large whatever the network does. Neither
+        end shall drown the middle; neither may go untaught: sampling starts at noise."""
         a = self.alpha_bar_at(t, t)                 # (B,): shaped like t itself
         if self.target != "v":                      # all equal, as in DDPM
             return torch.ones_like(a)
@@ -772,7 +768,7 @@ class Diffusion:
         """Exactly `steps` pairs (t, t_prev), from T-1 down to -1, for 1 <= steps <= T.
         ours: not evenly: step i = 0…S-1 starts at t = T-1 - T (i/S)², for T = 1000 and S = 4 at
         999, 937, 749, 437. (DDIM app. D.2 has the mirror of it.) Short strides first, since the
-        noisiest levels decide the large things of an image; none below 1, hence the max.
+        noisiest levels decide the large things of an image (the max: none is shorter than 1).
         trap: range(0, T, T // steps) gives too many: 1000 levels for 600 steps of T = 1000."""
         ts = []
         for i in range(steps):
@@ -795,16 +791,16 @@ class Diffusion:
 
             if sampler == "ddim":
                 # z0_hat, noised again up to t_prev. The noise there has variance 1-ᾱ_prev: σ² of it
-                # is fresh, the rest the noise that was seen. Any split is right in variance. η = 0:
-                # none fresh. η = 1: as much as z_prev varies if z_t and z0 are known (DDPM eq. 7).
+                # is fresh, the rest the noise that was seen; any split adds up. η = 0: none fresh.
+                # η = 1: as much as z_prev would vary if z_t and z0 were both known (DDPM eq. 7).
                 sigma = eta * ((1 - a_prev) / (1 - a) * (1 - alpha)).sqrt()           # DDIM eq. 16
                 seen = (1 - a_prev - sigma**2).clamp(min=0).sqrt()
                 z = a_prev.sqrt() * z0_hat + seen * eps_hat               # DDIM eq. 12, its α is ᾱ
             elif sampler == "ddpm":
-                # DDPM Algorithm 2, line 4. The mean is ddim's at η = 1, where `seen` comes to
-                # √α (1-ᾱ_prev) / √(1-ᾱ), with z0_hat written as (z - √(1-ᾱ) eps_hat) / √ᾱ. Only the
-                # fresh noise is more. The σ above is for a z0 that is known, and ours is a guess;
-                # σ² = 1-α is right if all data are normal noise, too (DDPM sec. 3.2).
+                # DDPM Algorithm 2, line 4. The mean is that of ddim at η = 1, in other words: put
+                # (z - √(1-ᾱ) eps_hat) / √ᾱ for z0_hat there; `seen` is √α (1-ᾱ_prev) / √(1-ᾱ).
+                # Only the fresh noise is more: the σ above is for a known z0, and ours is a guess.
+                # If the data themselves were normal noise, σ² = 1-α were exact (DDPM sec. 3.2).
                 sigma = (1 - alpha).sqrt()
                 z = (z - (1 - alpha) / (1 - a).sqrt() * eps_hat) / alpha.sqrt()
             else:
@@ -827,7 +823,8 @@ def time_embedding(t, dim):
     return torch.cat([angle.sin(), angle.cos()], dim=1)                   # (B,dim)
 
 class UNet(nn.Module):
-    """(z_t, t, class) -> v or ε. Class number n_classes means: it is not told (see guided)."""
+    """(z_t, t, class) -> v or ε. Class n_classes, one more than there are, means: not told. So it
+    is for a tenth of training (section 10): the network learns to answer both ways, for guided."""
     def __init__(self, z_dim, widths, n_classes):
         super().__init__()
         E = 4 * widths[0]
@@ -864,7 +861,6 @@ def guided(net, guide, label, w, below):
     """-> a net(z_t, t) that is led towards its class by classifier-free guidance (CFG eq. 6):
 
         out = weak + w (strong - weak)          strong is told the class, weak is not
-
     w = 1 is strong alone; more goes further in the direction in which the class pulls. (CFG's own w
     is ours - 1.) At t >= below, where noise prevails, there is no guidance: it would cost variety
     (Kynkäänniemi 2024, arXiv 2404.07724, has none at little noise either).
@@ -880,9 +876,10 @@ def guided(net, guide, label, w, below):
     return answer
 # ------------------------------------------------------------------------------------------------
 # 10. Stage 2: training
-# The frozen encoder turns each image once into its grid of code numbers: these are stage 2's data.
-# ours: codes are diffused (LDM takes z before quantisation). Diffusion ends in noise of mean 0 and
-# std 1, so codes are brought there too. Look at the samples more than at the loss: it says little.
+# The frozen encoder writes each image as its grid of code numbers, once: these are stage 2's data
+# (fast, but nothing is turned here). ours: codes are diffused, just what the decoder reads (LDM
+# takes z before quantisation). Diffusion ends in noise of mean 0 and std 1, so codes are brought
+# there too. Look at the samples: most of the loss is what no network can know, and says little.
 # Used before they are shown: load_vqgan and LatentDiffusion (11), load_checkpoint (C).
 
 @torch.no_grad()
@@ -918,9 +915,9 @@ def unstandardise(z0, scale):
 
 @torch.no_grad()
 def update_ema(ema, net, step, decay):
-    """The running mean of the weights, to sample with: ema <- decay·ema + (1-decay)·net. Each step
-    jumps about the goal, since no batch is like another; the mean lies closer to it.
-    trap: no warm-up: after 1,000 steps at 0.9999 the mean is 90 % first weights, samples noise."""
+    """The running mean of the weights, to sample with: ema <- decay·ema + (1-decay)·net. Steps
+    jump about the goal, as no batch is like another; the mean lies closer to it. trap: no warm-up:
+    after 1,000 steps at 0.9999 the mean is 90 % first weights, samples are noise."""
     decay = min(decay, (1 + step) / (10 + step))
     for mean, p in zip(ema.parameters(), net.parameters()):
         mean.lerp_(p, 1 - decay)
@@ -1005,6 +1002,8 @@ def train_ldm(cfg, state=None):
     return run.finish("next: python vqldm.py sample --ckpt")
 # ------------------------------------------------------------------------------------------------
 # 11. Sampling
+# From noise S steps back, unstandardise, decode. A checkpoint of stage 2 holds its VQGAN as well.
+# Used before they are shown: load_checkpoint, reading (C), draw_rows, draw_trajectory (D).
 
 def frozen(net, weights, device):                       # in eval mode, without gradients
     net.load_state_dict(weights)
@@ -1154,7 +1153,7 @@ def synthetic(i, size, seed=0):
 PHOTO = r"(?i).*\.(bmp|gif|jpe?g|png|tiff?|webp)$"      # of a path; not these:
 NO_PHOTO = (r"(?i)(_segmentation|_superpixels|_expert|-partial)[^/]*$|_mask\.\w+$|"
             r"(^|/)(\.|(grid|trajectory)\.png$)")       # masks and the like, hidden ones, our own
-HELD_OUT = r"(?i)(?<![^/])(val(id(ation)?)?|test(ing)?)/"       # (?<![^/]): at a name's start
+HELD_OUT = r"(?i)(?<![^/])(val(id(ation)?)?|test(ing)?)/"       # (?<![^/]): a name starts here
 NO_CLASS = HELD_OUT + r"|(?<![^/])(train(ing)?|(HAM10000_)?images(_part_\d)?)/"
 
 def read_image(path, size):                             # -> uint8 (3,size,size)
@@ -1179,7 +1178,7 @@ def find_images(folder):
     # metadata.csv, HAM10000_metadata.csv or manifest.csv, in the folder or beside it
     for path in [*folder.parent.glob("*m*a*.csv"), *folder.glob("*m*a*.csv")]:
         with suppress(csv.Error, OSError):
-            for row in DictReader(path.open(encoding="utf-8-sig", errors="replace")):
+            for row in csv.DictReader(path.open(encoding="utf-8-sig", errors="replace")):
                 table[row.get("isic_id") or row.get("image_id")] = row
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
@@ -1398,7 +1397,7 @@ class Run:
         write_whole(self.cfg.folder / "last.pt", lambda f: torch.save(state, f))
         names = list(dict.fromkeys(name for row in self.log for name in row))
         with open(self.cfg.folder / "log.csv", "w", newline="") as f:
-            table = DictWriter(f, names)
+            table = csv.DictWriter(f, names)
             table.writeheader()
             table.writerows(self.log)
         if self.log:
@@ -1491,8 +1490,9 @@ def features(lpips, images):
     return torch.cat(found).cpu().double()
 
 def kernel_distance(a, b):
-    """Squared MMD, cubic kernel (Bińkowski 2018, arXiv 1801.01401), of n and n features: the mean
-    likeness of pairs within a, plus within b, less twice across; 0 on average if of one kind."""
+    """How far apart two sets of n features lie: squared MMD (Bińkowski 2018, arXiv 1801.01401). A
+    kernel, (u·v/512 + 1)³, says how alike two features are: its mean over the pairs within a, plus
+    that within b, less twice that across. 0 on average for two sets of one kind."""
     k_aa, k_bb, k_ab = [(u @ v.T / u.shape[1] + 1) ** 3 for u, v in ((a, a), (b, b), (a, b))]
     k = k_aa + k_bb - 2 * k_ab
     # Off the diagonal: no image with itself, nor with its own reconstruction.
@@ -1544,7 +1544,7 @@ def evaluate(cfg):
 # F. Muon
 # A matrix is a sum of directions u vᵀ, each with a strength s (the SVD). In a kernel's gradient, as
 # a matrix (c_out, rest), a few are far stronger. Adam evens out numbers, not directions: the strong
-# ones lead. Muon (Jordan 2024, kellerjordan.github.io/posts/muon) goes equally far along all.
+# lead, the rest is hardly learnt. Muon (Jordan 2024, kellerjordan.github.io/posts/muon): all alike.
 
 def orthogonal(g):
     """g (r,n) = U S Vᵀ -> about U Vᵀ: its singular values, but for the tiniest, become 0.7 to 1.2.
@@ -1557,7 +1557,7 @@ def orthogonal(g):
     return x
 
 class Muon(torch.optim.Optimizer):
-    """Steps of lr along orthogonal(running mean of the gradient). (Jordan's: longer if r > n.)"""
+    """Steps of lr along orthogonal(running mean of the gradient). (Jordan's: times √max(1,r/n).)"""
     def __init__(self, kernels, lr):
         super().__init__([{"params": kernels}], {"lr": lr})
 
