@@ -433,8 +433,8 @@ class Codebook(nn.Module):
         # One distance, two losses; sg[] decides who moves:
         #   codebook_loss   the codes, to the vectors that they won       weight 1
         #   commit_loss     the encoder's vectors, to their codes         weight commit_weight: 0.25
-        # trap: 0.25 on the first and 1 on the second (so in VQGAN's own code; hence the 1 in
-        # `paper`): z bends to its codes, not they to it. Both are one number: no curve shows it.
+        # trap: 0.25 on the first and 1 on the second, as in VQGAN's own code (`paper` keeps its 1):
+        # z bends to its codes, not they to it. Both have the same value, so no curve shows it.
         codebook_loss = F.mse_loss(z_q, z.detach())             # ‖sg[z] - e‖², as a mean over
         commit_loss = F.mse_loss(z, z_q.detach())               # ‖z - sg[e]‖²  all numbers
         # Straight through (VQ sec. 3.2): the value of z_q with the gradient of z. Rounding has no
@@ -567,7 +567,7 @@ def set_learning_rate(optimizer, factor):
 
 def vq_optimizers(vqgan, cfg):
     """-> Adam, Muon. Inner kernels go by Muon (F says why; by Adam the error, after as many steps,
-    is half as large again), the rest by Adam, with it the kernels that touch colours or codes."""
+    is 1.5 times as large), the rest by Adam, with it the kernels that touch colours or codes."""
     enc, dec = vqgan.encoder, vqgan.decoder
     blocks = nn.ModuleList([enc.down, enc.mid, dec.mid, dec.up])
     kernels = [p for p in blocks.parameters() if p.dim() == 4 and cfg.muon_lr > 0]
@@ -755,9 +755,9 @@ class Diffusion:
 
     def weight(self, t):
         """How much each t (B,) counts in training.
-        ours: for v, a bump: 1 in the middle (ᾱ = 1/2), down to 1/4 at both ends. In little noise a
-        large loss of v is a small error of z0_hat, √(1-ᾱ) times it by predict(), and the nearest
-        code rounds it away. In much noise the loss stays large whatever the network does. Neither
+        ours: for v, a bump: 1 in the middle (ᾱ = 1/2), down to 1/4 at both ends. In little noise an
+        error of v hardly counts: predict() multiplies it by √(1-ᾱ), nearly 0, and the nearest code
+        rounds away the rest. In much noise the loss stays large whatever the network does. Neither
         end shall drown the middle; neither may go untaught: sampling starts at noise."""
         a = self.alpha_bar_at(t, t)                 # (B,): shaped like t itself
         if self.target != "v":                      # all equal, as in DDPM
@@ -790,17 +790,17 @@ class Diffusion:
             z0_hat, eps_hat = self.predict(net(z, t_all), z, t_all)
 
             if sampler == "ddim":
-                # z0_hat, noised again up to t_prev. The noise there has variance 1-ᾱ_prev: σ² of it
+                # z0_hat, noised again up to t_prev, where the noise has variance 1-ᾱ_prev: σ² of it
                 # is fresh, the rest the noise that was seen; any split adds up. η = 0: none fresh.
-                # η = 1: as much as z_prev would vary if z_t and z0 were both known (DDPM eq. 7).
+                # η = 1: as much as is open of z_prev, by Bayes, given z_t and z0 (DDPM eq. 7).
                 sigma = eta * ((1 - a_prev) / (1 - a) * (1 - alpha)).sqrt()           # DDIM eq. 16
                 seen = (1 - a_prev - sigma**2).clamp(min=0).sqrt()
                 z = a_prev.sqrt() * z0_hat + seen * eps_hat               # DDIM eq. 12, its α is ᾱ
             elif sampler == "ddpm":
-                # DDPM Algorithm 2, line 4. The mean is that of ddim at η = 1, in other words: put
-                # (z - √(1-ᾱ) eps_hat) / √ᾱ for z0_hat there; `seen` is √α (1-ᾱ_prev) / √(1-ᾱ).
-                # Only the fresh noise is more: the σ above is for a known z0, and ours is a guess.
-                # If the data themselves were normal noise, σ² = 1-α were exact (DDPM sec. 3.2).
+                # DDPM Algorithm 2, line 4. The mean is ddim's at η = 1: z0_hat is (z - √(1-ᾱ) eps_hat)
+                # / √ᾱ, `seen` is √α (1-ᾱ_prev) / √(1-ᾱ), and ᾱ = α ᾱ_prev; so z gets 1/√α, eps_hat
+                # -(1-α) / √(α (1-ᾱ)). Only the fresh noise is more: the σ above is for a known z0,
+                # ours is a guess. (Were all data normal noise, 1-α would be exact: DDPM sec. 3.2.)
                 sigma = (1 - alpha).sqrt()
                 z = (z - (1 - alpha) / (1 - a).sqrt() * eps_hat) / alpha.sqrt()
             else:
