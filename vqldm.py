@@ -797,7 +797,7 @@ class Diffusion:
                 seen = (1 - a_prev - sigma**2).clamp(min=0).sqrt()
                 z = a_prev.sqrt() * z0_hat + seen * eps_hat               # DDIM eq. 12, its α is ᾱ
             elif sampler == "ddpm":
-                # DDPM Algorithm 2, line 4. The mean is ddim's at η = 1: z0_hat is (z - √(1-ᾱ) eps_hat)
+                # DDPM Algorithm 2, line 4. The mean is ddim's at η = 1: z0_hat = (z-√(1-ᾱ) eps_hat)
                 # / √ᾱ, `seen` is √α (1-ᾱ_prev) / √(1-ᾱ), and ᾱ = α ᾱ_prev; so z gets 1/√α, eps_hat
                 # -(1-α) / √(α (1-ᾱ)). Only the fresh noise is more: the σ above is for a known z0,
                 # ours is a guess. (Were all data normal noise, 1-α would be exact: DDPM sec. 3.2.)
