@@ -13,10 +13,10 @@ The images: skin lesions through a dermatoscope, drawn or real (ISIC, HAM10000),
   noise ──UNet, S times──► z0 ──·std+mean──► nearest code ──Dec──► image              (sample)
 
 Letters   B batch · C channels · H W pixels · h w latent grid · d length of a code · K codes
-          N = h·w places · T noise levels · S sampling steps · E length of the time embedding
+          N = h·w places · m halvings · T noise levels · S sampling steps · E size of t's embedding
           x image in [-1,1] · z latent · z_q its code · k its number · z0 standardised z_q (DDPM's
           x_0) · z_t the same at noise level t in 0…T-1 · eps the noise ε · v a mix of ε and z0
-          alpha_bar is ᾱ · lam the GAN's weight λ · a hat: an estimate · sg[] is .detach()
+          alpha_bar is ᾱ · lam is λ, it scales the GAN's loss · a hat: estimated · sg[] is .detach()
 Papers    VQ van den Oord 2017 (arXiv 1711.00937) · VQGAN Esser 2021 (2012.09841) · DDPM Ho 2020
           (2006.11239) · DDIM Song 2021 (2010.02502) · LDM Rombach 2022 (2112.10752)
           v Salimans 2022 (2202.00512) · CFG (classifier-free guidance) Ho 2022 (2207.12598)
@@ -27,8 +27,8 @@ Contents  1. Settings                       7. Stage 1: training      To be look
           5. Stage 1: the VQGAN            11. Sampling               D. Pictures       G. Commands
           6. Stage 1: the losses
 Run it    python vqldm.py train-vq, then train-ldm, then sample; evaluate measures.
-          The word trap marks a frequent mistake, the word ours what none of the papers named here
-          does. Constants without a source are common practice, or ours.
+          trap: marks a frequent mistake, ours: what none of the papers named here does. Small
+          choices and constants without a source are common practice, or ours too.
 """
 import argparse, csv, functools, json, math, os, random, re, sys, time, warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -55,8 +55,8 @@ from tqdm import tqdm
 # ------------------------------------------------------------------------------------------------
 # 1. Settings
 # Every number that you can change is one line here: name, type, default and, as comment, --help.
-# (New words are explained where they are used.) Who wins: default < --preset < typed. On --resume
-# the checkpoint's hold; a typed one that differs is refused, unless MAY_CHANGE (below) names it.
+# (New words are explained where they are used.) What you type beats --preset, which beats the
+# default. --resume takes the checkpoint's values: to type another is an error, but for MAY_CHANGE.
 
 class UserError(argparse.ArgumentTypeError):        # argparse puts the flag's name before it
     """What only the user can put right: told as one sentence, exit status 2."""
@@ -83,7 +83,7 @@ class Settings:
     kind = ""                           # without a type: no setting
     seed: int = 0                       # every random number of a run is a function of it
     device: str = "auto"                # auto, or a torch device: cpu, cuda:1, mps
-    out: str = ""                       # where to write; empty: runs/vq, /ldm, /samples, --ckpt's
+    out: str = ""                       # empty: runs/vq, runs/ldm, runs/samples, or --ckpt's folder
 
     @property
     def folder(self):
@@ -158,7 +158,7 @@ class SampleConfig(Settings):
 class EvaluateConfig(Settings):
     """measure a checkpoint of either stage on images that it never saw"""
     ckpt: str = "runs/ldm"              # run folder or checkpoint of either stage
-    data: source = ""                   # folder to measure on, of others; empty: unseen ones
+    data: source = ""                   # a folder of other images; empty: unseen ones of training's
     n: count = 500                      # how many images, at most, and how many samples
 
 PRESETS = {             # a preset is a row of flags, which yours overrule
@@ -177,7 +177,7 @@ MAY_CHANGE = {"device", "out", "lpips", "epochs", "minutes"}        # on --resum
 
 def pick_device(cfg):
     """-> device, and a context (autocast) in which matrix products go in bf16, if it can do that:
-    16-bit floats with the range of fp32 and only three digits, at twice the speed or more."""
+    16-bit floats with the range of fp32 and two or three digits, at twice the speed or more."""
     name = cfg.device
     if name == "auto":
         name = torch.accelerator.current_accelerator(check_available=True) or "cpu"
@@ -200,8 +200,8 @@ def digest(key):                        # anything -> 63 bits, the same on every
     return random.Random(repr(key)).getrandbits(63)
 
 # torchrun starts this program once for each GPU: world says how many there are, rank which one this
-# is. Each takes its share of the batch, and the mean of their gradients, by all_reduce, a sum over
-# all, is that of the whole batch. DistributedDataParallel does this too, and hides it.
+# is. Each takes its share of the batch; all_reduce sums their gradients, and that sum / world() is
+# the gradient of the whole batch. DistributedDataParallel does this too, and hides it.
 def world():
     return dist.get_world_size() if dist.is_initialized() else 1
 def rank():
@@ -232,7 +232,7 @@ def bar(items, name, total=None):       # disable=None: shown on a terminal only
 # Which images come next, as floats in [-1,1], and turned: a skin lesion has no up.
 
 def to_float(x):
-    """uint8 0…255 -> [-1,1], the only range of images that a network here sees."""
+    """uint8 0…255 -> [-1,1], the range of all images that a network here is given."""
     return x.float() / 127.5 - 1
 def to_bytes(x):                        # and back, on the CPU
     x = (x.float().clamp(-1, 1) + 1) * 127.5
@@ -300,9 +300,9 @@ class ResBlock(nn.Module):
 
 class AttentionBlock(nn.Module):
     """Every position looks at every other (VQGAN Table 7); a convolution sees only what is near.
-    Linear maps give each a query, a key and a value. What it gets is a mean of all values; one
-    weighs the more, the better its key fits the query (a softmax of q·k, Vaswani 2017). The cost
-    grows with (h·w)²: nothing on 16×16, most of a step on 64×64; so, in the middle only."""
+    Linear maps give each a query, a key and a value. Each gets a weighted mean of all values: the
+    better another's key fits this one's query, the more that value counts (a softmax of q·k,
+    Vaswani 2017). Cost grows with (h·w)²: nothing on 16×16, much on 64×64; so, in the middle."""
     def __init__(self, c):
         super().__init__()
         self.norm = Norm(c)
@@ -401,15 +401,15 @@ class Decoder(nn.Module):
         for block in self.up:
             y = block(y)                                                  # the grid doubles m times
         y = F.silu(self.norm(y))
-        with torch.autocast(y.device.type, enabled=False):  # fp32, since lam (section 6)
-            return self.last(y.float())                 # divides its gradients. (B,3,H,W)
+        with torch.autocast(y.device.type, enabled=False):  # fp32: lam (section 6) is a
+            return self.last(y.float())     # quotient of this layer's gradients. (B,3,H,W)
 
 class Codebook(nn.Module):
     """Replaces each vector of z by the nearest of K learned ones (VQ sec. 3.1)."""
     def __init__(self, codes, z_dim):
         super().__init__()
         self.embedding = nn.Embedding(codes, z_dim)                       # (K,d)
-        self.register_buffer("wins", torch.zeros(codes))      # (K,) see count
+        self.register_buffer("wins", torch.zeros(codes))      # (K,) since the last restart
 
     def nearest(self, z):                                                 # (B,d,h,w)
         """The number of the nearest code of each vector: k = argmin_j ‖z - e_j‖ (VQ eq. 1)."""
@@ -423,7 +423,7 @@ class Codebook(nn.Module):
         return k.view(B, h, w)                                            # (B,h,w)
 
     def lookup(self, k):                                                  # (B,h,w)
-        """z_q = e_k (VQ eq. 2). Contiguous: GroupNorm on a CPU in bf16 is slow if d lies last."""
+        """z_q = e_k (VQ eq. 2). Contiguous: if d lay last in memory, GroupNorm would be slow."""
         return rearrange(self.embedding(k), "B h w d -> B d h w").contiguous()        # (B,d,h,w)
 
     def forward(self, z):                                                 # (B,d,h,w)
@@ -433,14 +433,14 @@ class Codebook(nn.Module):
         # One distance, two losses; sg[] decides who moves:
         #   codebook_loss   the codes, to the vectors that they won       weight 1
         #   commit_loss     the encoder's vectors, to their codes         weight commit_weight: 0.25
-        # trap: 0.25 on the first and 1 on the second, as in VQGAN's own code (`paper` keeps its 1):
-        # z bends to its codes, not they to it. Both have the same value, so no curve shows it.
+        # trap: 0.25 on the first and 1 on the second, as in VQGAN's own code (`paper`: 1 on both):
+        # z is tied to its codes four times as hard. Both have the same value: no curve shows it.
         codebook_loss = F.mse_loss(z_q, z.detach())             # ‖sg[z] - e‖², as a mean over
         commit_loss = F.mse_loss(z, z_q.detach())               # ‖z - sg[e]‖²  all numbers
         # Straight through (VQ sec. 3.2): the value of z_q with the gradient of z. Rounding has no
         # slope, so what the decoder wants of z_q is passed on to z unchanged: a lie, but one that
         # points downhill while z and z_q are close, which is what the two losses see to.
-        # trap: the codebook loss below this line, from the new z_q: no gradient reaches a code.
+        # trap: were codebook_loss computed after this line, from the new z_q, no code would learn.
         z_q = z + (z_q - z).detach()
         return z_q, k, codebook_loss, commit_loss
 
@@ -496,9 +496,9 @@ class VQGAN(nn.Module):
 # 6. Stage 1: the losses
 # The squared error alone gives blur: the mean of all sharp images that fit. LPIPS sends both images
 # through a frozen network that was trained to name photographs, and adds up how its feature maps
-# differ: blurred hair has other features. Against what still gives reconstructions away there is a
-# GAN, two networks that compete: the discriminator D learns to give real images high numbers
-# (logits) and reconstructions low ones; the VQGAN, the generator, to raise D's for its own.
+# differ: blurred hair has other features. What still gives a reconstruction away is left to a GAN,
+# two networks that compete: the discriminator D learns to give real images high numbers (logits),
+# reconstructions low ones; the VQGAN, the generator, learns to get high ones for reconstructions.
 
 def load_lpips(wanted, device):
     """LPIPS (Zhang 2018, arXiv 1801.03924) of the lpips package, for images in [-1,1]; None if off,
@@ -516,9 +516,9 @@ def load_lpips(wanted, device):
         say("WARNING no LPIPS, as loss or as measure: no weights (5 MB) in", torch.hub.get_dir())
 
 class PatchDiscriminator(nn.Module):
-    """D: a logit, real or fake, for each code's patch: it halves as often as the encoder. At f = 4
-    a logit sees 18 pixels (pix2pix, arXiv 1611.07004: 70): enough to judge the grain. No sigmoid at
-    the end: hinge wants raw logits. Norm, not BatchNorm: no image shall depend on its batch."""
+    """D: a logit, real or fake, for each place of the latent grid. At f = 4 it sees 18×18 pixels
+    around it (pix2pix, arXiv 1611.07004: 70×70): enough to judge the grain. No sigmoid at the end:
+    hinge_loss wants raw logits. Norm, not BatchNorm: no image shall depend on its batch."""
     def __init__(self, widths):                                           # the VQGAN's
         super().__init__()
         c = max(32, widths[0] // 2)
@@ -545,7 +545,7 @@ def adaptive_weight(rec, adversarial, last):
     grad_adv, = torch.autograd.grad(adversarial, last, retain_graph=True)
     norm_rec = mean_over_processes(grad_rec).norm()
     norm_adv = mean_over_processes(grad_adv).norm()
-    return (norm_rec / (norm_adv + 1e-4)).clamp(max=1e4)    # for a D still untrained; VQGAN's code
+    return (norm_rec / (norm_adv + 1e-4)).clamp(max=1e4)    # if D's is ~0; as VQGAN's code
 # ------------------------------------------------------------------------------------------------
 # 7. Stage 1: training
 # The generator steps first, then D on the same images. D joins after a tenth: from the blobs of the
@@ -566,15 +566,15 @@ def set_learning_rate(optimizer, factor):
         group["lr"] = factor * initial
 
 def vq_optimizers(vqgan, cfg):
-    """-> Adam, Muon. Inner kernels go by Muon (F says why; by Adam the error, after as many steps,
-    is 1.5 times as large), the rest by Adam, with it the kernels that touch colours or codes."""
+    """-> Adam, Muon. ours: kernels of the blocks go by Muon (F says why; by Adam the error, after
+    as many steps, is 1.5 times as large). All else by Adam, first and last convolutions too."""
     enc, dec = vqgan.encoder, vqgan.decoder
     blocks = nn.ModuleList([enc.down, enc.mid, dec.mid, dec.up])
     kernels = [p for p in blocks.parameters() if p.dim() == 4 and cfg.muon_lr > 0]
     codes = vqgan.codebook.embedding.weight
     rest = [p for p in vqgan.parameters() if p not in {codes, *kernels}]      # a set: by identity
-    # ours: Adam divides by the gradient's size, so no weight of a loss makes a code move faster
-    # than its learning rate. At the network's own rate the codes lag behind the moving z.
+    # ours: Adam divides by the gradient's size, so no weight of a loss makes a code move faster:
+    # only its learning rate does. At the network's own rate the codes lag behind the moving z.
     groups = [{"params": rest}, {"params": [codes], "lr": cfg.codes_lr}]
     adam = torch.optim.Adam(groups, cfg.lr, betas=(0.9, 0.99), fused=True)
     return adam, Muon(kernels, cfg.muon_lr)
@@ -632,7 +632,7 @@ def train_vq(cfg, state=None):
         gan_on = cfg.gan_weight > 0 and run.progress >= cfg.gan_start
         if gan_on:
             with mixed:
-                adversarial = -disc(x_hat).mean()             # high logits mean: D is fooled
+                adversarial = -disc(x_hat).mean()             # D is fooled if its logits are high
             lam = adaptive_weight(rec, adversarial, vqgan.decoder.last.weight)
             ramp = min(1, (run.progress - cfg.gan_start) / 0.1)       # D is young: 0 to 1, slowly
             loss = loss + ramp * cfg.gan_weight * lam * adversarial           # VQGAN eq. 6
@@ -653,8 +653,8 @@ def train_vq(cfg, state=None):
         # ---- the discriminator, on the same images ----
         if gan_on:
             with mixed:
-                # trap: without detach, D's backward goes on into the generator and teaches it to
-                # give itself away. (Here its graph is freed by now, and torch would say so.)
+                # trap: without detach, D's backward goes on into the generator and, where that is
+                # not zeroed next, makes it give itself away. (Here torch refuses to: no graph.)
                 real, fake = disc(x), disc(x_hat.detach())
             d_loss = hinge_loss(real, fake)
             # trap: the generator's backward has left gradients in D, those that raise D(fake). Not
@@ -679,19 +679,18 @@ def train_vq(cfg, state=None):
 # ------------------------------------------------------------------------------------------------
 # 8. Stage 2: diffusion
 # Noise is added to a latent in T small steps until nothing is left of it; a network learns to say
-# what was added; sampling walks back. In formulas, with z0 the latent and ε normal noise:
+# what was added; sampling walks back. Levels t count from 0, and level 0 has some noise already: a
+# clean latent, z0, is one below, level -1, where ᾱ = 1. In formulas, ε being normal noise:
 #   one step further     z_t = √α_t z_(t-1) + √β_t ε     β_t: how much noise is added; α_t = 1-β_t
 #   all steps at once    z_t = √ᾱ_t z0 + √(1-ᾱ_t) ε      ᾱ_t = α_0 · … · α_t: how much of z0 is left
 #                        (noises add up in variance: α_t (1-ᾱ_(t-1)) + β_t = 1-ᾱ_t)
 #   the network answers  ε, or v = √ᾱ_t ε - √(1-ᾱ_t) z0
 #   predict()            turns either answer into two guesses, z0_hat and eps_hat
-#   one step back        is made from these two, by ddim or by ddpm
+#   one step back        is made from these, by ddim or by ddpm
 # Why many steps, if z0_hat is there after the first? In much noise many z0 fit, and the best answer
 # by squared error is their mean, a blur. So we go a little way towards it and ask again: fewer fit.
-#
-# Levels count from 0, and at level 0 there is a little noise already. The clean latent, z0, is one
-# below: level -1, where ᾱ = 1. Why v: at much noise ε is nearly z_t itself, so that saying it says
-# little about z0; v is then about -z0, and at little noise about ε: always what z_t hides.
+# Why v: at much noise ε is nearly z_t itself, so that saying it says little about z0; v is then
+# about -z0, and at little noise about ε: always what z_t hides.
 
 class Diffusion:
     """A noise schedule, the loss of DDPM (Algorithm 1) and two samplers (Algorithm 2, DDIM)."""
@@ -703,7 +702,7 @@ class Diffusion:
             beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T
         elif schedule == "cosine":              # Nichol & Dhariwal 2021, arXiv 2102.09672, eq. 17
             part = torch.arange(T + 1, dtype=torch.float64) / T              # 0…1
-            # The ᾱ wanted: it falls evenly; linear's last third is nearly all noise, and wasted.
+            # The ᾱ wanted: even in the middle; linear's last third is nearly all noise, and wasted.
             # Without 0.008, level 0 would have 17 times less noise: too little to learn from.
             curve = torch.cos((part + 0.008) / 1.008 * math.pi / 2) ** 2
             beta = 1 - curve[1:] / curve[:-1]       # α is the quotient of two neighbouring ᾱ
@@ -768,12 +767,12 @@ class Diffusion:
         """Exactly `steps` pairs (t, t_prev), from T-1 down to -1, for 1 <= steps <= T.
         ours: not evenly: step i = 0…S-1 starts at t = T-1 - T (i/S)², for T = 1000 and S = 4 at
         999, 937, 749, 437. (DDIM app. D.2 has the mirror of it.) Short strides first, since the
-        noisiest levels decide the large things of an image (the max: none is shorter than 1).
+        noisiest levels decide the large things of an image.
         trap: range(0, T, T // steps) gives too many: 1000 levels for 600 steps of T = 1000."""
         ts = []
         for i in range(steps):
             behind = round(self.T * (i / steps) ** 2)       # levels that i steps have left behind
-            ts.append(self.T - 1 - max(i, behind))
+            ts.append(self.T - 1 - max(i, behind))              # max: no stride below 1
         return list(zip(ts, [*ts[1:], -1]))
 
     @torch.no_grad()
@@ -792,15 +791,16 @@ class Diffusion:
             if sampler == "ddim":
                 # z0_hat, noised again up to t_prev, where the noise has variance 1-ᾱ_prev: σ² of it
                 # is fresh, the rest the noise that was seen; any split adds up. η = 0: none fresh.
-                # η = 1: as much as is open of z_prev, by Bayes, given z_t and z0 (DDPM eq. 7).
+                # η = 1: the variance of z_prev if z_t and z0 are known (DDPM eq. 7), by Bayes:
+                # 1/σ² = α/(1-α) + 1/(1-ᾱ_prev), what z_t tells of it and what z0 tells.
                 sigma = eta * ((1 - a_prev) / (1 - a) * (1 - alpha)).sqrt()           # DDIM eq. 16
                 seen = (1 - a_prev - sigma**2).clamp(min=0).sqrt()
                 z = a_prev.sqrt() * z0_hat + seen * eps_hat               # DDIM eq. 12, its α is ᾱ
             elif sampler == "ddpm":
                 # DDPM Algorithm 2, line 4. The mean is ddim's at η = 1: z0_hat = (z-√(1-ᾱ) eps_hat)
                 # / √ᾱ, `seen` is √α (1-ᾱ_prev) / √(1-ᾱ), and ᾱ = α ᾱ_prev; so z gets 1/√α, eps_hat
-                # -(1-α) / √(α (1-ᾱ)). Only the fresh noise is more: the σ above is for a known z0,
-                # ours is a guess. (Were all data normal noise, 1-α would be exact: DDPM sec. 3.2.)
+                # -(1-α) / √(α (1-ᾱ)). Only the fresh noise is more, since z0_hat is not z0 but a
+                # guess: σ² = 1-α is exact where z0 is standard normal itself (DDPM sec. 3.2).
                 sigma = (1 - alpha).sqrt()
                 z = (z - (1 - alpha) / (1 - a).sqrt() * eps_hat) / alpha.sqrt()
             else:
@@ -823,8 +823,8 @@ def time_embedding(t, dim):
     return torch.cat([angle.sin(), angle.cos()], dim=1)                   # (B,dim)
 
 class UNet(nn.Module):
-    """(z_t, t, class) -> v or ε. Class n_classes, one more than there are, means: not told. So it
-    is for a tenth of training (section 10): the network learns to answer both ways, for guided."""
+    """(z_t, t, class) -> v or ε. Class n_classes, one more than there are, means: not told. A
+    tenth of each batch gets it (section 10): so it learns to answer both ways, for guided()."""
     def __init__(self, z_dim, widths, n_classes):
         super().__init__()
         E = 4 * widths[0]
@@ -864,7 +864,7 @@ def guided(net, guide, label, w, below):
     w = 1 is strong alone; more goes further in the direction in which the class pulls. (CFG's own w
     is ours - 1.) At t >= below, where noise prevails, there is no guidance: it would cost variety
     (Kynkäänniemi 2024, arXiv 2404.07724, has none at little noise either).
-    ours: weak is not told the class, and it is guide, a copy of the network from a fifth of its
+    ours: weak is not told the class, and it is guide, a copy of the running mean at a fifth of the
     training: less trained on the same data, it is wrong in the same places, only more, so that w
     leads away from them. (Karras 2024, 2406.02507: younger, but told; 2312.02696: smaller.)"""
     def answer(z_t, t):
@@ -897,8 +897,8 @@ def frequencies(k, codes):
     return torch.bincount(k.flatten(), minlength=codes) / k.numel()
 
 def measure_scale(k, e):
-    """Mean and std of the codes e (K,d), each as often as it stands in the grids k. -> (2,d).
-    ours: by channel. (LDM app. G divides by one std and subtracts no mean.)"""
+    """Mean and std of the codes e (K,d), weighted by how often they stand in the grids k. -> (2,d).
+    By channel, as Karras 2024 (2312.02696). LDM app. G divides by one std and subtracts no mean."""
     p = frequencies(k, len(e)).to(e)[:, None]                             # (K,1)
     mean = (p * e).sum(0)
     variance = (p * (e - mean) ** 2).sum(0)
@@ -906,7 +906,7 @@ def measure_scale(k, e):
 
 def standardise(z, scale):
     """z (B,d,h,w) -> z0; unstandardise goes back. Nothing is scaled anywhere else.
-    trap: a copied constant, or one of the two sides forgotten: colours and contrast are off."""
+    trap: a std copied from another model, or one of the two forgotten: wrong colours, contrast."""
     mean, std = scale.view(2, 1, -1, 1, 1)                                # (1,d,1,1) each
     return (z - mean) / std
 def unstandardise(z0, scale):
@@ -1115,7 +1115,7 @@ def synthetic(i, size, seed=0):
     plane = torch.stack(torch.meshgrid(axis, axis, indexing="xy"))        # (2,H,W)
     x, y = plane + .15 * noise(4, 2) + .03 * noise(10, 2)                 # (H,W) each
 
-    # Skin: a mixture of five tones, cloudy, with a fine grain.
+    # Skin: five tones in random parts (span: 0 to 6, of shape 5,1,1), cloudy, with a grain.
     image = mixture(SKIN, span(0, 6, 5, 1, 1) + noise(3, 5)) + .03 * noise(24)
 
     # Border: a circle, more or less ragged.
@@ -1133,7 +1133,7 @@ def synthetic(i, size, seed=0):
     body = body * (1 - .8 * spots.amax(0))
     image = torch.lerp(image, body, lesion * span(.85, 1))
 
-    # Hairs on three of ten images: lines in turned coordinates, on across the lesion.
+    # Hairs on three of ten images: lines in turned coordinates, from a random start on.
     for _ in range(int(span(2, 10)) if span(0, 1) < .3 else 0):
         turn = span(0, 6.3)
         along = x * turn.cos() + y * turn.sin()
@@ -1153,7 +1153,7 @@ def synthetic(i, size, seed=0):
 PHOTO = r"(?i).*\.(bmp|gif|jpe?g|png|tiff?|webp)$"      # of a path; not these:
 NO_PHOTO = (r"(?i)(_segmentation|_superpixels|_expert|-partial)[^/]*$|_mask\.\w+$|"
             r"(^|/)(\.|(grid|trajectory)\.png$)")       # masks and the like, hidden ones, our own
-HELD_OUT = r"(?i)(?<![^/])(val(id(ation)?)?|test(ing)?)/"       # (?<![^/]): a name starts here
+HELD_OUT = r"(?i)(?<![^/])(val(id(ation)?)?|test(ing)?)/"   # (?<![^/]): only where a name starts
 NO_CLASS = HELD_OUT + r"|(?<![^/])(train(ing)?|(HAM10000_)?images(_part_\d)?)/"
 
 def read_image(path, size):                             # -> uint8 (3,size,size)
@@ -1226,7 +1226,7 @@ class Images:
         say("data", source, len(self.names), "images:", *self.classes)
 
     def rows(self, rows):
-        """uint8 (B,3,H,W). Opened anew each time: an open map keeps what it has read."""
+        """uint8 (B,3,H,W). Opened anew each time: a memmap keeps what it has read in memory."""
         shape = len(self.names), 3, self.size, self.size
         return torch.from_numpy(np.memmap(self.path, np.uint8, "r", 0, shape)[rows.numpy()])
 
@@ -1384,7 +1384,7 @@ class Run:
         words = [f"{name} {value:.4g}" for name, value in held.items()]
         say(f"{min(1, self.now()):4.0%} held out:", *words)
         if held.get("codes_used_percent", 100) < 25 or not 0.7 < held.get("latent_std", 1) < 1.4:
-            say("WARNING few codes are used, or the latents' std is far from 1: it is still young")
+            say("WARNING few codes are used, or the latents' std is far from 1: normal early only")
         self.save()
 
     def checkpoint(self):                               # all that is kept of a run
@@ -1480,7 +1480,7 @@ def reconstruct(vqgan, images, lpips, mixed):
     return numbers, torch.cat(copies)
 
 def features(lpips, images):
-    """uint8 (n,3,H,W) -> (n,512): the trunk's last map at 224 pixels, averaged over space."""
+    """uint8 (n,3,H,W) -> (n,512): LPIPS's network's last map at 224×224, its mean over space."""
     found = []
     for part in images.split(32):
         x = to_float(part).to(lpips.scaling_layer.shift.device)
@@ -1507,7 +1507,7 @@ def unseen_images(cfg, vq_cfg, cache):                  # -> two sets of uint8 (
     if data == vq_cfg.data != "synthetic":
         rows = images.val
     common = Path(vq_cfg.data) in Path(data).parents or Path(data) in Path(vq_cfg.data).parents
-    demand(not common, "--data has images that were trained on: leave it out for the others")
+    demand(not common, "--data has images that were trained on; without it, unseen ones are used")
     n = min(cfg.n, len(rows) // 2)
     demand(n > 1, "--data: too few unseen images to measure on")
     return images.rows(rows[:2 * n]).split(n)
@@ -1543,8 +1543,8 @@ def evaluate(cfg):
 # ------------------------------------------------------------------------------------------------
 # F. Muon
 # A matrix is a sum of directions u vᵀ, each with a strength s (the SVD). In a kernel's gradient, as
-# a matrix (c_out, rest), a few are far stronger. Adam evens out numbers, not directions: the strong
-# lead, the rest is hardly learnt. Muon (Jordan 2024, kellerjordan.github.io/posts/muon): all alike.
+# a matrix (first axis, rest), a few are far stronger. Adam evens out single numbers: they still
+# lead, the rest hardly learns. Muon (kellerjordan.github.io/posts/muon) steps equally along all.
 
 def orthogonal(g):
     """g (r,n) = U S Vᵀ -> about U Vᵀ: its singular values, but for the tiniest, become 0.7 to 1.2.
