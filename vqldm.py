@@ -27,8 +27,8 @@ Contents  1. Settings                       7. Stage 1: training      To be look
           5. Stage 1: the VQGAN            11. Sampling               D. Pictures       G. Commands
           6. Stage 1: the losses
 Run it    python vqldm.py train-vq, then train-ldm, then sample; evaluate measures.
-          trap: marks a frequent mistake, ours: what none of the papers named here does. Small
-          choices and constants without a source are common practice, or ours too.
+          With a colon, trap marks a frequent mistake, ours what none of the papers named here
+          does. Small choices and constants without a source are common practice, or ours too.
 """
 import argparse, csv, functools, json, math, os, random, re, sys, time, warnings
 from concurrent.futures import ThreadPoolExecutor
