@@ -27,8 +27,8 @@ Contents  1. Settings                       7. Stage 1: training      To be look
           5. Stage 1: the VQGAN            11. Sampling               D. Pictures       G. Commands
           6. Stage 1: the losses
 Run it    python vqldm.py train-vq, then train-ldm, then sample; evaluate measures.
-          With a colon, trap marks a frequent mistake, ours what none of the papers named here
-          does. Small choices and constants without a source are common practice, or ours too.
+          "trap" marks a frequent mistake, "ours" what none of the papers named here does. Small
+          choices and constants without a source are common practice, or ours too.
 """
 import argparse, csv, functools, json, math, os, random, re, sys, time, warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -56,7 +56,7 @@ from tqdm import tqdm
 # 1. Settings
 # Every number that you can change is one line here: name, type, default and, as comment, --help.
 # (New words are explained where they are used.) What you type beats --preset, which beats the
-# default. --resume takes the checkpoint's values: to type another is an error, but for MAY_CHANGE.
+# default. --resume takes the checkpoint's values: only those in MAY_CHANGE (below) can be retyped.
 
 class UserError(argparse.ArgumentTypeError):        # argparse puts the flag's name before it
     """What only the user can put right: told as one sentence, exit status 2."""
@@ -103,7 +103,7 @@ class VQConfig(Settings):
     z_dim: count = 3                    # d, the length of a code
     codes: count = 2048                 # K, the number of codes
     # What counts how much?
-    lpips: str = "auto"                 # LPIPS by squeeze, alex, vgg; off; auto: squeeze, else off
+    lpips: str = "auto"                 # LPIPS's net: squeeze, alex, vgg; off; auto: squeeze or off
     lpips_weight: amount = 0.1          # weight of LPIPS, a learnt distance of images
     commit_weight: amount = 0.25        # weight of the commitment loss beside the codebook's
     gan_weight: amount = 0.2            # weight of the adversarial loss, times lam; 0: no GAN
@@ -133,7 +133,7 @@ class LDMConfig(Settings):
     # Which diffusion, how large?
     T: count = 1000                     # noise levels
     schedule: str = "cosine"            # how the noise grows with t: linear, cosine
-    target: str = "v"                   # what the UNet predicts: v, or eps, then best with linear
+    target: str = "v"                   # what the UNet predicts: v; or eps, best with linear above
     widths: counts = (64, 128)          # channels of the UNet's DownBlocks
     # How fast, how long?
     ema: amount = 0.995                 # decay of the running mean of the weights
@@ -271,7 +271,7 @@ class Norm(nn.GroupNorm):
 
 def zero(layer):
     """Zeroed, a layer adds nothing at first: each block starts as its shortcut, not as noise. It
-    does learn: its gradient is input times error, not 0. Those before it follow a step later."""
+    does learn: its gradient is input times error. Layers before it follow once it is not 0."""
     zeros_(layer.weight)
     zeros_(layer.bias)
     return layer
@@ -364,7 +364,8 @@ def levels(widths):
 # The encoder makes the grid small, the codebook makes it discrete, the decoder undoes both. Why
 # discrete? For VQGAN, since its stage 2 predicts code numbers one by one, as a text's words. Here,
 # since what stage 2 gets slightly wrong is then rounded to the nearest code, and does not show.
-# The codebook is the delicate part: argmin has no gradient, and codes that never win never learn.
+# The codebook, K learnt vectors, is delicate: the choice of the nearest has no gradient, and a code
+# that is never chosen never learns.
 # Watch codes used (%) and perplexity: K if all are used equally, 1 if all have collapsed into one.
 
 class Encoder(nn.Module):
@@ -409,7 +410,7 @@ class Codebook(nn.Module):
     def __init__(self, codes, z_dim):
         super().__init__()
         self.embedding = nn.Embedding(codes, z_dim)                       # (K,d)
-        self.register_buffer("wins", torch.zeros(codes))      # (K,) since the last restart
+        self.register_buffer("wins", torch.zeros(codes))      # (K,) how often each was nearest
 
     def nearest(self, z):                                                 # (B,d,h,w)
         """The number of the nearest code of each vector: k = argmin_j ‖z - e_j‖ (VQ eq. 1)."""
@@ -433,10 +434,11 @@ class Codebook(nn.Module):
         # One distance, two losses; sg[] decides who moves:
         #   codebook_loss   the codes, to the vectors that they won       weight 1
         #   commit_loss     the encoder's vectors, to their codes         weight commit_weight: 0.25
-        # trap: 0.25 on the first and 1 on the second, as in VQGAN's own code (`paper`: 1 on both):
-        # z is tied to its codes four times as hard. Both have the same value: no curve shows it.
-        codebook_loss = F.mse_loss(z_q, z.detach())             # ‖sg[z] - e‖², as a mean over
-        commit_loss = F.mse_loss(z, z_q.detach())               # ‖z - sg[e]‖²  all numbers
+        # trap: 0.25 on the first and 1 on the second, as in VQGAN's code (so in `paper`; for Adam
+        # the first does not count): z is tied to its codes four times as hard. Both have the same
+        # value, so no curve shows it.
+        codebook_loss = F.mse_loss(z_q, z.detach())             # ‖sg[z] - e‖², mean over all
+        commit_loss = F.mse_loss(z, z_q.detach())               # ‖z - sg[e]‖², likewise
         # Straight through (VQ sec. 3.2): the value of z_q with the gradient of z. Rounding has no
         # slope, so what the decoder wants of z_q is passed on to z unchanged: a lie, but one that
         # points downhill while z and z_q are close, which is what the two losses see to.
@@ -653,8 +655,8 @@ def train_vq(cfg, state=None):
         # ---- the discriminator, on the same images ----
         if gan_on:
             with mixed:
-                # trap: without detach, D's backward goes on into the generator and, where that is
-                # not zeroed next, makes it give itself away. (Here torch refuses to: no graph.)
+                # trap: without detach, D's loss also trains the generator to be found out, unless
+                # its gradients are zeroed next. (Here torch would raise: backward freed the graph.)
                 real, fake = disc(x), disc(x_hat.detach())
             d_loss = hinge_loss(real, fake)
             # trap: the generator's backward has left gradients in D, those that raise D(fake). Not
@@ -679,18 +681,18 @@ def train_vq(cfg, state=None):
 # ------------------------------------------------------------------------------------------------
 # 8. Stage 2: diffusion
 # Noise is added to a latent in T small steps until nothing is left of it; a network learns to say
-# what was added; sampling walks back. Levels t count from 0, and level 0 has some noise already: a
-# clean latent, z0, is one below, level -1, where ᾱ = 1. In formulas, ε being normal noise:
+# what was added; sampling walks back. Levels t count from 0, and level 0 has some noise already:
+# the clean z0 is not z_t at t = 0 but one below, level -1, where ᾱ = 1. With normal noise ε:
 #   one step further     z_t = √α_t z_(t-1) + √β_t ε     β_t: how much noise is added; α_t = 1-β_t
 #   all steps at once    z_t = √ᾱ_t z0 + √(1-ᾱ_t) ε      ᾱ_t = α_0 · … · α_t: how much of z0 is left
-#                        (noises add up in variance: α_t (1-ᾱ_(t-1)) + β_t = 1-ᾱ_t)
+#     (√α_t keeps the variance at 1; that of the noises adds up: α_t (1-ᾱ_(t-1)) + β_t = 1-ᾱ_t)
 #   the network answers  ε, or v = √ᾱ_t ε - √(1-ᾱ_t) z0
 #   predict()            turns either answer into two guesses, z0_hat and eps_hat
 #   one step back        is made from these, by ddim or by ddpm
 # Why many steps, if z0_hat is there after the first? In much noise many z0 fit, and the best answer
 # by squared error is their mean, a blur. So we go a little way towards it and ask again: fewer fit.
 # Why v: at much noise ε is nearly z_t itself, so that saying it says little about z0; v is then
-# about -z0, and at little noise about ε: always what z_t hides.
+# ≈ -z0, and at little noise ≈ ε: always what z_t hides.
 
 class Diffusion:
     """A noise schedule, the loss of DDPM (Algorithm 1) and two samplers (Algorithm 2, DDIM)."""
@@ -702,7 +704,7 @@ class Diffusion:
             beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T
         elif schedule == "cosine":              # Nichol & Dhariwal 2021, arXiv 2102.09672, eq. 17
             part = torch.arange(T + 1, dtype=torch.float64) / T              # 0…1
-            # The ᾱ wanted: even in the middle; linear's last third is nearly all noise, and wasted.
+            # The ᾱ wanted falls evenly in the middle; linear's last third is wasted on near noise.
             # Without 0.008, level 0 would have 17 times less noise: too little to learn from.
             curve = torch.cos((part + 0.008) / 1.008 * math.pi / 2) ** 2
             beta = 1 - curve[1:] / curve[:-1]       # α is the quotient of two neighbouring ᾱ
@@ -741,7 +743,7 @@ class Diffusion:
         if self.target == "eps":                    # DDPM eq. 4, solved for z0
             return (z_t - (1 - a).sqrt() * out) / a.sqrt(), out
         # With √ᾱ = cos φ and √(1-ᾱ) = sin φ: z_t = cos φ z0 + sin φ ε, v = cos φ ε - sin φ z0. That
-        # is a rotation, and here it is turned back. A new target goes above.
+        # is a rotation, and here it is turned back. (A new target: above.)
         z0_hat = a.sqrt() * z_t - (1 - a).sqrt() * out                        # Salimans app. D
         eps_hat = (1 - a).sqrt() * z_t + a.sqrt() * out
         return z0_hat, eps_hat
@@ -791,16 +793,14 @@ class Diffusion:
             if sampler == "ddim":
                 # z0_hat, noised again up to t_prev, where the noise has variance 1-ᾱ_prev: σ² of it
                 # is fresh, the rest the noise that was seen; any split adds up. η = 0: none fresh.
-                # η = 1: the variance of z_prev if z_t and z0 are known (DDPM eq. 7), by Bayes:
-                # 1/σ² = α/(1-α) + 1/(1-ᾱ_prev), what z_t tells of it and what z0 tells.
+                # η = 1: as much as z_prev still varies if z_t and z0 are known (DDPM eq. 7).
                 sigma = eta * ((1 - a_prev) / (1 - a) * (1 - alpha)).sqrt()           # DDIM eq. 16
                 seen = (1 - a_prev - sigma**2).clamp(min=0).sqrt()
                 z = a_prev.sqrt() * z0_hat + seen * eps_hat               # DDIM eq. 12, its α is ᾱ
             elif sampler == "ddpm":
-                # DDPM Algorithm 2, line 4. The mean is ddim's at η = 1: z0_hat = (z-√(1-ᾱ) eps_hat)
-                # / √ᾱ, `seen` is √α (1-ᾱ_prev) / √(1-ᾱ), and ᾱ = α ᾱ_prev; so z gets 1/√α, eps_hat
-                # -(1-α) / √(α (1-ᾱ)). Only the fresh noise is more, since z0_hat is not z0 but a
-                # guess: σ² = 1-α is exact where z0 is standard normal itself (DDPM sec. 3.2).
+                # DDPM Algorithm 2, line 4. The mean is ddim's at η = 1, written with eps_hat alone
+                # (on paper: put z0_hat = (z - √(1-ᾱ) eps_hat) / √ᾱ and ᾱ = α ᾱ_prev in above). Only
+                # the fresh noise is more: z0_hat is a guess of z0 (DDPM sec. 3.2 has both σ).
                 sigma = (1 - alpha).sqrt()
                 z = (z - (1 - alpha) / (1 - a).sqrt() * eps_hat) / alpha.sqrt()
             else:
@@ -864,8 +864,8 @@ def guided(net, guide, label, w, below):
     w = 1 is strong alone; more goes further in the direction in which the class pulls. (CFG's own w
     is ours - 1.) At t >= below, where noise prevails, there is no guidance: it would cost variety
     (Kynkäänniemi 2024, arXiv 2404.07724, has none at little noise either).
-    ours: weak is not told the class, and it is guide, a copy of the running mean at a fifth of the
-    training: less trained on the same data, it is wrong in the same places, only more, so that w
+    ours: weak is not told the class, and it is `guide`, the averaged weights (update_ema) after a
+    fifth of the training: less trained, it is wrong in the same places, only more, so that w
     leads away from them. (Karras 2024, 2406.02507: younger, but told; 2312.02696: smaller.)"""
     def answer(z_t, t):
         strong = net(z_t, t, label)
@@ -1153,7 +1153,7 @@ def synthetic(i, size, seed=0):
 PHOTO = r"(?i).*\.(bmp|gif|jpe?g|png|tiff?|webp)$"      # of a path; not these:
 NO_PHOTO = (r"(?i)(_segmentation|_superpixels|_expert|-partial)[^/]*$|_mask\.\w+$|"
             r"(^|/)(\.|(grid|trajectory)\.png$)")       # masks and the like, hidden ones, our own
-HELD_OUT = r"(?i)(?<![^/])(val(id(ation)?)?|test(ing)?)/"   # (?<![^/]): only where a name starts
+HELD_OUT = r"(?i)(?<![^/])(val(id(ation)?)?|test(ing)?)/"   # (?<![^/]): after a /, or at the start
 NO_CLASS = HELD_OUT + r"|(?<![^/])(train(ing)?|(HAM10000_)?images(_part_\d)?)/"
 
 def read_image(path, size):                             # -> uint8 (3,size,size)
@@ -1454,7 +1454,7 @@ def compare(x_hat, x, lpips):                           # (B,3,H,W) in [-1,1], t
     """-> {name: (B,)}. One more measure of a reconstruction is one more line here."""
     mse = F.mse_loss(x_hat, x, reduction="none").mean((1, 2, 3))
     numbers = {"mse": mse,
-               "psnr": 10 * torch.log10(4 / mse.clamp(min=1e-10))}  # dB: +3 halves the mse
+               "psnr": 10 * torch.log10(4 / mse.clamp(min=1e-10))}  # dB; +3 halves mse
     if lpips:
         numbers["lpips"] = lpips(x_hat, x).flatten()
     return numbers
@@ -1543,8 +1543,8 @@ def evaluate(cfg):
 # ------------------------------------------------------------------------------------------------
 # F. Muon
 # A matrix is a sum of directions u vᵀ, each with a strength s (the SVD). In a kernel's gradient, as
-# a matrix (first axis, rest), a few are far stronger. Adam evens out single numbers: they still
-# lead, the rest hardly learns. Muon (kellerjordan.github.io/posts/muon) steps equally along all.
+# a matrix (first axis, rest), a few are far stronger. Adam evens out numbers: such directions lead
+# still, others hardly learn. Muon (kellerjordan.github.io/posts/muon) steps equally along all.
 
 def orthogonal(g):
     """g (r,n) = U S Vᵀ -> about U Vᵀ: its singular values, but for the tiniest, become 0.7 to 1.2.
