@@ -133,7 +133,7 @@ class LDMConfig(Settings):
     # Which diffusion, how large?
     T: count = 1000                     # noise levels
     schedule: str = "cosine"            # how the noise grows with t: linear, cosine
-    target: str = "v"                   # what the UNet predicts: v; or eps, best with linear above
+    target: str = "v"                   # what the UNet predicts: v; or eps, with --schedule linear
     widths: counts = (64, 128)          # channels of the UNet's DownBlocks
     # How fast, how long?
     ema: amount = 0.995                 # decay of the running mean of the weights
@@ -158,7 +158,7 @@ class SampleConfig(Settings):
 class EvaluateConfig(Settings):
     """measure a checkpoint of either stage on images that it never saw"""
     ckpt: str = "runs/ldm"              # run folder or checkpoint of either stage
-    data: source = ""                   # a folder of other images; empty: unseen ones of training's
+    data: source = ""                   # folder of other images; empty: unseen ones of its own kind
     n: count = 500                      # how many images, at most, and how many samples
 
 PRESETS = {             # a preset is a row of flags, which yours overrule
@@ -434,8 +434,8 @@ class Codebook(nn.Module):
         # One distance, two losses; sg[] decides who moves:
         #   codebook_loss   the codes, to the vectors that they won       weight 1
         #   commit_loss     the encoder's vectors, to their codes         weight commit_weight: 0.25
-        # trap: 0.25 on the first and 1 on the second, as in VQGAN's code (so in `paper`; for Adam
-        # the first does not count): z is tied to its codes four times as hard. Both have the same
+        # trap: 0.25 on the first and 1 on the second, as in VQGAN's code (`paper` has its 1; for
+        # Adam the first does not count): z is tied to its codes four times as hard. Both have the same
         # value, so no curve shows it.
         codebook_loss = F.mse_loss(z_q, z.detach())             # ‖sg[z] - e‖², mean over all
         commit_loss = F.mse_loss(z, z_q.detach())               # ‖z - sg[e]‖², likewise
@@ -799,7 +799,7 @@ class Diffusion:
                 z = a_prev.sqrt() * z0_hat + seen * eps_hat               # DDIM eq. 12, its α is ᾱ
             elif sampler == "ddpm":
                 # DDPM Algorithm 2, line 4. The mean is ddim's at η = 1, written with eps_hat alone
-                # (on paper: put z0_hat = (z - √(1-ᾱ) eps_hat) / √ᾱ and ᾱ = α ᾱ_prev in above). Only
+                # (on paper: put in z0_hat = (z - √(1-ᾱ) eps_hat) / √ᾱ and ᾱ = α ᾱ_prev). Only
                 # the fresh noise is more: z0_hat is a guess of z0 (DDPM sec. 3.2 has both σ).
                 sigma = (1 - alpha).sqrt()
                 z = (z - (1 - alpha) / (1 - a).sqrt() * eps_hat) / alpha.sqrt()
