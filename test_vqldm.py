@@ -5,8 +5,7 @@ The strongest laws have an oracle: where the data is a known mixture of Gaussian
 network is a formula. Stronger still are the references: both trainings, written out once more as
 plainly as possible; the program must end with the same weights. No network, no GPU.
 """
-import ast, copy, functools, itertools, json, math, os, re                      # noqa: E401
-import shutil, signal, subprocess, sys, types                          # noqa: E401
+import ast, copy, functools, itertools, json, math, os, re, shutil, signal, subprocess, sys, types
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,7 +15,6 @@ import pytest
 import torch.nn.functional as F
 from torch import nn
 import torch
-
 import vqldm
 from vqldm import Diffusion, UserError, rng
 
@@ -419,7 +417,7 @@ def test_alpha_bar_is_the_product_and_ends_near_0_for_every_T(schedule, T):
 
 @pytest.mark.parametrize("target", ["v", "eps"])
 def test_predict_takes_the_noise_away_and_predicting_nothing_costs_1(target):
-    """At every level, and of latents with std 5 too: no z0 is clipped."""
+    """At every level, of latents with std 5 too: no clipping. A target that it lacks is refused."""
     d, t, (z0, eps) = Diffusion(1000, "linear", target), torch.arange(1000), randn(2, 1000, 4, 4, 4)
     z_t, a = d.add_noise(5 * z0, t, eps), d.alpha_bar[:-1].view(-1, 1, 1, 1)
     assert torch.allclose(z_t, a.sqrt() * 5 * z0 + (1 - a).sqrt() * eps, atol=1e-5)
@@ -428,6 +426,8 @@ def test_predict_takes_the_noise_away_and_predicting_nothing_costs_1(target):
         assert torch.allclose(got[:800], want[:800], atol=1e-3)
     nothing = d.loss(lambda z_t, t, label: 0 * z_t, z0, t, eps, None)
     assert nothing.shape == (1000,) and abs(nothing.mean() - 1) < 5 * math.sqrt(2 / z0.numel())
+    d.target = "x0"
+    pytest.raises(UserError, d.predict, right, z_t, t)
 
 def test_pairs_are_exactly_S_steps_for_every_S():
     """From T-1 strictly down to -1, in growing strides."""

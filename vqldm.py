@@ -80,7 +80,6 @@ def amount(text):
 @dataclass(frozen=True)
 class Settings:
     """What every command can be told."""
-    kind = ""                           # without a type: no setting
     seed: int = 0                       # every random number of a run is a function of it
     device: str = "auto"                # auto, or a torch device: cpu, cuda:1, mps
     out: str = ""                       # empty: runs/vq, runs/ldm, runs/samples, or --ckpt's folder
@@ -92,7 +91,7 @@ class Settings:
 @dataclass(frozen=True)
 class VQConfig(Settings):
     """stage 1: train the VQGAN, image -> codes -> image"""
-    kind = "vq"
+    kind = "vq"                         # without a type: no setting
     preset: str = "default"             # tiny, for seconds; paper, 256×256, on a GPU
     # Which images?
     data: source = "synthetic"          # 'synthetic', or a folder of images; class = its subfolder
@@ -435,8 +434,8 @@ class Codebook(nn.Module):
         #   codebook_loss   the codes, to the vectors that they won       weight 1
         #   commit_loss     the encoder's vectors, to their codes         weight commit_weight: 0.25
         # trap: 0.25 on the first and 1 on the second, as in VQGAN's code (`paper` has its 1; for
-        # Adam the first does not count): z is tied to its codes four times as hard. Both have the same
-        # value, so no curve shows it.
+        # Adam the first does not count): z is tied to its codes four times as hard. Both have the
+        # same value, so no curve shows it.
         codebook_loss = F.mse_loss(z_q, z.detach())             # ‖sg[z] - e‖², mean over all
         commit_loss = F.mse_loss(z, z_q.detach())               # ‖z - sg[e]‖², likewise
         # Straight through (VQ sec. 3.2): the value of z_q with the gradient of z. Rounding has no
@@ -675,8 +674,6 @@ def train_vq(cfg, state=None):
             held = look_vq(vqgan, images, lpips, run.picture("recon"), mixed)
             run.tell_look(held)
 
-    if not lpips:
-        say("trained WITHOUT LPIPS")
     return run.finish("next: python vqldm.py train-ldm --vq")
 # ------------------------------------------------------------------------------------------------
 # 8. Stage 2: diffusion
@@ -710,11 +707,11 @@ class Diffusion:
             beta = 1 - curve[1:] / curve[:-1]       # α is the quotient of two neighbouring ᾱ
         else:
             raise UserError(f"--schedule {schedule}: must be linear or cosine")
-        alpha = 1 - beta.clamp(max=0.999)           # cosine's last β is 1, and we divide by √ᾱ
+        alpha = 1 - beta.clamp(max=0.999)           # β = 1 would end at ᾱ = 0, and we divide by √ᾱ
         alpha_bar = alpha.cumprod(0)                # in float64: rounded once, not T times
         # A 1 behind the last: alpha_bar[-1] is that of z0 itself, level -1, where sampling ends.
         self.alpha_bar = F.pad(alpha_bar, (0, 1), value=1).float()            # (T+1,)
-        self.goal(alpha, alpha, alpha)              # only to raise at an unknown target
+        self.predict(alpha, alpha, 0)               # only to raise at an unknown target
 
     def alpha_bar_at(self, t, z):
         """ᾱ_t, shaped to multiply z, for t (B,) or one t."""
@@ -730,9 +727,8 @@ class Diffusion:
         """What the network shall answer."""
         if self.target == "eps":
             return eps
-        if self.target == "v":                      # Salimans app. D: v = √ᾱ ε - √(1-ᾱ) z0
-            return a.sqrt() * eps - (1 - a).sqrt() * z0
-        raise UserError(f"--target {self.target}: must be v or eps")
+        demand(self.target == "v", f"--target {self.target}: must be v or eps")
+        return a.sqrt() * eps - (1 - a).sqrt() * z0     # Salimans app. D: v = √ᾱ ε - √(1-ᾱ) z0
 
     def predict(self, out, z_t, t):
         """The network's answer -> (z0_hat, eps_hat), both (B,d,h,w).
@@ -742,8 +738,9 @@ class Diffusion:
         a = self.alpha_bar_at(t, z_t)
         if self.target == "eps":                    # DDPM eq. 4, solved for z0
             return (z_t - (1 - a).sqrt() * out) / a.sqrt(), out
+        demand(self.target == "v", f"--target {self.target}: must be v or eps")
         # With √ᾱ = cos φ and √(1-ᾱ) = sin φ: z_t = cos φ z0 + sin φ ε, v = cos φ ε - sin φ z0. That
-        # is a rotation, and here it is turned back. (A new target: above.)
+        # is a rotation, and here it is turned back.
         z0_hat = a.sqrt() * z_t - (1 - a).sqrt() * out                        # Salimans app. D
         eps_hat = (1 - a).sqrt() * z_t + a.sqrt() * out
         return z0_hat, eps_hat
@@ -940,7 +937,7 @@ def train_ldm(cfg, state=None):
     diffusion = Diffusion(cfg.T, cfg.schedule, cfg.target)
     device, mixed = pick_device(cfg)
     # A resumed run has its VQGAN in its own checkpoint (see facts).
-    vq = state.get("vq", {}) if state else load_checkpoint(cfg.vq, "--vq", "vq")
+    vq = state.get("vq") if state else load_checkpoint(cfg.vq, "--vq", "vq")
     vqgan, vq_cfg = load_vqgan(vq, device)
     side = vq_cfg.side
     demand(side % 2 ** len(cfg.widths) == 0, "--widths: codes cannot be halved so often")
@@ -1451,7 +1448,8 @@ def draw_trajectory(path, model, cfg, label):           # from noise to one imag
 # distance look through the network that is stage 1's loss by default: they flatter such models.
 
 def compare(x_hat, x, lpips):                           # (B,3,H,W) in [-1,1], twice
-    """-> {name: (B,)}. One more measure of a reconstruction is one more line here."""
+    """-> {name: (B,)}. One more measure of a reconstruction, at all looks too, is one more line
+    here. What wants images from 0 on, as SSIM does, is given (x + 1) / 2."""
     mse = F.mse_loss(x_hat, x, reduction="none").mean((1, 2, 3))
     numbers = {"mse": mse,
                "psnr": 10 * torch.log10(4 / mse.clamp(min=1e-10))}  # dB; +3 halves mse
