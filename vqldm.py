@@ -1037,6 +1037,7 @@ class LatentDiffusion:
     def walk(self, cfg, numbers, label):
         """From noise: yields (z_t, z0_hat) after each step. Call it inside `mixed`."""
         noise = self.noise(cfg.seed, numbers)
+        # Guidance below 0.8 T: by the cosine schedule, where ᾱ is above 0.09.
         net = guided(self.net, self.guide, label.to(self.device), cfg.guidance, 0.8 * self.cfg.T)
         steps = min(cfg.steps, self.cfg.T)
         return self.diffusion.sample(net, noise(), steps, cfg.sampler, cfg.eta, noise)
