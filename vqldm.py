@@ -265,7 +265,7 @@ class Norm(nn.GroupNorm):
     """GroupNorm for any width: brings each group of channels to mean 0 and std 1, then scales and
     shifts each channel as learnt. It looks at each image alone: the batch size changes nothing."""
     def __init__(self, c):
-        groups = math.gcd(32, c // 4 or 1, c)       # a divisor of c: 16 → 4, 64 → 16, 128 → 32
+        groups = math.gcd(32, c // 4 or 1, c)       # at most 32, of 4 or more: 16 → 4, 64 → 16
         super().__init__(groups, c)
 
 def zero(layer):
@@ -433,9 +433,8 @@ class Codebook(nn.Module):
         # One distance, two losses; sg[] decides who moves:
         #   codebook_loss   the codes, to the vectors that they won       weight 1
         #   commit_loss     the encoder's vectors, to their codes         weight commit_weight: 0.25
-        # trap: 0.25 on the first and 1 on the second, as in VQGAN's code (`paper` has its 1; for
-        # Adam the first does not count): z is tied to its codes four times as hard. Both have the
-        # same value, so no curve shows it.
+        # trap: 0.25 on the first and 1 on the second, as in VQGAN's own code: z is tied to its
+        # codes four times as hard. Both losses have the same value, so no curve shows it.
         codebook_loss = F.mse_loss(z_q, z.detach())             # ‖sg[z] - e‖², mean over all
         commit_loss = F.mse_loss(z, z_q.detach())               # ‖z - sg[e]‖², likewise
         # Straight through (VQ sec. 3.2): the value of z_q with the gradient of z. Rounding has no
@@ -682,7 +681,8 @@ def train_vq(cfg, state=None):
 # the clean z0 is not z_t at t = 0 but one below, level -1, where ᾱ = 1. With normal noise ε:
 #   one step further     z_t = √α_t z_(t-1) + √β_t ε     β_t: how much noise is added; α_t = 1-β_t
 #   all steps at once    z_t = √ᾱ_t z0 + √(1-ᾱ_t) ε      ᾱ_t = α_0 · … · α_t: how much of z0 is left
-#     (√α_t keeps the variance at 1; that of the noises adds up: α_t (1-ᾱ_(t-1)) + β_t = 1-ᾱ_t)
+#     (one ε stands for those of all steps. Variances add up: old noise, shrunk, and new give
+#     α_t (1-ᾱ_(t-1)) + β_t, which is 1-ᾱ_t, since α_t ᾱ_(t-1) = ᾱ_t and β_t = 1-α_t)
 #   the network answers  ε, or v = √ᾱ_t ε - √(1-ᾱ_t) z0
 #   predict()            turns either answer into two guesses, z0_hat and eps_hat
 #   one step back        is made from these, by ddim or by ddpm
@@ -790,14 +790,14 @@ class Diffusion:
             if sampler == "ddim":
                 # z0_hat, noised again up to t_prev, where the noise has variance 1-ᾱ_prev: σ² of it
                 # is fresh, the rest the noise that was seen; any split adds up. η = 0: none fresh.
-                # η = 1: as much as z_prev still varies if z_t and z0 are known (DDPM eq. 7).
+                # η = 1: the variance of z_prev if z_t and z0 are known (by Bayes: DDPM eq. 7).
                 sigma = eta * ((1 - a_prev) / (1 - a) * (1 - alpha)).sqrt()           # DDIM eq. 16
                 seen = (1 - a_prev - sigma**2).clamp(min=0).sqrt()
                 z = a_prev.sqrt() * z0_hat + seen * eps_hat               # DDIM eq. 12, its α is ᾱ
             elif sampler == "ddpm":
                 # DDPM Algorithm 2, line 4. The mean is ddim's at η = 1, written with eps_hat alone
                 # (on paper: put in z0_hat = (z - √(1-ᾱ) eps_hat) / √ᾱ and ᾱ = α ᾱ_prev). Only
-                # the fresh noise is more: z0_hat is a guess of z0 (DDPM sec. 3.2 has both σ).
+                # the fresh noise is more, all that one step adds: z0_hat may be wrong (sec. 3.2).
                 sigma = (1 - alpha).sqrt()
                 z = (z - (1 - alpha) / (1 - a).sqrt() * eps_hat) / alpha.sqrt()
             else:
@@ -862,8 +862,8 @@ def guided(net, guide, label, w, below):
     is ours - 1.) At t >= below, where noise prevails, there is no guidance: it would cost variety
     (Kynkäänniemi 2024, arXiv 2404.07724, has none at little noise either).
     ours: weak is not told the class, and it is `guide`, the averaged weights (update_ema) after a
-    fifth of the training: less trained, it is wrong in the same places, only more, so that w
-    leads away from them. (Karras 2024, 2406.02507: younger, but told; 2312.02696: smaller.)"""
+    fifth of the training: less trained, it is wrong in the same places, only more, and w leads away
+    from them. (Karras's weak: younger, but told, 2406.02507; a smaller net, 2312.02696.)"""
     def answer(z_t, t):
         strong = net(z_t, t, label)
         if w == 1 or t[0] >= below:
@@ -1453,7 +1453,7 @@ def compare(x_hat, x, lpips):                           # (B,3,H,W) in [-1,1], t
     here. What wants images from 0 on, as SSIM does, is given (x + 1) / 2."""
     mse = F.mse_loss(x_hat, x, reduction="none").mean((1, 2, 3))
     numbers = {"mse": mse,
-               "psnr": 10 * torch.log10(4 / mse.clamp(min=1e-10))}  # dB; +3 halves mse
+               "psnr": 10 * torch.log10(4 / mse.clamp(min=1e-10))}  # 4 = 2², squared range
     if lpips:
         numbers["lpips"] = lpips(x_hat, x).flatten()
     return numbers
@@ -1542,8 +1542,8 @@ def evaluate(cfg):
 # ------------------------------------------------------------------------------------------------
 # F. Muon
 # A matrix is a sum of directions u vᵀ, each with a strength s (the SVD). In a kernel's gradient, as
-# a matrix (first axis, rest), a few are far stronger. Adam evens out numbers: such directions lead
-# still, others hardly learn. Muon (kellerjordan.github.io/posts/muon) steps equally along all.
+# a matrix (first axis, rest), a few are far stronger. Adam evens out entries, not directions: the
+# strong lead, others hardly learn. Muon (kellerjordan.github.io/posts/muon) steps equally along all.
 
 def orthogonal(g):
     """g (r,n) = U S Vᵀ -> about U Vᵀ: its singular values, but for the tiniest, become 0.7 to 1.2.
@@ -1568,7 +1568,7 @@ class Muon(torch.optim.Optimizer):
                 if not state:
                     state["mean"] = torch.zeros_like(p)
                 state["mean"].lerp_(p.grad, 0.05)
-                g = p.grad.lerp(state["mean"], 0.95).flatten(1)    # Nesterov: .05 grad, .95 mean
+                g = p.grad.lerp(state["mean"], 0.95).flatten(1)    # Nesterov: newest counts more
                 p.sub_(group["lr"] * orthogonal(g).view_as(p))
 # ------------------------------------------------------------------------------------------------
 # G. Commands
