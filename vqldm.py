@@ -265,7 +265,7 @@ class Norm(nn.GroupNorm):
     """GroupNorm for any width: brings each group of channels to mean 0 and std 1, then scales and
     shifts each channel as learnt. It looks at each image alone: the batch size changes nothing."""
     def __init__(self, c):
-        groups = math.gcd(32, c // 4 or 1, c)       # at most 32, of 4 or more: 16 → 4, 64 → 16
+        groups = math.gcd(32, c // 4 or 1, c)       # at most 32 groups, each of 4 or more
         super().__init__(groups, c)
 
 def zero(layer):
@@ -401,8 +401,8 @@ class Decoder(nn.Module):
         for block in self.up:
             y = block(y)                                                  # the grid doubles m times
         y = F.silu(self.norm(y))
-        with torch.autocast(y.device.type, enabled=False):  # fp32: lam (section 6) is a
-            return self.last(y.float())     # quotient of this layer's gradients. (B,3,H,W)
+        with torch.autocast(y.device.type, enabled=False):  # fp32: section 6 divides
+            return self.last(y.float())     # two gradients of this layer by each other. (B,3,H,W)
 
 class Codebook(nn.Module):
     """Replaces each vector of z by the nearest of K learned ones (VQ sec. 3.1)."""
@@ -433,8 +433,8 @@ class Codebook(nn.Module):
         # One distance, two losses; sg[] decides who moves:
         #   codebook_loss   the codes, to the vectors that they won       weight 1
         #   commit_loss     the encoder's vectors, to their codes         weight commit_weight: 0.25
-        # trap: 0.25 on the first and 1 on the second, as in VQGAN's own code: z is tied to its
-        # codes four times as hard. Both losses have the same value, so no curve shows it.
+        # trap: the weights swapped, as in VQGAN's own code: z is tied to its codes four times as
+        # hard. (`paper`: 1 and 1.) Both losses have the same value, so no curve shows it.
         codebook_loss = F.mse_loss(z_q, z.detach())             # ‖sg[z] - e‖², mean over all
         commit_loss = F.mse_loss(z, z_q.detach())               # ‖z - sg[e]‖², likewise
         # Straight through (VQ sec. 3.2): the value of z_q with the gradient of z. Rounding has no
@@ -653,8 +653,8 @@ def train_vq(cfg, state=None):
         # ---- the discriminator, on the same images ----
         if gan_on:
             with mixed:
-                # trap: without detach, D's loss also trains the generator to be found out, unless
-                # its gradients are zeroed next. (Here torch would raise: backward freed the graph.)
+                # trap: without detach, D's loss leaves gradients in the generator, towards images
+                # that are easily seen as fake. (Here torch would raise: backward freed the graph.)
                 real, fake = disc(x), disc(x_hat.detach())
             d_loss = hinge_loss(real, fake)
             # trap: the generator's backward has left gradients in D, those that raise D(fake). Not
@@ -679,7 +679,7 @@ def train_vq(cfg, state=None):
 # Noise is added to a latent in T small steps until nothing is left of it; a network learns to say
 # what was added; sampling walks back. Levels t count from 0, and level 0 has some noise already:
 # the clean z0 is not z_t at t = 0 but one below, level -1, where ᾱ = 1. With normal noise ε:
-#   one step further     z_t = √α_t z_(t-1) + √β_t ε     β_t: how much noise is added; α_t = 1-β_t
+#   one step further     z_t = √α_t z_(t-1) + √β_t ε     β_t: noise added; α_t = 1-β_t: variance 1
 #   all steps at once    z_t = √ᾱ_t z0 + √(1-ᾱ_t) ε      ᾱ_t = α_0 · … · α_t: how much of z0 is left
 #     (one ε stands for those of all steps. Variances add up: old noise, shrunk, and new give
 #     α_t (1-ᾱ_(t-1)) + β_t, which is 1-ᾱ_t, since α_t ᾱ_(t-1) = ᾱ_t and β_t = 1-α_t)
@@ -701,7 +701,7 @@ class Diffusion:
             beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T
         elif schedule == "cosine":              # Nichol & Dhariwal 2021, arXiv 2102.09672, eq. 17
             part = torch.arange(T + 1, dtype=torch.float64) / T              # 0…1
-            # The ᾱ wanted falls evenly in the middle; linear's last third is wasted on near noise.
+            # curve: the ᾱ that we want, even in its fall; linear's last third is nearly all noise.
             # Without 0.008, level 0 would have 17 times less noise: too little to learn from.
             curve = torch.cos((part + 0.008) / 1.008 * math.pi / 2) ** 2
             beta = 1 - curve[1:] / curve[:-1]       # α is the quotient of two neighbouring ᾱ
@@ -790,14 +790,15 @@ class Diffusion:
             if sampler == "ddim":
                 # z0_hat, noised again up to t_prev, where the noise has variance 1-ᾱ_prev: σ² of it
                 # is fresh, the rest the noise that was seen; any split adds up. η = 0: none fresh.
-                # η = 1: the variance of z_prev if z_t and z0 are known (by Bayes: DDPM eq. 7).
+                # η = 1: the variance of z_prev if z_t and z0 are known (DDPM eq. 7; by Bayes it is
+                # 1/σ² = 1/(1-ᾱ_prev) + α/(1-α): what z0 and what z_t say of z_prev).
                 sigma = eta * ((1 - a_prev) / (1 - a) * (1 - alpha)).sqrt()           # DDIM eq. 16
                 seen = (1 - a_prev - sigma**2).clamp(min=0).sqrt()
                 z = a_prev.sqrt() * z0_hat + seen * eps_hat               # DDIM eq. 12, its α is ᾱ
             elif sampler == "ddpm":
-                # DDPM Algorithm 2, line 4. The mean is ddim's at η = 1, written with eps_hat alone
-                # (on paper: put in z0_hat = (z - √(1-ᾱ) eps_hat) / √ᾱ and ᾱ = α ᾱ_prev). Only
-                # the fresh noise is more, all that one step adds: z0_hat may be wrong (sec. 3.2).
+                # DDPM Algorithm 2, line 4. The mean is that of ddim at η = 1. (On paper:
+                # seen = √α (1-ᾱ_prev) / √(1-ᾱ), z0_hat = (z - √(1-ᾱ) eps_hat) / √ᾱ, ᾱ = α ᾱ_prev.)
+                # Only σ² is more, 1-α: as z0 is only guessed, z_prev is less certain (sec. 3.2).
                 sigma = (1 - alpha).sqrt()
                 z = (z - (1 - alpha) / (1 - a).sqrt() * eps_hat) / alpha.sqrt()
             else:
@@ -832,8 +833,8 @@ class UNet(nn.Module):
         there = levels(widths)                                            # 64 → 64 → 128
         self.down = nn.ModuleList([DownBlock(c_in, c_out, E) for c_in, c_out in there])
         self.mid = MidBlock(widths[-1], E)
-        # Each UpBlock mirrors a DownBlock, so (out, in) again. As much as comes in from below comes
-        # in as the skip: 128 + 128 → 64, then 64 + 64 → 64.
+        # Each UpBlock mirrors a DownBlock, so (out, in) again. The skip has as many
+        # channels as what comes from below: 128 + 128 → 64, then 64 + 64 → 64.
         back = reversed(there)
         self.up = nn.ModuleList([UpBlock(c_in, c_out, E, c_skip=c_in) for c_out, c_in in back])
         self.norm = Norm(widths[0])
@@ -1197,7 +1198,7 @@ class Images:
         folder = Path(source)
         if source == "synthetic":
             kinds = list(LESIONS) * cfg.n_images
-            # name, class, held out?, what else the pixels depend on
+            # name, class, held out? (a tenth of each class), what else the pixels depend on
             found = [(i, kinds[i], i // 4 % 10 == 0, cfg.seed) for i in range(cfg.n_images)]
         else:
             found = find_images(folder)
@@ -1298,7 +1299,7 @@ def open_run(cfg, typed, resume, overwrite):
     differ = [f"{flag(name)} was {getattr(old, name)}" for name, value in typed.items()
               if name not in MAY_CHANGE and value != getattr(old, name)]
     demand(not differ, f"--resume goes on with the recorded settings: {differ}")
-    return replace(old, **{**typed, "out": cfg.out}), state
+    return replace(old, **{**typed, "out": cfg.out}), state     # out: where it lies now
 
 class Run:
     """A training under way: yields steps until --epochs, --minutes or a signal end it; logs, saves.
@@ -1342,7 +1343,7 @@ class Run:
         # Ctrl-C and SIGTERM only ask: the step is finished and saved. A second Ctrl-C ends at once.
         def ask(number, frame):
             self.status = 128 + number
-            signal(SIGINT, SIG_DFL)             # (torchrun may pass on several SIGTERMs)
+            signal(SIGINT, SIG_DFL)             # not SIGTERM: torchrun may send several
         signal(SIGINT, ask)
         signal(SIGTERM, ask)
         with bar(None, "training", self.steps - self.step) as self.line:
@@ -1453,7 +1454,7 @@ def compare(x_hat, x, lpips):                           # (B,3,H,W) in [-1,1], t
     here. What wants images from 0 on, as SSIM does, is given (x + 1) / 2."""
     mse = F.mse_loss(x_hat, x, reduction="none").mean((1, 2, 3))
     numbers = {"mse": mse,
-               "psnr": 10 * torch.log10(4 / mse.clamp(min=1e-10))}  # 4 = 2², squared range
+               "psnr": 10 * torch.log10(4 / mse.clamp(min=1e-10))}  # dB, high is good
     if lpips:
         numbers["lpips"] = lpips(x_hat, x).flatten()
     return numbers
@@ -1543,11 +1544,11 @@ def evaluate(cfg):
 # F. Muon
 # A matrix is a sum of directions u vᵀ, each with a strength s (the SVD). In a kernel's gradient, as
 # a matrix (first axis, rest), a few are far stronger. Adam evens out entries, not directions: the
-# strong lead, others hardly learn. Muon (kellerjordan.github.io/posts/muon) steps equally along all.
+# strong lead, others hardly learn. Muon (kellerjordan.github.io/posts/muon) steps alike along all.
 
 def orthogonal(g):
-    """g (r,n) = U S Vᵀ -> about U Vᵀ: its singular values, but for the tiniest, become 0.7 to 1.2.
-    Newton-Schulz, without an SVD: x xᵀ x = U S³ Vᵀ: sums of such products change S alone. A round
+    """g (r,n) = U S Vᵀ -> about U Vᵀ: g's singular values, but for the tiniest, become 0.7 to 1.2.
+    Newton-Schulz needs no SVD: since x xᵀ x = U S³ Vᵀ, sums of odd powers change S alone. A round
     takes each s to 3.4445 s - 4.775 s³ + 2.0315 s⁵ (Jordan): small ones grow, all end near 1."""
     x = g / (g.norm() + 1e-7)                           # now every s is at most 1, as this wants
     for _ in range(5):
@@ -1556,7 +1557,7 @@ def orthogonal(g):
     return x
 
 class Muon(torch.optim.Optimizer):
-    """Steps of lr along orthogonal(running mean of the gradient). (Jordan's: times √max(1,r/n).)"""
+    """Steps of lr along orthogonal(running mean of the gradient); Jordan's: × √max(1,r/n)."""
     def __init__(self, kernels, lr):
         super().__init__([{"params": kernels}], {"lr": lr})
 
