@@ -401,8 +401,8 @@ class Decoder(nn.Module):
         for block in self.up:
             y = block(y)                                                  # the grid doubles m times
         y = F.silu(self.norm(y))
-        with torch.autocast(y.device.type, enabled=False):  # fp32: section 6 divides
-            return self.last(y.float())     # two gradients of this layer by each other. (B,3,H,W)
+        with torch.autocast(y.device.type, enabled=False):  # fp32: lam (section 6) is a ratio
+            return self.last(y.float())     # of its gradients: bf16 is too coarse. (B,3,H,W)
 
 class Codebook(nn.Module):
     """Replaces each vector of z by the nearest of K learned ones (VQ sec. 3.1)."""
@@ -433,8 +433,8 @@ class Codebook(nn.Module):
         # One distance, two losses; sg[] decides who moves:
         #   codebook_loss   the codes, to the vectors that they won       weight 1
         #   commit_loss     the encoder's vectors, to their codes         weight commit_weight: 0.25
-        # trap: the weights swapped, as in VQGAN's own code: z is tied to its codes four times as
-        # hard. (`paper`: 1 and 1.) Both losses have the same value, so no curve shows it.
+        # trap: weights swapped, as in VQGAN's own code (or 1 and 1, as in `paper`: to Adam the same,
+        # section 7). z is tied to its codes four times as hard, and no curve shows it.
         codebook_loss = F.mse_loss(z_q, z.detach())             # ‖sg[z] - e‖², mean over all
         commit_loss = F.mse_loss(z, z_q.detach())               # ‖z - sg[e]‖², likewise
         # Straight through (VQ sec. 3.2): the value of z_q with the gradient of z. Rounding has no
@@ -790,14 +790,14 @@ class Diffusion:
             if sampler == "ddim":
                 # z0_hat, noised again up to t_prev, where the noise has variance 1-ᾱ_prev: σ² of it
                 # is fresh, the rest the noise that was seen; any split adds up. η = 0: none fresh.
-                # η = 1: the variance of z_prev if z_t and z0 are known (DDPM eq. 7; by Bayes it is
-                # 1/σ² = 1/(1-ᾱ_prev) + α/(1-α): what z0 and what z_t say of z_prev).
+                # η = 1: the variance of z_prev, given z_t and z0 (DDPM eq. 7). Two normals are
+                # multiplied, so 1/σ² is a sum, 1/(1-ᾱ_prev) from z0 and α/(1-α) from z_t.
                 sigma = eta * ((1 - a_prev) / (1 - a) * (1 - alpha)).sqrt()           # DDIM eq. 16
                 seen = (1 - a_prev - sigma**2).clamp(min=0).sqrt()
                 z = a_prev.sqrt() * z0_hat + seen * eps_hat               # DDIM eq. 12, its α is ᾱ
             elif sampler == "ddpm":
-                # DDPM Algorithm 2, line 4. The mean is that of ddim at η = 1. (On paper:
-                # seen = √α (1-ᾱ_prev) / √(1-ᾱ), z0_hat = (z - √(1-ᾱ) eps_hat) / √ᾱ, ᾱ = α ᾱ_prev.)
+                # DDPM Algorithm 2, line 4. The mean is that of ddim at η = 1: put in its last line
+                # seen = √α (1-ᾱ_prev) / √(1-ᾱ), z0_hat = (z - √(1-ᾱ) eps_hat) / √ᾱ, ᾱ = α ᾱ_prev.
                 # Only σ² is more, 1-α: as z0 is only guessed, z_prev is less certain (sec. 3.2).
                 sigma = (1 - alpha).sqrt()
                 z = (z - (1 - alpha) / (1 - a).sqrt() * eps_hat) / alpha.sqrt()
@@ -1454,7 +1454,7 @@ def compare(x_hat, x, lpips):                           # (B,3,H,W) in [-1,1], t
     here. What wants images from 0 on, as SSIM does, is given (x + 1) / 2."""
     mse = F.mse_loss(x_hat, x, reduction="none").mean((1, 2, 3))
     numbers = {"mse": mse,
-               "psnr": 10 * torch.log10(4 / mse.clamp(min=1e-10))}  # dB, high is good
+               "psnr": 10 * torch.log10(4 / mse.clamp(min=1e-10))}  # dB: 2², the peak, to error
     if lpips:
         numbers["lpips"] = lpips(x_hat, x).flatten()
     return numbers
@@ -1557,7 +1557,7 @@ def orthogonal(g):
     return x
 
 class Muon(torch.optim.Optimizer):
-    """Steps of lr along orthogonal(running mean of the gradient); Jordan's: × √max(1,r/n)."""
+    """Steps of lr along orthogonal(running mean of the gradient), without Jordan's √max(1,r/n)."""
     def __init__(self, kernels, lr):
         super().__init__([{"params": kernels}], {"lr": lr})
 
