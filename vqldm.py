@@ -433,8 +433,8 @@ class Codebook(nn.Module):
         # One distance, two losses; sg[] decides who moves:
         #   codebook_loss   the codes, to the vectors that they won       weight 1
         #   commit_loss     the encoder's vectors, to their codes         weight commit_weight: 0.25
-        # trap: weights swapped, as in VQGAN's own code (or 1 and 1, as in `paper`: to Adam the same,
-        # section 7). z is tied to its codes four times as hard, and no curve shows it.
+        # trap: commit_weight 1, as in `paper` (VQGAN's code: 1, and 0.25 on codebook_loss, which
+        # Adam cancels, section 7): z is tied to its codes four times as hard; no curve shows it.
         codebook_loss = F.mse_loss(z_q, z.detach())             # ‖sg[z] - e‖², mean over all
         commit_loss = F.mse_loss(z, z_q.detach())               # ‖z - sg[e]‖², likewise
         # Straight through (VQ sec. 3.2): the value of z_q with the gradient of z. Rounding has no
@@ -679,7 +679,7 @@ def train_vq(cfg, state=None):
 # Noise is added to a latent in T small steps until nothing is left of it; a network learns to say
 # what was added; sampling walks back. Levels t count from 0, and level 0 has some noise already:
 # the clean z0 is not z_t at t = 0 but one below, level -1, where ᾱ = 1. With normal noise ε:
-#   one step further     z_t = √α_t z_(t-1) + √β_t ε     β_t: noise added; α_t = 1-β_t: variance 1
+#   one step further     z_t = √α_t z_(t-1) + √β_t ε     β_t: noise; α_t = 1-β_t: variance stays 1
 #   all steps at once    z_t = √ᾱ_t z0 + √(1-ᾱ_t) ε      ᾱ_t = α_0 · … · α_t: how much of z0 is left
 #     (one ε stands for those of all steps. Variances add up: old noise, shrunk, and new give
 #     α_t (1-ᾱ_(t-1)) + β_t, which is 1-ᾱ_t, since α_t ᾱ_(t-1) = ᾱ_t and β_t = 1-α_t)
@@ -790,13 +790,13 @@ class Diffusion:
             if sampler == "ddim":
                 # z0_hat, noised again up to t_prev, where the noise has variance 1-ᾱ_prev: σ² of it
                 # is fresh, the rest the noise that was seen; any split adds up. η = 0: none fresh.
-                # η = 1: the variance of z_prev, given z_t and z0 (DDPM eq. 7). Two normals are
-                # multiplied, so 1/σ² is a sum, 1/(1-ᾱ_prev) from z0 and α/(1-α) from z_t.
+                # η = 1: the variance of z_prev, given z_t and z0 (DDPM eq. 7). z0 alone leaves it
+                # 1-ᾱ_prev, z_t alone (1-α)/α; of two normals multiplied, the 1/variances add up.
                 sigma = eta * ((1 - a_prev) / (1 - a) * (1 - alpha)).sqrt()           # DDIM eq. 16
                 seen = (1 - a_prev - sigma**2).clamp(min=0).sqrt()
                 z = a_prev.sqrt() * z0_hat + seen * eps_hat               # DDIM eq. 12, its α is ᾱ
             elif sampler == "ddpm":
-                # DDPM Algorithm 2, line 4. The mean is that of ddim at η = 1: put in its last line
+                # DDPM Algorithm 2, line 4. The mean is ddim's at η = 1: into `z = …` above, put
                 # seen = √α (1-ᾱ_prev) / √(1-ᾱ), z0_hat = (z - √(1-ᾱ) eps_hat) / √ᾱ, ᾱ = α ᾱ_prev.
                 # Only σ² is more, 1-α: as z0 is only guessed, z_prev is less certain (sec. 3.2).
                 sigma = (1 - alpha).sqrt()
@@ -1557,7 +1557,7 @@ def orthogonal(g):
     return x
 
 class Muon(torch.optim.Optimizer):
-    """Steps of lr along orthogonal(running mean of the gradient), without Jordan's √max(1,r/n)."""
+    """Steps of lr along orthogonal(running mean of the gradient). (Jordan's: longer if r > n.)"""
     def __init__(self, kernels, lr):
         super().__init__([{"params": kernels}], {"lr": lr})
 
