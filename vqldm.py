@@ -673,6 +673,8 @@ def train_vq(cfg, state=None):
             held = look_vq(vqgan, images, lpips, run.picture("recon"), mixed)
             run.tell_look(held)
 
+    if not lpips:
+        say("trained WITHOUT LPIPS")
     return run.finish("next: python vqldm.py train-ldm --vq")
 # ------------------------------------------------------------------------------------------------
 # 8. Stage 2: diffusion
@@ -727,7 +729,7 @@ class Diffusion:
         """What the network shall answer."""
         if self.target == "eps":
             return eps
-        demand(self.target == "v", f"--target {self.target}: must be v or eps")
+        demand(self.target == "v", "--target: must be v or eps")
         return a.sqrt() * eps - (1 - a).sqrt() * z0     # Salimans app. D: v = √ᾱ ε - √(1-ᾱ) z0
 
     def predict(self, out, z_t, t):
@@ -738,7 +740,7 @@ class Diffusion:
         a = self.alpha_bar_at(t, z_t)
         if self.target == "eps":                    # DDPM eq. 4, solved for z0
             return (z_t - (1 - a).sqrt() * out) / a.sqrt(), out
-        demand(self.target == "v", f"--target {self.target}: must be v or eps")
+        demand(self.target == "v", "--target: must be v or eps")
         # With √ᾱ = cos φ and √(1-ᾱ) = sin φ: z_t = cos φ z0 + sin φ ε, v = cos φ ε - sin φ z0. That
         # is a rotation, and here it is turned back.
         z0_hat = a.sqrt() * z_t - (1 - a).sqrt() * out                        # Salimans app. D
@@ -1038,7 +1040,6 @@ class LatentDiffusion:
     def walk(self, cfg, numbers, label):
         """From noise: yields (z_t, z0_hat) after each step. Call it inside `mixed`."""
         noise = self.noise(cfg.seed, numbers)
-        # Guidance below 0.8 T: by the cosine schedule, where ᾱ is above 0.09.
         net = guided(self.net, self.guide, label.to(self.device), cfg.guidance, 0.8 * self.cfg.T)
         steps = min(cfg.steps, self.cfg.T)
         return self.diffusion.sample(net, noise(), steps, cfg.sampler, cfg.eta, noise)
@@ -1450,8 +1451,7 @@ def draw_trajectory(path, model, cfg, label):           # from noise to one imag
 # distance look through the network that is stage 1's loss by default: they flatter such models.
 
 def compare(x_hat, x, lpips):                           # (B,3,H,W) in [-1,1], twice
-    """-> {name: (B,)}. One more measure of a reconstruction, at all looks too, is one more line
-    here. What wants images from 0 on, as SSIM does, is given (x + 1) / 2."""
+    """-> {name: (B,)}. One more measure is one more line here. (SSIM would want (x + 1) / 2.)"""
     mse = F.mse_loss(x_hat, x, reduction="none").mean((1, 2, 3))
     numbers = {"mse": mse,
                "psnr": 10 * torch.log10(4 / mse.clamp(min=1e-10))}  # dB: 2², the peak, to error
