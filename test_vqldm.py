@@ -277,10 +277,10 @@ def plain_vq(cfg, lpips, mixed):
         loss = rec + F.mse_loss(code, z.detach()) + cfg.commit_weight * F.mse_loss(z, code.detach())
         if joined >= 0:
             with mixed:
-                fool = -disc(x_hat).mean()
+                real, fool = disc(x), -disc(x_hat).mean()
             push_rec, push = [grads(f, net.decoder.last.weight)[0].norm() for f in (rec, fool)]
             lam = push_rec / (push + 1e-4)
-            loss = loss + min(1, joined / 0.1) * cfg.gan_weight * lam * fool
+            loss = loss + cfg.gan_weight * lam * fool * (real.mean() + fool).detach().clamp(0, 1)
         step_along(net, loss, optimizers, factor)
         wins += torch.bincount(k.flatten(), minlength=cfg.codes)
         if (i + 1) % 50 == 0:
@@ -289,7 +289,7 @@ def plain_vq(cfg, lpips, mixed):
             wins.zero_()
         if joined >= 0:
             with mixed:
-                real, fake = disc(x), disc(x_hat.detach())
+                fake = disc(x_hat.detach())
             loss_d = F.relu(1 - real).mean() / 2 + F.relu(1 + fake).mean() / 2
             step_along(disc, loss_d, optimizers_d, factor)
             if i % 10 == 9:
@@ -375,7 +375,7 @@ def assert_same(state, net):
         assert torch.allclose(state[name], p, rtol=1e-3, atol=1e-4), name
 
 def test_reference_stage_1_ends_with_the_weights_of_the_paper_written_out(runs):
-    """Learning rates, rows, symmetries, all losses and their weights, lam and its ramp, clipping,
+    """Learning rates, rows, symmetries, all losses and their weights, lam, what D sees, clipping,
     restarts, D's turn: one of them wrong, and some weight differs. And each gets a gradient."""
     net, disc, wins, want = plain_vq(runs.vq_cfg, runs.lpips, runs.mixed)
     assert_same(runs.vq["model"], net)

@@ -105,7 +105,7 @@ class VQConfig(Settings):
     lpips: str = "auto"                 # LPIPS's net: squeeze, alex, vgg; off; auto: squeeze or off
     lpips_weight: amount = 0.1          # weight of LPIPS, a learnt distance of images
     commit_weight: amount = 0.25        # weight of the commitment loss beside the codebook's
-    gan_weight: amount = 0.2            # weight of the adversarial loss, times lam; 0: no GAN
+    gan_weight: amount = 0.4            # weight of the adversarial loss, times lam; 0: no GAN
     gan_start: amount = 0.1             # part of the run after which the GAN joins
     # How fast, how long?
     lr: amount = 1e-3                   # learning rate of all that has none of its own
@@ -548,10 +548,9 @@ def adaptive_weight(rec, adversarial, last):
     return (norm_rec / (norm_adv + 1e-4)).clamp(max=1e4)    # if D's is ~0; as VQGAN's code
 # ------------------------------------------------------------------------------------------------
 # 7. Stage 1: training
-# The generator steps first, then D on the same images. D joins after a tenth: from the blobs of the
-# very beginning it would learn only that blur is fake.
-# What to look at: mse and lpips fall, codes used and perplexity rise. With the GAN on, d_real stays
-# above 0 and d_fake below, within ±1; far beyond: D has won; long equal: D sees no difference.
+# The generator steps first, then D on the same images. D joins after a tenth: from first blobs it
+# would learn only that blur is fake. What to look at: mse and lpips fall, codes used and perplexity
+# rise. With the GAN, d_real stays above 0, d_fake below, within ±1; equal: D sees no difference.
 # Used before they are shown: Images (B), Run (C), draw_rows (D), reconstruct (E), Muon (F).
 
 def rate(step, progress):
@@ -566,7 +565,7 @@ def set_learning_rate(optimizer, factor):
         group["lr"] = factor * initial
 
 def vq_optimizers(vqgan, cfg):
-    """-> Adam, Muon. ours: kernels of the blocks go by Muon (F says why; by Adam the error, after
+    """-> Adam, Muon. Kernels of the blocks go by Muon (F says why; by Adam the error, after
     as many steps, is 1.5 times as large). All else by Adam, first and last convolutions too."""
     enc, dec = vqgan.encoder, vqgan.decoder
     blocks = nn.ModuleList([enc.down, enc.mid, dec.mid, dec.up])
@@ -632,10 +631,13 @@ def train_vq(cfg, state=None):
         gan_on = cfg.gan_weight > 0 and run.progress >= cfg.gan_start
         if gan_on:
             with mixed:
-                adversarial = -disc(x_hat).mean()             # D is fooled if its logits are high
+                real, fake = disc(x), disc(x_hat)
+            adversarial = -fake.mean()                        # D is fooled if its logits are high
             lam = adaptive_weight(rec, adversarial, vqgan.decoder.last.weight)
-            ramp = min(1, (run.progress - cfg.gan_start) / 0.1)       # D is young: 0 to 1, slowly
-            loss = loss + ramp * cfg.gan_weight * lam * adversarial           # VQGAN eq. 6
+            # ours: D is heard as far as it tells real from fake. A D that does not, young or blind,
+            # points anywhere, and lam would make that loud: x_hat runs from it, and it stays blind.
+            sees = mean_over_processes((real.mean() - fake.mean()).detach()).clamp(0, 1)
+            loss = loss + cfg.gan_weight * sees * lam * adversarial           # VQGAN eq. 6
             losses["lam"] = lam
 
         vqgan.zero_grad()
@@ -655,7 +657,7 @@ def train_vq(cfg, state=None):
             with mixed:
                 # trap: without detach, D's loss leaves gradients in the generator, towards images
                 # that are easily seen as fake. (Here torch would raise: backward freed the graph.)
-                real, fake = disc(x), disc(x_hat.detach())
+                fake = disc(x_hat.detach())
             d_loss = hinge_loss(real, fake)
             # trap: the generator's backward has left gradients in D, those that raise D(fake). Not
             # zeroed before this, they join D's own, and D(fake) settles above 0.
@@ -670,8 +672,7 @@ def train_vq(cfg, state=None):
         # ---- tell, measure, draw, save ----
         run.tell(losses)
         if run.look_due():
-            held = look_vq(vqgan, images, lpips, run.picture("recon"), mixed)
-            run.tell_look(held)
+            run.tell_look(look_vq(vqgan, images, lpips, run.picture("recon"), mixed))
 
     if not lpips:
         say("trained WITHOUT LPIPS")
@@ -1393,8 +1394,7 @@ class Run:
                 "step": self.step, "seconds": self.seconds(), "log": self.log}
 
     def save(self):                                     # last.pt, log.csv, curves.png
-        state = self.checkpoint()
-        write_whole(self.cfg.folder / "last.pt", lambda f: torch.save(state, f))
+        write_whole(self.cfg.folder / "last.pt", lambda f: torch.save(self.checkpoint(), f))
         names = list(dict.fromkeys(name for row in self.log for name in row))
         with open(self.cfg.folder / "log.csv", "w", newline="") as f:
             table = csv.DictWriter(f, names)
