@@ -635,7 +635,7 @@ def train_vq(cfg, state=None):
             adversarial = -fake.mean()                        # D is fooled if its logits are high
             lam = adaptive_weight(rec, adversarial, vqgan.decoder.last.weight)
             # ours: D is heard as far as it tells real from fake. A D that does not, young or blind,
-            # points anywhere, and lam would make that loud: fakes that change with it keep it blind.
+            # points anywhere, and lam would make that loud: fakes that follow it keep it blind.
             sees = mean_over_processes((real.mean() - fake.mean()).detach()).clamp(0, 1)
             loss = loss + cfg.gan_weight * sees * lam * adversarial           # VQGAN eq. 6
             losses["lam"] = lam
