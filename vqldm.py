@@ -132,7 +132,7 @@ class LDMConfig(Settings):
     # Which diffusion, how large?
     T: count = 1000                     # noise levels
     schedule: str = "cosine"            # how the noise grows with t: linear, cosine
-    target: str = "v"                   # what the UNet predicts: v; or eps, with --schedule linear
+    target: str = "v"                   # the UNet predicts v; or eps, which wants --schedule linear
     widths: counts = (64, 128)          # channels of the UNet's DownBlocks
     # How fast, how long?
     ema: amount = 0.995                 # decay of the running mean of the weights
@@ -265,7 +265,7 @@ class Norm(nn.GroupNorm):
     """GroupNorm for any width: brings each group of channels to mean 0 and std 1, then scales and
     shifts each channel as learnt. It looks at each image alone: the batch size changes nothing."""
     def __init__(self, c):
-        groups = math.gcd(32, c // 4 or 1, c)       # at most 32 groups, each of 4 or more
+        groups = math.gcd(32, c // 4 or 1, c)       # divides c: ≤ 32 groups of ≥ 4
         super().__init__(groups, c)
 
 def zero(layer):
@@ -401,8 +401,8 @@ class Decoder(nn.Module):
         for block in self.up:
             y = block(y)                                                  # the grid doubles m times
         y = F.silu(self.norm(y))
-        with torch.autocast(y.device.type, enabled=False):  # fp32: lam (section 6) is a ratio
-            return self.last(y.float())     # of its gradients: bf16 is too coarse. (B,3,H,W)
+        with torch.autocast(y.device.type, enabled=False):  # fp32: in section 6 this layer's
+            return self.last(y.float())     # gradients are divided: bf16 is too coarse. (B,3,H,W)
 
 class Codebook(nn.Module):
     """Replaces each vector of z by the nearest of K learned ones (VQ sec. 3.1)."""
@@ -433,8 +433,8 @@ class Codebook(nn.Module):
         # One distance, two losses; sg[] decides who moves:
         #   codebook_loss   the codes, to the vectors that they won       weight 1
         #   commit_loss     the encoder's vectors, to their codes         weight commit_weight: 0.25
-        # trap: commit_weight 1, as in `paper` (VQGAN's code: 1, and 0.25 on codebook_loss, which
-        # Adam cancels, section 7): z is tied to its codes four times as hard; no curve shows it.
+        # trap: commit_weight 1 ties z four times as hard; no curve shows it. `paper` has it, since
+        # VQGAN's code has; the 0.25 of that code, on codebook_loss, Adam cancels (vq_optimizers).
         codebook_loss = F.mse_loss(z_q, z.detach())             # ‖sg[z] - e‖², mean over all
         commit_loss = F.mse_loss(z, z_q.detach())               # ‖z - sg[e]‖², likewise
         # Straight through (VQ sec. 3.2): the value of z_q with the gradient of z. Rounding has no
@@ -634,8 +634,8 @@ def train_vq(cfg, state=None):
                 real, fake = disc(x), disc(x_hat)
             adversarial = -fake.mean()                        # D is fooled if its logits are high
             lam = adaptive_weight(rec, adversarial, vqgan.decoder.last.weight)
-            # ours: D is heard as far as it tells real from fake. A D that does not, young or blind,
-            # points anywhere, and lam would make that loud: fakes that follow it keep it blind.
+            # ours: D is heard as far as it tells real from fake. If it does not, young or blind, it
+            # points anywhere, lam would make that loud, and fakes that chase it are ever new to it.
             sees = mean_over_processes((real.mean() - fake.mean()).detach()).clamp(0, 1)
             loss = loss + cfg.gan_weight * sees * lam * adversarial           # VQGAN eq. 6
             losses["lam"] = lam
@@ -658,7 +658,7 @@ def train_vq(cfg, state=None):
                 # trap: without detach, D's loss leaves gradients in the generator, towards images
                 # that are easily seen as fake. (Here torch would raise: backward freed the graph.)
                 fake = disc(x_hat.detach())
-            d_loss = hinge_loss(real, fake)
+            d_loss = hinge_loss(real, fake)             # real: from above, its graph still unused
             # trap: the generator's backward has left gradients in D, those that raise D(fake). Not
             # zeroed before this, they join D's own, and D(fake) settles above 0.
             disc.zero_grad()
@@ -704,7 +704,7 @@ class Diffusion:
             beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T
         elif schedule == "cosine":              # Nichol & Dhariwal 2021, arXiv 2102.09672, eq. 17
             part = torch.arange(T + 1, dtype=torch.float64) / T              # 0…1
-            # curve: the ᾱ that we want, even in its fall; linear's last third is nearly all noise.
+            # curve: the ᾱ that we want. It falls evenly; linear's last third is nearly all noise.
             # Without 0.008, level 0 would have 17 times less noise: too little to learn from.
             curve = torch.cos((part + 0.008) / 1.008 * math.pi / 2) ** 2
             beta = 1 - curve[1:] / curve[:-1]       # α is the quotient of two neighbouring ᾱ
@@ -793,14 +793,14 @@ class Diffusion:
             if sampler == "ddim":
                 # z0_hat, noised again up to t_prev, where the noise has variance 1-ᾱ_prev: σ² of it
                 # is fresh, the rest the noise that was seen; any split adds up. η = 0: none fresh.
-                # η = 1: the variance of z_prev, given z_t and z0 (DDPM eq. 7). z0 alone leaves it
-                # 1-ᾱ_prev, z_t alone (1-α)/α; of two normals multiplied, the 1/variances add up.
+                # η = 1: the variance of z_prev given both (DDPM eq. 7). By z0: 1-ᾱ_prev; by z_t,
+                # as z_prev = (z_t - √(1-α) ε) / √α: (1-α)/α; in their product 1/variances add up.
                 sigma = eta * ((1 - a_prev) / (1 - a) * (1 - alpha)).sqrt()           # DDIM eq. 16
                 seen = (1 - a_prev - sigma**2).clamp(min=0).sqrt()
                 z = a_prev.sqrt() * z0_hat + seen * eps_hat               # DDIM eq. 12, its α is ᾱ
             elif sampler == "ddpm":
-                # DDPM Algorithm 2, line 4. The mean is ddim's at η = 1: into `z = …` above, put
-                # seen = √α (1-ᾱ_prev) / √(1-ᾱ), z0_hat = (z - √(1-ᾱ) eps_hat) / √ᾱ, ᾱ = α ᾱ_prev.
+                # DDPM Algorithm 2, line 4. The mean is ddim's at η = 1, by algebra: seen² is there
+                # α (1-ᾱ_prev)² / (1-ᾱ), z0_hat is (z - √(1-ᾱ) eps_hat) / √ᾱ, and ᾱ is α ᾱ_prev.
                 # Only σ² is more, 1-α: as z0 is only guessed, z_prev is less certain (sec. 3.2).
                 sigma = (1 - alpha).sqrt()
                 z = (z - (1 - alpha) / (1 - a).sqrt() * eps_hat) / alpha.sqrt()
@@ -867,7 +867,7 @@ def guided(net, guide, label, w, below):
     (Kynkäänniemi 2024, arXiv 2404.07724, has none at little noise either).
     ours: weak is not told the class, and it is `guide`, the averaged weights (update_ema) after a
     fifth of the training: less trained, it is wrong in the same places, only more, and w leads away
-    from them. (Karras's weak: younger, but told, 2406.02507; a smaller net, 2312.02696.)"""
+    from them. (Karras: younger, told the class, 2406.02507; a smaller net, 2312.02696.)"""
     def answer(z_t, t):
         strong = net(z_t, t, label)
         if w == 1 or t[0] >= below:
@@ -1454,7 +1454,7 @@ def compare(x_hat, x, lpips):                           # (B,3,H,W) in [-1,1], t
     """-> {name: (B,)}. One more measure is one more line here. (SSIM would want (x + 1) / 2.)"""
     mse = F.mse_loss(x_hat, x, reduction="none").mean((1, 2, 3))
     numbers = {"mse": mse,
-               "psnr": 10 * torch.log10(4 / mse.clamp(min=1e-10))}  # dB: 2², the peak, to error
+               "psnr": 10 * torch.log10(4 / mse.clamp(min=1e-10))}  # dB: range² to error
     if lpips:
         numbers["lpips"] = lpips(x_hat, x).flatten()
     return numbers
@@ -1557,7 +1557,7 @@ def orthogonal(g):
     return x
 
 class Muon(torch.optim.Optimizer):
-    """Steps of lr along orthogonal(running mean of the gradient). (Jordan's: longer if r > n.)"""
+    """Steps of lr along orthogonal(running mean of the gradient). (Jordan: × √max(1,r/n).)"""
     def __init__(self, kernels, lr):
         super().__init__([{"params": kernels}], {"lr": lr})
 
