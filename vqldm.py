@@ -635,7 +635,7 @@ def train_vq(cfg, state=None):
             adversarial = -fake.mean()                        # D is fooled if its logits are high
             lam = adaptive_weight(rec, adversarial, vqgan.decoder.last.weight)
             # ours: D is heard as far as it tells real from fake. If it does not, young or blind, it
-            # points anywhere, lam would make that loud, and fakes that chase it never stand still for D.
+            # points anywhere, lam would make that loud, and chased by the fakes, D stays blind.
             sees = mean_over_processes((real.mean() - fake.mean()).detach()).clamp(0, 1)
             loss = loss + cfg.gan_weight * sees * lam * adversarial           # VQGAN eq. 6
             losses["lam"] = lam
