@@ -91,7 +91,7 @@ class Settings:
 @dataclass(frozen=True)
 class VQConfig(Settings):
     """stage 1: train the VQGAN, image -> codes -> image"""
-    kind = "vq"                         # without a type: no setting
+    kind = "vq"                         # no ": type", so no field and no flag
     preset: str = "default"             # tiny, for seconds; paper, 256×256, on a GPU
     # Which images?
     data: source = "synthetic"          # 'synthetic', or a folder of images; class = its subfolder
@@ -215,7 +215,7 @@ def mean_over_processes(x):
     return x
 
 def average_gradients(net):
-    if world() > 1:                     # in one message: one for each takes three times as long
+    if world() > 1:                     # all in one message: one a tensor takes three times as long
         grads = [p.grad for p in net.parameters()]
         mean = mean_over_processes(parameters_to_vector(grads))
         vector_to_parameters(mean, grads)       # written back into the tensors .grad themselves
@@ -364,8 +364,7 @@ def levels(widths):
 # discrete? For VQGAN, since its stage 2 predicts code numbers one by one, as a text's words. Here,
 # since what stage 2 gets slightly wrong is then rounded to the nearest code, and does not show.
 # The codebook, K learnt vectors, is delicate: the choice of the nearest has no gradient, and a code
-# that is never chosen never learns.
-# Watch codes used (%) and perplexity: K if all are used equally, 1 if all have collapsed into one.
+# that is never chosen never learns. Watch codes used (%), perplexity (all equal: K; collapse: 1).
 
 class Encoder(nn.Module):
     """x -> z: Conv, m DownBlocks, MidBlock, Norm, SiLU, Conv (VQGAN Table 7)."""
@@ -401,8 +400,8 @@ class Decoder(nn.Module):
         for block in self.up:
             y = block(y)                                                  # the grid doubles m times
         y = F.silu(self.norm(y))
-        with torch.autocast(y.device.type, enabled=False):  # fp32: in section 6 this layer's
-            return self.last(y.float())     # gradients are divided: bf16 is too coarse. (B,3,H,W)
+        with torch.autocast(y.device.type, enabled=False):     # fp32, for adaptive_weight
+            return self.last(y.float())                                   # (B,3,H,W)
 
 class Codebook(nn.Module):
     """Replaces each vector of z by the nearest of K learned ones (VQ sec. 3.1)."""
@@ -433,8 +432,8 @@ class Codebook(nn.Module):
         # One distance, two losses; sg[] decides who moves:
         #   codebook_loss   the codes, to the vectors that they won       weight 1
         #   commit_loss     the encoder's vectors, to their codes         weight commit_weight: 0.25
-        # trap: commit_weight 1 ties z four times as hard; no curve shows it. `paper` has it, since
-        # VQGAN's code has; the 0.25 of that code, on codebook_loss, Adam cancels (vq_optimizers).
+        # trap: commit_weight 1 ties z four times as hard; no curve shows it. `paper` has it, as
+        # VQGAN's code; that has its 0.25 on codebook_loss, where Adam undoes it (vq_optimizers).
         codebook_loss = F.mse_loss(z_q, z.detach())             # ‖sg[z] - e‖², mean over all
         commit_loss = F.mse_loss(z, z_q.detach())               # ‖z - sg[e]‖², likewise
         # Straight through (VQ sec. 3.2): the value of z_q with the gradient of z. Rounding has no
@@ -550,7 +549,7 @@ def adaptive_weight(rec, adversarial, last):
 # 7. Stage 1: training
 # The generator steps first, then D on the same images. D joins after a tenth: from first blobs it
 # would learn only that blur is fake. What to look at: mse and lpips fall, codes used and perplexity
-# rise. With the GAN, d_real stays above 0, d_fake below, within ±1; equal: D sees no difference.
+# rise. With the GAN, D's mean logits: d_real above 0, d_fake below, within ±1; equal: D is blind.
 # Used before they are shown: Images (B), Run (C), draw_rows (D), reconstruct (E), Muon (F).
 
 def rate(step, progress):
@@ -634,9 +633,10 @@ def train_vq(cfg, state=None):
                 real, fake = disc(x), disc(x_hat)
             adversarial = -fake.mean()                        # D is fooled if its logits are high
             lam = adaptive_weight(rec, adversarial, vqgan.decoder.last.weight)
-            # ours: D is heard as far as it tells real from fake. If it does not, young or blind, it
-            # points anywhere, lam would make that loud, and chased by the fakes, D stays blind.
-            sees = mean_over_processes((real.mean() - fake.mean()).detach()).clamp(0, 1)
+            # ours: D is heard as far as it tells real from fake. If it does not, its gradient means
+            # nothing; lam would amplify it, the fakes move at random, and D could never learn.
+            gap = (real.mean() - fake.mean()).detach()
+            sees = mean_over_processes(gap).clamp(0, 1)
             loss = loss + cfg.gan_weight * sees * lam * adversarial           # VQGAN eq. 6
             losses["lam"] = lam
 
@@ -658,7 +658,7 @@ def train_vq(cfg, state=None):
                 # trap: without detach, D's loss leaves gradients in the generator, towards images
                 # that are easily seen as fake. (Here torch would raise: backward freed the graph.)
                 fake = disc(x_hat.detach())
-            d_loss = hinge_loss(real, fake)             # real: from above, its graph still unused
+            d_loss = hinge_loss(real, fake)             # real: from above; no backward yet
             # trap: the generator's backward has left gradients in D, those that raise D(fake). Not
             # zeroed before this, they join D's own, and D(fake) settles above 0.
             disc.zero_grad()
@@ -682,7 +682,7 @@ def train_vq(cfg, state=None):
 # Noise is added to a latent in T small steps until nothing is left of it; a network learns to say
 # what was added; sampling walks back. Levels t count from 0, and level 0 has some noise already:
 # the clean z0 is not z_t at t = 0 but one below, level -1, where ᾱ = 1. With normal noise ε:
-#   one step further     z_t = √α_t z_(t-1) + √β_t ε     β_t: noise; α_t = 1-β_t: variance stays 1
+#   one step further     z_t = √α_t z_(t-1) + √β_t ε     β_t: its variance; α_t = 1-β_t: sum 1
 #   all steps at once    z_t = √ᾱ_t z0 + √(1-ᾱ_t) ε      ᾱ_t = α_0 · … · α_t: how much of z0 is left
 #     (one ε stands for those of all steps. Variances add up: old noise, shrunk, and new give
 #     α_t (1-ᾱ_(t-1)) + β_t, which is 1-ᾱ_t, since α_t ᾱ_(t-1) = ᾱ_t and β_t = 1-α_t)
@@ -774,8 +774,8 @@ class Diffusion:
         ts = []
         for i in range(steps):
             behind = round(self.T * (i / steps) ** 2)       # levels that i steps have left behind
-            ts.append(self.T - 1 - max(i, behind))              # max: no stride below 1
-        return list(zip(ts, [*ts[1:], -1]))
+            ts.append(self.T - 1 - max(i, behind))              # at least i levels after i steps
+        return list(zip(ts, ts[1:] + [-1]))
 
     @torch.no_grad()
     def sample(self, net, z, steps, sampler, eta, noise):
@@ -792,20 +792,20 @@ class Diffusion:
 
             if sampler == "ddim":
                 # z0_hat, noised again up to t_prev, where the noise has variance 1-ᾱ_prev: σ² of it
-                # is fresh, the rest the noise that was seen; any split adds up. η = 0: none fresh.
-                # η = 1: the variance of z_prev given both (DDPM eq. 7). By z0: 1-ᾱ_prev; by z_t,
-                # as z_prev = (z_t - √(1-α) ε) / √α: (1-α)/α; in their product 1/variances add up.
+                # is fresh, the rest the noise that was seen; any split will do. η = 0: none fresh.
+                # η = 1: the variance of z_prev given z0 and z_t (DDPM eq. 7). Each alone gives a
+                # normal, of variance 1-ᾱ_prev and (1-α)/α; multiplied, 1/variances add up to 1/σ².
                 sigma = eta * ((1 - a_prev) / (1 - a) * (1 - alpha)).sqrt()           # DDIM eq. 16
                 seen = (1 - a_prev - sigma**2).clamp(min=0).sqrt()
                 z = a_prev.sqrt() * z0_hat + seen * eps_hat               # DDIM eq. 12, its α is ᾱ
             elif sampler == "ddpm":
-                # DDPM Algorithm 2, line 4. The mean is ddim's at η = 1, by algebra: seen² is there
-                # α (1-ᾱ_prev)² / (1-ᾱ), z0_hat is (z - √(1-ᾱ) eps_hat) / √ᾱ, and ᾱ is α ᾱ_prev.
-                # Only σ² is more, 1-α: as z0 is only guessed, z_prev is less certain (sec. 3.2).
+                # DDPM Algorithm 2, line 4. The mean is ddim's at η = 1: into its line put
+                # seen² = α (1-ᾱ_prev)² / (1-ᾱ), z0_hat = (z - √(1-ᾱ) eps_hat) / √ᾱ, ᾱ = α ᾱ_prev.
+                # Only σ² is larger, 1-α: as z0 is only guessed, z_prev is less certain (sec. 3.2).
                 sigma = (1 - alpha).sqrt()
                 z = (z - (1 - alpha) / (1 - a).sqrt() * eps_hat) / alpha.sqrt()
             else:
-                raise UserError(f"--sampler {sampler}: must be ddim or ddpm")
+                raise UserError("--sampler: must be ddim or ddpm")
 
             # trap: noise after the last step leaves a grain in every sample.
             if t_prev >= 0:
@@ -824,8 +824,8 @@ def time_embedding(t, dim):
     return torch.cat([angle.sin(), angle.cos()], dim=1)                   # (B,dim)
 
 class UNet(nn.Module):
-    """(z_t, t, class) -> v or ε. Class n_classes, one more than there are, means: not told. A
-    tenth of each batch gets it (section 10): so it learns to answer both ways, for guided()."""
+    """(z_t, t, class) -> v or ε. Classes are 0…n_classes-1; n_classes itself means: not told.
+    A tenth of each batch gets it (section 10): so it learns to answer both ways, for guided()."""
     def __init__(self, z_dim, widths, n_classes):
         super().__init__()
         E = 4 * widths[0]
@@ -867,10 +867,10 @@ def guided(net, guide, label, w, below):
     (Kynkäänniemi 2024, arXiv 2404.07724, has none at little noise either).
     ours: weak is not told the class, and it is `guide`, the averaged weights (update_ema) after a
     fifth of the training: less trained, it is wrong in the same places, only more, and w leads away
-    from them. (Karras: younger, told the class, 2406.02507; a smaller net, 2312.02696.)"""
+    from them. (Karras 2406.02507: younger, but told the class; 2312.02696: smaller, untold.)"""
     def answer(z_t, t):
         strong = net(z_t, t, label)
-        if w == 1 or t[0] >= below:
+        if w == 1 or t[0] >= below:         # here all t are equal
             return strong
         weak = guide(z_t, t)
         return weak + w * (strong - weak)
@@ -1031,7 +1031,7 @@ class LatentDiffusion:
             self.net = frozen(net, state["ema"], device)
 
     def noise(self, seed, numbers):
-        """A function that draws the next noise (B,d,h,w); image 17 has its own in any batch."""
+        """A function that draws the next noise (B,d,h,w); image i has the same in any batch."""
         own = [rng(seed, "sample", i) for i in numbers]
         shape = self.vq_cfg.z_dim, self.vq_cfg.side, self.vq_cfg.side
         def draw():
@@ -1154,7 +1154,7 @@ def synthetic(i, size, seed=0):
 PHOTO = r"(?i).*\.(bmp|gif|jpe?g|png|tiff?|webp)$"      # of a path; not these:
 NO_PHOTO = (r"(?i)(_segmentation|_superpixels|_expert|-partial)[^/]*$|_mask\.\w+$|"
             r"(^|/)(\.|(grid|trajectory)\.png$)")       # masks and the like, hidden ones, our own
-HELD_OUT = r"(?i)(?<![^/])(val(id(ation)?)?|test(ing)?)/"   # (?<![^/]): after a /, or at the start
+HELD_OUT = r"(?i)(?<![^/])(val(id(ation)?)?|test(ing)?)/"   # (?<![^/]): at a name's start
 NO_CLASS = HELD_OUT + r"|(?<![^/])(train(ing)?|(HAM10000_)?images(_part_\d)?)/"
 
 def read_image(path, size):                             # -> uint8 (3,size,size)
@@ -1163,7 +1163,7 @@ def read_image(path, size):                             # -> uint8 (3,size,size)
         im.draft("RGB", (size, size))           # JPEG at 1/2, 1/4 or 1/8 of its size: faster
         im = ImageOps.exif_transpose(im)        # cameras store "turn me" beside the pixels
         if im.mode[0] == "I":                   # 16 bits: PIL would clip them at 255, to white
-            im = Image.fromarray((np.asarray(im) // 257).astype(np.uint8))
+            im = Image.fromarray((np.asarray(im) // 257).astype(np.uint8))      # 65535 = 255·257
         im = im.convert("RGBA")                 # what alpha hides is often junk: put it on white
         im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im)
         square = ImageOps.fit(im.convert("RGB"), (size, size))
@@ -1199,9 +1199,9 @@ class Images:
     def __init__(self, source, cfg, cache):
         folder = Path(source)
         if source == "synthetic":
-            kinds = list(LESIONS) * cfg.n_images
+            kinds = list(LESIONS)
             # name, class, held out? (a tenth of each class), what else the pixels depend on
-            found = [(i, kinds[i], i // 4 % 10 == 0, cfg.seed) for i in range(cfg.n_images)]
+            found = [(i, kinds[i % 4], i // 4 % 10 == 0, cfg.seed) for i in range(cfg.n_images)]
         else:
             found = find_images(folder)
         demand(found, f"--data {source}: no images are there; give a folder, or 'synthetic'")
@@ -1327,7 +1327,7 @@ class Run:
                     old.unlink(missing_ok=True)         # another process may be faster
         self.steps_per_epoch = n / cfg.batch_size
         self.steps = math.ceil(cfg.epochs * self.steps_per_epoch)
-        self.look_due()             # sets looks: those of earlier sessions are done
+        self.look_due()             # called to set looks: those of earlier sessions are done
         millions = sum(p.numel() for p in parts["model"].parameters()) / 1e6
         say(f"{millions:.2f} M weights, {n} images to train on, step {self.step} of {self.steps}")
 
@@ -1406,7 +1406,7 @@ class Run:
     def finish(self, then):                             # -> exit status
         if rank() == 0:
             self.save()
-        mean_over_processes(torch.zeros(1))             # nobody leaves before that is done
+        mean_over_processes(torch.zeros(1))             # a barrier: all wait for that save
         if self.status:
             then = "to go on, add --resume;"
         say("saved at step", self.step, "of", self.steps, "--", then, self.cfg.folder)
@@ -1485,7 +1485,7 @@ def features(lpips, images):
     for part in images.split(32):
         x = to_float(part).to(lpips.scaling_layer.shift.device)
         x = F.interpolate(x, (224, 224), mode="bilinear", antialias=True)
-        *_, last = lpips.net(lpips.scaling_layer(x))        # maps of all layers; the last
+        last = lpips.net(lpips.scaling_layer(x))[-1]        # of the maps of all layers
         found.append(last.mean((2, 3)))
     return torch.cat(found).cpu().double()
 
@@ -1526,7 +1526,7 @@ def evaluate(cfg):
         label = model.class_counts.multinomial(len(real), True, generator=rng(cfg.seed, "classes"))
         made, z0 = model.images(SampleConfig(seed=cfg.seed), range(len(real)), label)
         pictures["samples"] = made
-        # A perfect stage 2 would make codes of other real images: these, decoded, give its score.
+        # Other real images, encoded and decoded, score what a perfect stage 2 would.
         perfect = reconstruct(vqgan, other, lpips, mixed)[1]
         sets = {"": made, "_perfect": perfect, "_recon": recon, "_real": other}
         if lpips:
@@ -1557,7 +1557,7 @@ def orthogonal(g):
     return x
 
 class Muon(torch.optim.Optimizer):
-    """Steps of lr along orthogonal(running mean of the gradient). (Jordan: × √max(1,r/n).)"""
+    """Steps of lr along orthogonal(running mean of the gradient); Jordan's are longer if r > n."""
     def __init__(self, kernels, lr):
         super().__init__([{"params": kernels}], {"lr": lr})
 
