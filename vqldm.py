@@ -175,7 +175,7 @@ MAY_CHANGE = {"device", "out", "lpips", "epochs", "minutes"}        # on --resum
 # On what do we compute, how many processes are we, and where does randomness come from?
 
 def pick_device(cfg):
-    """-> device, and a context (autocast) in which matrix products go in bf16, if it can do that:
+    """-> device, and a context (autocast) in which matrix products go in bf16, if the device can:
     16-bit floats with the range of fp32 and two or three digits, at twice the speed or more."""
     name = cfg.device
     if name == "auto":
@@ -206,7 +206,7 @@ def world():
 def rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
-def share(batch):                       # this process's part of what has one row for each image
+def share(batch):                       # this process's rows of a batch
     return batch.chunk(world())[rank()]
 def mean_over_processes(x):
     if world() > 1:
@@ -215,7 +215,7 @@ def mean_over_processes(x):
     return x
 
 def average_gradients(net):
-    if world() > 1:                     # all in one message: one a tensor takes three times as long
+    if world() > 1:                     # all in one message: one for each tensor is slower
         grads = [p.grad for p in net.parameters()]
         mean = mean_over_processes(parameters_to_vector(grads))
         vector_to_parameters(mean, grads)       # written back into the tensors .grad themselves
@@ -265,7 +265,7 @@ class Norm(nn.GroupNorm):
     """GroupNorm for any width: brings each group of channels to mean 0 and std 1, then scales and
     shifts each channel as learnt. It looks at each image alone: the batch size changes nothing."""
     def __init__(self, c):
-        groups = math.gcd(32, c // 4 or 1, c)       # divides c: ≤ 32 groups of ≥ 4
+        groups = math.gcd(32, c // 4 or 1, c)       # 16: 4 groups, 64: 16, 256: 32
         super().__init__(groups, c)
 
 def zero(layer):
@@ -364,7 +364,7 @@ def levels(widths):
 # discrete? For VQGAN, since its stage 2 predicts code numbers one by one, as a text's words. Here,
 # since what stage 2 gets slightly wrong is then rounded to the nearest code, and does not show.
 # The codebook, K learnt vectors, is delicate: the choice of the nearest has no gradient, and a code
-# that is never chosen never learns. Watch codes used (%), perplexity (all equal: K; collapse: 1).
+# that is never chosen never learns. Watch codes used (%), perplexity (e^entropy of use: 1 to K).
 
 class Encoder(nn.Module):
     """x -> z: Conv, m DownBlocks, MidBlock, Norm, SiLU, Conv (VQGAN Table 7)."""
@@ -432,8 +432,8 @@ class Codebook(nn.Module):
         # One distance, two losses; sg[] decides who moves:
         #   codebook_loss   the codes, to the vectors that they won       weight 1
         #   commit_loss     the encoder's vectors, to their codes         weight commit_weight: 0.25
-        # trap: commit_weight 1 ties z four times as hard; no curve shows it. `paper` has it, as
-        # VQGAN's code; that has its 0.25 on codebook_loss, where Adam undoes it (vq_optimizers).
+        # trap: VQGAN's code has 0.25 on the codes' loss and 1 on this one: z is tied four times as
+        # hard, and no curve shows it. (`--preset paper` has 1 on both.)
         codebook_loss = F.mse_loss(z_q, z.detach())             # ‖sg[z] - e‖², mean over all
         commit_loss = F.mse_loss(z, z_q.detach())               # ‖z - sg[e]‖², likewise
         # Straight through (VQ sec. 3.2): the value of z_q with the gradient of z. Rounding has no
@@ -536,7 +536,7 @@ def hinge_loss(real, fake):
     return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
 
 def adaptive_weight(rec, adversarial, last):
-    """lam = ‖∇_L rec‖ / (‖∇_L adversarial‖ + δ), L the decoder's last layer (VQGAN eq. 7).
+    """lam = ‖∇_L rec‖ / (‖∇_L adversarial‖ + δ), L: the last layer, rec: mse + LPIPS (VQGAN eq. 7).
     D's gradient can be a thousand times stronger or weaker than the reconstruction's, and changes
     as D learns. Scaled, at weight 1 both push L equally. (All layers would cost too much.)"""
     # Without create_graph, what comes out has no graph: to the loss, lam is a plain number.
@@ -544,7 +544,7 @@ def adaptive_weight(rec, adversarial, last):
     grad_adv, = torch.autograd.grad(adversarial, last, retain_graph=True)
     norm_rec = mean_over_processes(grad_rec).norm()
     norm_adv = mean_over_processes(grad_adv).norm()
-    return (norm_rec / (norm_adv + 1e-4)).clamp(max=1e4)    # if D's is ~0; as VQGAN's code
+    return (norm_rec / (norm_adv + 1e-4)).clamp(max=1e4)    # ∇ may be ~0; as VQGAN's code
 # ------------------------------------------------------------------------------------------------
 # 7. Stage 1: training
 # The generator steps first, then D on the same images. D joins after a tenth: from first blobs it
@@ -571,8 +571,8 @@ def vq_optimizers(vqgan, cfg):
     kernels = [p for p in blocks.parameters() if p.dim() == 4 and cfg.muon_lr > 0]
     codes = vqgan.codebook.embedding.weight
     rest = [p for p in vqgan.parameters() if p not in {codes, *kernels}]      # a set: by identity
-    # ours: Adam divides by the gradient's size, so no weight of a loss makes a code move faster:
-    # only its learning rate does. At the network's own rate the codes lag behind the moving z.
+    # ours: a code's gradient comes from codebook_loss alone, and Adam divides by its size: no
+    # weight makes a code faster. Its own rate does: at the network's it lags behind the moving z.
     groups = [{"params": rest}, {"params": [codes], "lr": cfg.codes_lr}]
     adam = torch.optim.Adam(groups, cfg.lr, betas=(0.9, 0.99), fused=True)
     return adam, Muon(kernels, cfg.muon_lr)
@@ -633,8 +633,8 @@ def train_vq(cfg, state=None):
                 real, fake = disc(x), disc(x_hat)
             adversarial = -fake.mean()                        # D is fooled if its logits are high
             lam = adaptive_weight(rec, adversarial, vqgan.decoder.last.weight)
-            # ours: D is heard as far as it tells real from fake. If it does not, its gradient means
-            # nothing; lam would amplify it, the fakes move at random, and D could never learn.
+            # ours: D is heard as far as it tells real from fake. A blind D's gradient says nothing;
+            # lam would make it loud, the fakes would run about, and D could never catch up.
             gap = (real.mean() - fake.mean()).detach()
             sees = mean_over_processes(gap).clamp(0, 1)
             loss = loss + cfg.gan_weight * sees * lam * adversarial           # VQGAN eq. 6
@@ -658,7 +658,7 @@ def train_vq(cfg, state=None):
                 # trap: without detach, D's loss leaves gradients in the generator, towards images
                 # that are easily seen as fake. (Here torch would raise: backward freed the graph.)
                 fake = disc(x_hat.detach())
-            d_loss = hinge_loss(real, fake)             # real: from above; no backward yet
+            d_loss = hinge_loss(real, fake)             # real: from above, its graph still whole
             # trap: the generator's backward has left gradients in D, those that raise D(fake). Not
             # zeroed before this, they join D's own, and D(fake) settles above 0.
             disc.zero_grad()
@@ -672,7 +672,8 @@ def train_vq(cfg, state=None):
         # ---- tell, measure, draw, save ----
         run.tell(losses)
         if run.look_due():
-            run.tell_look(look_vq(vqgan, images, lpips, run.picture("recon"), mixed))
+            held = look_vq(vqgan, images, lpips, run.picture("recon"), mixed)
+            run.tell_look(held)
 
     if not lpips:
         say("trained WITHOUT LPIPS")
@@ -682,17 +683,16 @@ def train_vq(cfg, state=None):
 # Noise is added to a latent in T small steps until nothing is left of it; a network learns to say
 # what was added; sampling walks back. Levels t count from 0, and level 0 has some noise already:
 # the clean z0 is not z_t at t = 0 but one below, level -1, where ᾱ = 1. With normal noise ε:
-#   one step further     z_t = √α_t z_(t-1) + √β_t ε     β_t: its variance; α_t = 1-β_t: sum 1
+#   one step further     z_t = √α_t z_(t-1) + √β_t ε     α_t + β_t = 1: so variance 1 stays 1
 #   all steps at once    z_t = √ᾱ_t z0 + √(1-ᾱ_t) ε      ᾱ_t = α_0 · … · α_t: how much of z0 is left
-#     (one ε stands for those of all steps. Variances add up: old noise, shrunk, and new give
-#     α_t (1-ᾱ_(t-1)) + β_t, which is 1-ᾱ_t, since α_t ᾱ_(t-1) = ᾱ_t and β_t = 1-α_t)
+#     (one ε for all steps; variances add up: α_t (1-ᾱ_(t-1)) + β_t = α_t - ᾱ_t + 1-α_t = 1-ᾱ_t)
 #   the network answers  ε, or v = √ᾱ_t ε - √(1-ᾱ_t) z0
 #   predict()            turns either answer into two guesses, z0_hat and eps_hat
 #   one step back        is made from these, by ddim or by ddpm
 # Why many steps, if z0_hat is there after the first? In much noise many z0 fit, and the best answer
 # by squared error is their mean, a blur. So we go a little way towards it and ask again: fewer fit.
-# Why v: at much noise ε is nearly z_t itself, so that saying it says little about z0; v is then
-# ≈ -z0, and at little noise ≈ ε: always what z_t hides.
+# Why v: at much noise ε is nearly z_t itself, so knowing it tells little about z0; v is then ≈ -z0,
+# and at little noise ≈ ε: always what z_t hides.
 
 class Diffusion:
     """A noise schedule, the loss of DDPM (Algorithm 1) and two samplers (Algorithm 2, DDIM)."""
@@ -709,7 +709,7 @@ class Diffusion:
             curve = torch.cos((part + 0.008) / 1.008 * math.pi / 2) ** 2
             beta = 1 - curve[1:] / curve[:-1]       # α is the quotient of two neighbouring ᾱ
         else:
-            raise UserError(f"--schedule {schedule}: must be linear or cosine")
+            raise UserError("--schedule: must be linear or cosine")
         alpha = 1 - beta.clamp(max=0.999)           # β = 1 would end at ᾱ = 0, and we divide by √ᾱ
         alpha_bar = alpha.cumprod(0)                # in float64: rounded once, not T times
         # A 1 behind the last: alpha_bar[-1] is that of z0 itself, level -1, where sampling ends.
@@ -767,14 +767,14 @@ class Diffusion:
 
     def pairs(self, steps):
         """Exactly `steps` pairs (t, t_prev), from T-1 down to -1, for 1 <= steps <= T.
-        ours: not evenly: step i = 0…S-1 starts at t = T-1 - T (i/S)², for T = 1000 and S = 4 at
+        ours: not evenly: step i = 0…S-1 starts at t ≈ T-1 - T (i/S)², for T = 1000 and S = 4 at
         999, 937, 749, 437. (DDIM app. D.2 has the mirror of it.) Short strides first, since the
         noisiest levels decide the large things of an image.
         trap: range(0, T, T // steps) gives too many: 1000 levels for 600 steps of T = 1000."""
         ts = []
         for i in range(steps):
             behind = round(self.T * (i / steps) ** 2)       # levels that i steps have left behind
-            ts.append(self.T - 1 - max(i, behind))              # at least i levels after i steps
+            ts.append(self.T - 1 - max(i, behind))              # max: no stride below 1
         return list(zip(ts, ts[1:] + [-1]))
 
     @torch.no_grad()
@@ -792,16 +792,15 @@ class Diffusion:
 
             if sampler == "ddim":
                 # z0_hat, noised again up to t_prev, where the noise has variance 1-ᾱ_prev: σ² of it
-                # is fresh, the rest the noise that was seen; any split will do. η = 0: none fresh.
-                # η = 1: the variance of z_prev given z0 and z_t (DDPM eq. 7). Each alone gives a
-                # normal, of variance 1-ᾱ_prev and (1-α)/α; multiplied, 1/variances add up to 1/σ².
+                # is fresh, the rest the noise that was seen: any split makes a mixture that the
+                # network knows. η = 0: none fresh. η = 1: the variance of z_prev given z_t and z0
+                # (DDPM eq. 7): 1/σ² = 1/(1-ᾱ_prev), what z0 tells, + α/(1-α), what z_t tells.
                 sigma = eta * ((1 - a_prev) / (1 - a) * (1 - alpha)).sqrt()           # DDIM eq. 16
                 seen = (1 - a_prev - sigma**2).clamp(min=0).sqrt()
                 z = a_prev.sqrt() * z0_hat + seen * eps_hat               # DDIM eq. 12, its α is ᾱ
             elif sampler == "ddpm":
-                # DDPM Algorithm 2, line 4. The mean is ddim's at η = 1: into its line put
-                # seen² = α (1-ᾱ_prev)² / (1-ᾱ), z0_hat = (z - √(1-ᾱ) eps_hat) / √ᾱ, ᾱ = α ᾱ_prev.
-                # Only σ² is larger, 1-α: as z0 is only guessed, z_prev is less certain (sec. 3.2).
+                # DDPM Algorithm 2, line 4. Its mean is ddim's at η = 1 (put z0_hat in; the tutorial
+                # has the algebra). Its σ² is larger: z0 is only guessed, so z_prev is less certain.
                 sigma = (1 - alpha).sqrt()
                 z = (z - (1 - alpha) / (1 - a).sqrt() * eps_hat) / alpha.sqrt()
             else:
@@ -814,7 +813,7 @@ class Diffusion:
 # ------------------------------------------------------------------------------------------------
 # 9. Stage 2: the UNet
 # The same bricks as the VQGAN. New are the time (how noisy is z_t?), heard by every ResBlock, and
-# the skips, which carry fine detail past the bottleneck: noise has no short description.
+# the skips, which carry fine detail past the bottleneck: what is answered is noise in large part.
 
 def time_embedding(t, dim):
     """t (B,) -> (B,dim): sines and cosines of growing period (Vaswani 2017, arXiv 1706.03762). The
@@ -825,7 +824,7 @@ def time_embedding(t, dim):
 
 class UNet(nn.Module):
     """(z_t, t, class) -> v or ε. Classes are 0…n_classes-1; n_classes itself means: not told.
-    A tenth of each batch gets it (section 10): so it learns to answer both ways, for guided()."""
+    A tenth of all are not told (section 10): so the net learns both, as guided() needs it."""
     def __init__(self, z_dim, widths, n_classes):
         super().__init__()
         E = 4 * widths[0]
@@ -907,7 +906,7 @@ def measure_scale(k, e):
 
 def standardise(z, scale):
     """z (B,d,h,w) -> z0; unstandardise goes back. Nothing is scaled anywhere else.
-    trap: a std copied from another model, or one of the two forgotten: wrong colours, contrast."""
+    trap: a std copied from another model, or unstandardise forgotten: wrong colours, contrast."""
     mean, std = scale.view(2, 1, -1, 1, 1)                                # (1,d,1,1) each
     return (z - mean) / std
 def unstandardise(z0, scale):
@@ -925,7 +924,7 @@ def update_ema(ema, net, step, decay):
 
 @torch.no_grad()
 def look_ldm(model, z0, label, path):
-    """A LatentDiffusion's held-out loss, at each look with the same noise; 16 samples in a row."""
+    """A LatentDiffusion's held-out loss, at each look with the same noise; draws 16 samples."""
     t = torch.arange(len(z0)) * model.cfg.T // len(z0)                    # (n,) evenly over 0…T-1
     eps = torch.randn(z0.shape, generator=rng("held-out noise"))
     t, eps, label = [a.to(z0.device) for a in (t, eps, label)]
@@ -982,7 +981,8 @@ def train_ldm(cfg, state=None):
         with mixed:
             loss = diffusion.loss(net, z0, t, eps, label)                     # (B,) DDPM eq. 14
         net.zero_grad()
-        (loss * diffusion.weight(t)).mean().backward()
+        weighted = (loss * diffusion.weight(t)).mean()
+        weighted.backward()
         average_gradients(net)
         norm = clip_grad_norm_(net.parameters(), 1.0)
         if run.skips(norm):
@@ -1106,7 +1106,6 @@ def synthetic(i, size, seed=0):
     def distance(n, reach):             # of each pixel, (x,y) below, to n random points -> (n,H,W)
         at = span(-reach, reach, 2, n, 1, 1)
         return torch.hypot(x - at[0], y - at[1])
-
     def mixture(colours, weights):                  # weights (n,H,W) of n colours -> (3,H,W)
         rgb = torch.tensor(list(bytes.fromhex(colours))).view(-1, 3) / 255
         return torch.einsum("nhw,nc->chw", weights.softmax(0), rgb + span(-.05, .05, len(rgb), 1))
@@ -1329,7 +1328,7 @@ class Run:
         self.steps = math.ceil(cfg.epochs * self.steps_per_epoch)
         self.look_due()             # called to set looks: those of earlier sessions are done
         millions = sum(p.numel() for p in parts["model"].parameters()) / 1e6
-        say(f"{millions:.2f} M weights, {n} images to train on, step {self.step} of {self.steps}")
+        say(f"{millions:.2f} M weights, {n} images to train on, from step {self.step}")
 
     def seconds(self):
         return time.perf_counter() - self.began
@@ -1348,7 +1347,8 @@ class Run:
             signal(SIGINT, SIG_DFL)             # not SIGTERM: torchrun may send several
         signal(SIGINT, ask)
         signal(SIGTERM, ask)
-        with bar(None, "training", self.steps - self.step) as self.line:
+        left = None if self.cfg.minutes else self.steps - self.step
+        with bar(None, "training", left) as self.line:
             while self.time_left():
                 self.step += 1
                 yield self.step - 1
@@ -1409,7 +1409,7 @@ class Run:
         mean_over_processes(torch.zeros(1))             # a barrier: all wait for that save
         if self.status:
             then = "to go on, add --resume;"
-        say("saved at step", self.step, "of", self.steps, "--", then, self.cfg.folder)
+        say("saved at step", self.step, "--", then, self.cfg.folder)
         signal(SIGINT, default_int_handler)
         return self.status
 # ------------------------------------------------------------------------------------------------
@@ -1480,7 +1480,7 @@ def reconstruct(vqgan, images, lpips, mixed):
     return numbers, torch.cat(copies)
 
 def features(lpips, images):
-    """uint8 (n,3,H,W) -> (n,512): LPIPS's network's last map at 224×224, its mean over space."""
+    """uint8 (n,3,H,W) -> (n,512): resized to 224×224, the mean of LPIPS's network's last map."""
     found = []
     for part in images.split(32):
         x = to_float(part).to(lpips.scaling_layer.shift.device)
@@ -1549,7 +1549,7 @@ def evaluate(cfg):
 def orthogonal(g):
     """g (r,n) = U S Vᵀ -> about U Vᵀ: g's singular values, but for the tiniest, become 0.7 to 1.2.
     Newton-Schulz needs no SVD: since x xᵀ x = U S³ Vᵀ, sums of odd powers change S alone. A round
-    takes each s to 3.4445 s - 4.775 s³ + 2.0315 s⁵ (Jordan): small ones grow, all end near 1."""
+    takes each s to 3.4445 s - 4.775 s³ + 2.0315 s⁵ (Jordan): small ones grow, most end near 1."""
     x = g / (g.norm() + 1e-7)                           # now every s is at most 1, as this wants
     for _ in range(5):
         gram = x @ x.T                                                    # (r,r)
@@ -1557,7 +1557,7 @@ def orthogonal(g):
     return x
 
 class Muon(torch.optim.Optimizer):
-    """Steps of lr along orthogonal(running mean of the gradient); Jordan's are longer if r > n."""
+    """Steps of lr along orthogonal(running mean of the gradient). (Jordan's: · √(r/n) if r > n.)"""
     def __init__(self, kernels, lr):
         super().__init__([{"params": kernels}], {"lr": lr})
 
