@@ -739,7 +739,8 @@ def test_a_table_tells_the_classes_and_keeps_photographs_of_a_lesion_on_one_side
     rows = "\n".join([f"\ufeff{key},lesion_id,diagnosis_1,diagnosis_3,dx", *rows])
     name = {"isic_id": "metadata.csv", "image_id": "HAM10000_metadata.csv"}[key]
     ((tmp_path / place).parent / name).write_text(rows, encoding="utf8")
-    (tmp_path / "mine.csv").write_text("isic_id,dx\n003," + "x" * 200_000)     # over csv's limit
+    (tmp_path / "mad.csv").write_text("isic_id,dx\n003," + "x" * 200_000)      # over csv's limit
+    (tmp_path / "isic/mean.csv").write_text(f"{key},age\n000,9")        # takes no class away
     images = load(tmp_path / "isic")
     assert [images.classes[k] for k in images.labels[:4]] == ["Nevus", "Bad", "scar", "images"]
     train, val = ({int(images.names[i][-7:-4]) // 3 for i in rows}
@@ -751,14 +752,15 @@ def test_images_are_decoded_once_and_again_when_they_or_what_they_link_to_change
     folder, far = fill(tmp_path / "photos", ["a.png", "b.png"]), tmp_path / "elsewhere/target.png"
     fill(far.parent, [far.name])
     (folder / "link.png").symlink_to(far)
+    (folder / "linked").symlink_to(far.parent)
     seen, cache = [], tmp_path / "cache"
     for changed in ([], [], [folder / "b.png"], [far]):
         for path in changed:
             fill(path.parent, [path.name], (200, 0, 99))
-        seen.append((load(folder).rows(torch.arange(3)), len(list(cache.glob("p*")))))
+        seen.append((load(folder).rows(torch.arange(4)), len(list(cache.glob("p*")))))
     changes = [[not torch.equal(*pair) for pair in zip(a, b)]
                for (a, _), (b, _) in itertools.pairwise(seen)]
-    assert changes == [[False] * 3, [False, True, False], [False, False, True]]
+    assert changes == [[False] * 4, [False, True, False, False], [False, False, True, True]]
     assert [files for _, files in seen] == [2, 2, 4, 6]
     for name in (".old.4711.tmp", ".new.4711.tmp"):
         (cache / name).touch()
@@ -856,11 +858,8 @@ def test_a_class_name_is_neither_a_path_nor_a_formula(trained, tmp_path, monkeyp
     torch.save(state, "one.pt")
     assert cli(*"sample --ckpt one.pt --out a/out --n 4 --steps 1".split()) == 0
     assert len(list(Path("a/out").glob("*/00000.png"))) == 4 == len(list(Path().rglob("*.png")))
-
-def test_pictures_are_drawn_of_any_name_and_of_nothing(tmp_path):
-    """A class of which no image is trained on, a name that TeX would not read."""
-    DRAW_ROWS(tmp_path / "a.png", {"$\\frac$": torch.zeros(2, 3, 8, 8).byte(), "none": []})
-    assert (tmp_path / "a.png").stat().st_size > 100
+    DRAW_ROWS(Path("grid.png"), dict.fromkeys(state["classes"], torch.zeros(2, 3, 8, 8).byte()))
+    assert Path("grid.png").stat().st_size > 100        # TeX would not read one of the names
 
 def test_the_trajectory_shows_eight_guesses_from_the_first_to_the_last(monkeypatch):
     monkeypatch.undo()                                  # draws again
@@ -931,6 +930,7 @@ def test_evaluate_takes_only_held_out_images_of_the_training_folder(calm, monkey
 
 def test_what_evaluate_and_resume_would_get_wrong_is_refused(calm, monkeypatch, refused):
     """A part of the training folder or what it is a part of, other classes, all processes."""
+    assert "a folder" in refused("evaluate", "--data", "")      # not the folder that we are in
     for folder in ("photos/train", "."):
         assert "--data" in refused(*"evaluate --ckpt calm/vq --data".split(), folder)
     classes, make = ["other"], vqldm.Images.__init__

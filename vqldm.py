@@ -30,7 +30,7 @@ Run it    python vqldm.py train-vq, then train-ldm, then sample; evaluate measur
           "trap" marks a frequent mistake, "ours" what none of the papers named here does. Small
           choices and constants without a source are common practice, or ours too.
 """
-import argparse, csv, functools, json, math, os, random, re, sys, time, warnings
+import argparse, csv, functools, glob, json, math, os, random, re, sys, time, warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from copy import deepcopy
@@ -72,7 +72,8 @@ def count(text):
 def counts(text):                       # "16,64" -> (16, 64)
     return tuple(map(count, text.split(",")))
 def source(text):                       # a folder is noted with its full path
-    return text if text == "synthetic" else str(Path(text).expanduser().resolve())
+    demand(text, "must be a folder, or 'synthetic'")
+    return text if text == "synthetic" else os.path.realpath(os.path.expanduser(text))
 def amount(text):
     demand(0 <= float(text) < math.inf, "must be a number from 0 on")
     return float(text)
@@ -183,7 +184,7 @@ def pick_device(cfg):
     try:
         device = torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError):
-        raise UserError("--device: is not on this machine; auto and cpu work") from None
+        raise UserError("--device: cannot be used on this machine; cpu can") from None
     bf16 = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
     if device.type == "cuda":                   # not where bf16 is only emulated: that is slower
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -223,7 +224,6 @@ def average_gradients(net):
 def say(*words):
     if rank() == 0:
         tqdm.write(" ".join(map(str, words)))
-
 def bar(items, name, total=None):       # disable=None: shown on a terminal only
     return tqdm(items, name, total, leave=False, disable=rank() > 0 or None)
 # ------------------------------------------------------------------------------------------------
@@ -512,7 +512,7 @@ def load_lpips(wanted, device):
         return net.to(device).eval().requires_grad_(False)
     except Exception as e:              # URLError, OSError, a damaged file, an unknown name
         demand(wanted == "auto", f"--lpips: {e}; off goes without, with more blur")
-        say("WARNING no LPIPS, as loss or as measure: no weights (5 MB) in", torch.hub.get_dir())
+        say("WARNING no LPIPS, as loss or as measure: no weights (5 MB) in", torch.hub.get_dir(), e)
 
 class PatchDiscriminator(nn.Module):
     """D: a logit, real or fake, for each place of the latent grid. At f = 4 it sees 18×18 pixels
@@ -602,8 +602,8 @@ def train_vq(cfg, state=None):
     run = Run(cfg, n, parts, facts={}, state=state)     # yields steps, logs, saves; progress: 0…1
     if not state:
         label = images.labels[images.train]
-        preview = {name: images.rows(images.train[label == i][:16])
-                   for i, name in enumerate(images.classes)}
+        preview = {images.classes[i]: images.rows(images.train[label == i][:16])
+                   for i in label.unique()}
         draw_rows(cfg.folder / "data_preview.png", preview)
         with torch.no_grad():                   # the codes start on encoder outputs
             some = images.train[shuffled(n, cfg.seed, 0)[:64]]
@@ -718,8 +718,7 @@ class Diffusion:
 
     def alpha_bar_at(self, t, z):
         """ᾱ_t, shaped to multiply z, for t (B,) or one t."""
-        a = self.alpha_bar.to(z.device)[t]
-        return a.view(-1, *[1] * (z.dim() - 1))                               # (B,1,1,1)
+        return self.alpha_bar.to(z.device)[t].view(-1, 1, 1, 1)               # (B,1,1,1)
 
     def add_noise(self, z0, t, eps):                                          # (B,d,h,w), (B,)
         """DDPM eq. 4: z_t = √ᾱ z0 + √(1-ᾱ) ε, all steps at once; the variances add up to 1."""
@@ -760,7 +759,7 @@ class Diffusion:
         error of v hardly counts: predict() multiplies it by √(1-ᾱ), nearly 0, and the nearest code
         rounds away the rest. In much noise the loss stays large whatever the network does. Neither
         end shall drown the middle; neither may go untaught: sampling starts at noise."""
-        a = self.alpha_bar_at(t, t)                 # (B,): shaped like t itself
+        a = self.alpha_bar.to(t.device)[t]
         if self.target != "v":                      # all equal, as in DDPM
             return torch.ones_like(a)
         return (4 * a * (1 - a)).sqrt().clamp(min=0.25)                       # (B,)
@@ -1179,8 +1178,9 @@ def find_images(folder):
     for path in [*folder.parent.glob("*m*a*.csv"), *folder.glob("*m*a*.csv")]:
         with suppress(csv.Error, OSError):
             for row in csv.DictReader(path.open(encoding="utf-8-sig", errors="replace")):
-                table[row.get("isic_id") or row.get("image_id")] = row
-    for path in sorted(folder.rglob("*")):
+                table.setdefault(row.get("isic_id") or row.get("image_id"), {}).update(row)
+    everything = glob.glob("**", root_dir=folder, recursive=True)       # what links point to, too
+    for path in sorted(folder / name for name in everything):
         name = path.relative_to(folder).as_posix()
         if re.match(PHOTO, name) and not re.search(NO_PHOTO, name) and path.is_file():
             row = table.get(path.stem, {})
@@ -1236,7 +1236,7 @@ def decode(path, found, read):                          # into one file -> the g
         try:
             return read(row[0]).tobytes()
         except Exception as e:                  # PIL raises nearly anything on a broken file
-            bad[row[0]] = e
+            bad[row[0]] = repr(e)               # not e: that would hold the image in memory
             return b""
     def write(f):
         with ThreadPoolExecutor() as pool:
@@ -1338,7 +1338,7 @@ class Run:
         return self.step / self.steps
     def picture(self, name):                            # where to draw what is seen at this look
         epoch = self.step / self.steps_per_epoch
-        return self.cfg.folder / f"{name}_epoch_{epoch:05.1f}.png"
+        return self.cfg.folder / f"{name}_epoch_{epoch:06.2f}.png"
 
     def __iter__(self):
         # Ctrl-C and SIGTERM only ask: the step is finished and saved. A second Ctrl-C ends at once.
@@ -1423,7 +1423,6 @@ def figure(path, width, height, rows):                  # with … as axes: draw
     write_whole(path, lambda f: fig.savefig(f, format="png"))
 
 def draw_rows(path, rows):                              # {label: uint8 images}: 16 of each, a strip
-    rows = {label: images for label, images in rows.items() if len(images)}
     columns = max(len(images[:16]) for images in rows.values())
     with figure(path, columns, 1.3 * len(rows), len(rows)) as axes:
         for ax, (label, images) in zip(axes, rows.items()):
@@ -1493,8 +1492,9 @@ def kernel_distance(a, b):
     """How far apart two sets of n features lie: squared MMD (Bińkowski 2018, arXiv 1801.01401). A
     kernel, (u·v/512 + 1)³, says how alike two features are: its mean over the pairs within a, plus
     that within b, less twice that across. 0 on average for two sets of one kind."""
-    k_aa, k_bb, k_ab = [(u @ v.T / u.shape[1] + 1) ** 3 for u, v in ((a, a), (b, b), (a, b))]
-    k = k_aa + k_bb - 2 * k_ab
+    def kernel(u, v):                                                     # (n,n)
+        return (u @ v.T / u.shape[1] + 1) ** 3
+    k = kernel(a, a) + kernel(b, b) - 2 * kernel(a, b)
     # Off the diagonal: no image with itself, nor with its own reconstruction.
     return float((k.sum() - k.trace()) / (len(a) * (len(a) - 1)))
 
@@ -1626,7 +1626,7 @@ def main(argv):
         cuda = torch.cuda.is_available()
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
         if cuda:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     with suppress(AttributeError):           # a code page without é must not end a run
         sys.stdout.reconfigure(errors="replace")
     status = 2
