@@ -433,7 +433,7 @@ class Codebook(nn.Module):
         #   codebook_loss   the codes, to the vectors that they won       weight 1
         #   commit_loss     the encoder's vectors, to their codes         weight commit_weight: 0.25
         # trap: VQGAN's code has 0.25 on the codes' loss and 1 on this one: z is tied four times as
-        # hard, and no curve shows it. (`--preset paper` has 1 on both.)
+        # hard, and no curve shows it.
         codebook_loss = F.mse_loss(z_q, z.detach())             # ‖sg[z] - e‖², mean over all
         commit_loss = F.mse_loss(z, z_q.detach())               # ‖z - sg[e]‖², likewise
         # Straight through (VQ sec. 3.2): the value of z_q with the gradient of z. Rounding has no
@@ -501,8 +501,8 @@ class VQGAN(nn.Module):
 
 def load_lpips(wanted, device):
     """LPIPS (Zhang 2018, arXiv 1801.03924) of the lpips package, for images in [-1,1]; None if off,
-    or if auto finds no weights. Called outside of autocast, so in fp32. trap: as a part of another
-    nn.Module, .train() would switch its dropout on, and checkpoints would carry its weights."""
+    or if auto finds no weights. Called outside of autocast, so in fp32. trap: were it a part of the
+    VQGAN, .train() would switch its dropout on, and checkpoints would carry its weights."""
     if wanted == "off":
         return None
     try:
@@ -571,8 +571,8 @@ def vq_optimizers(vqgan, cfg):
     kernels = [p for p in blocks.parameters() if p.dim() == 4 and cfg.muon_lr > 0]
     codes = vqgan.codebook.embedding.weight
     rest = [p for p in vqgan.parameters() if p not in {codes, *kernels}]      # a set: by identity
-    # ours: a code's gradient comes from codebook_loss alone, and Adam divides by its size: no
-    # weight makes a code faster. Its own rate does: at the network's it lags behind the moving z.
+    # ours: a code's gradient comes from codebook_loss alone, and Adam divides by the
+    # gradient's size: no weight makes a code faster, only its rate does. Else it lags behind z.
     groups = [{"params": rest}, {"params": [codes], "lr": cfg.codes_lr}]
     adam = torch.optim.Adam(groups, cfg.lr, betas=(0.9, 0.99), fused=True)
     return adam, Muon(kernels, cfg.muon_lr)
@@ -658,9 +658,9 @@ def train_vq(cfg, state=None):
                 # trap: without detach, D's loss leaves gradients in the generator, towards images
                 # that are easily seen as fake. (Here torch would raise: backward freed the graph.)
                 fake = disc(x_hat.detach())
-            d_loss = hinge_loss(real, fake)             # real: from above, its graph still whole
-            # trap: the generator's backward has left gradients in D, those that raise D(fake). Not
-            # zeroed before this, they join D's own, and D(fake) settles above 0.
+            d_loss = hinge_loss(real, fake)             # real's graph is whole: gap left it out
+            # trap: the generator's backward has left gradients in D too, whose step raises D(fake).
+            # Not zeroed before this, they join D's own, and D(fake) settles above 0.
             disc.zero_grad()
             d_loss.backward()
             average_gradients(disc)
@@ -685,7 +685,7 @@ def train_vq(cfg, state=None):
 # the clean z0 is not z_t at t = 0 but one below, level -1, where ᾱ = 1. With normal noise ε:
 #   one step further     z_t = √α_t z_(t-1) + √β_t ε     α_t + β_t = 1: so variance 1 stays 1
 #   all steps at once    z_t = √ᾱ_t z0 + √(1-ᾱ_t) ε      ᾱ_t = α_0 · … · α_t: how much of z0 is left
-#     (one ε for all steps; variances add up: α_t (1-ᾱ_(t-1)) + β_t = α_t - ᾱ_t + 1-α_t = 1-ᾱ_t)
+#     (one ε for all: the old variance, shrunk, + β_t is α_t (1-ᾱ_(t-1)) + 1-α_t = 1-ᾱ_t again)
 #   the network answers  ε, or v = √ᾱ_t ε - √(1-ᾱ_t) z0
 #   predict()            turns either answer into two guesses, z0_hat and eps_hat
 #   one step back        is made from these, by ddim or by ddpm
@@ -714,7 +714,7 @@ class Diffusion:
         alpha_bar = alpha.cumprod(0)                # in float64: rounded once, not T times
         # A 1 behind the last: alpha_bar[-1] is that of z0 itself, level -1, where sampling ends.
         self.alpha_bar = F.pad(alpha_bar, (0, 1), value=1).float()            # (T+1,)
-        self.predict(alpha, alpha, 0)               # only to raise at an unknown target
+        self.predict(alpha, alpha, 0)               # dummies: to raise at an unknown target
 
     def alpha_bar_at(self, t, z):
         """ᾱ_t, shaped to multiply z, for t (B,) or one t."""
@@ -791,15 +791,15 @@ class Diffusion:
 
             if sampler == "ddim":
                 # z0_hat, noised again up to t_prev, where the noise has variance 1-ᾱ_prev: σ² of it
-                # is fresh, the rest the noise that was seen: any split makes a mixture that the
-                # network knows. η = 0: none fresh. η = 1: the variance of z_prev given z_t and z0
-                # (DDPM eq. 7): 1/σ² = 1/(1-ᾱ_prev), what z0 tells, + α/(1-α), what z_t tells.
+                # is fresh, the rest the noise that was seen. Their sum is as in training, whatever
+                # the split. η = 0: none fresh. η = 1: the variance of z_prev given z_t and z0 (DDPM
+                # eq. 7). Normals multiply, so 1/variances add: 1/(1-ᾱ_prev) + α/(1-α) = 1/σ².
                 sigma = eta * ((1 - a_prev) / (1 - a) * (1 - alpha)).sqrt()           # DDIM eq. 16
                 seen = (1 - a_prev - sigma**2).clamp(min=0).sqrt()
                 z = a_prev.sqrt() * z0_hat + seen * eps_hat               # DDIM eq. 12, its α is ᾱ
             elif sampler == "ddpm":
-                # DDPM Algorithm 2, line 4. Its mean is ddim's at η = 1 (put z0_hat in; the tutorial
-                # has the algebra). Its σ² is larger: z0 is only guessed, so z_prev is less certain.
+                # DDPM Algorithm 2, line 4: ddim's mean at η = 1, seen = √α (1-ᾱ_prev) / √(1-ᾱ) then
+                # (tutorial.ipynb, 9). Its σ² is larger: z0 is only guessed, so z_prev less certain.
                 sigma = (1 - alpha).sqrt()
                 z = (z - (1 - alpha) / (1 - a).sqrt() * eps_hat) / alpha.sqrt()
             else:
@@ -812,7 +812,7 @@ class Diffusion:
 # ------------------------------------------------------------------------------------------------
 # 9. Stage 2: the UNet
 # The same bricks as the VQGAN. New are the time (how noisy is z_t?), heard by every ResBlock, and
-# the skips, which carry fine detail past the bottleneck: what is answered is noise in large part.
+# the skips, which carry what no bottleneck can: z_t is full of noise, all of it fine detail.
 
 def time_embedding(t, dim):
     """t (B,) -> (B,dim): sines and cosines of growing period (Vaswani 2017, arXiv 1706.03762). The
@@ -915,8 +915,8 @@ def unstandardise(z0, scale):
 @torch.no_grad()
 def update_ema(ema, net, step, decay):
     """The running mean of the weights, to sample with: ema <- decay·ema + (1-decay)·net. Steps
-    jump about the goal, as no batch is like another; the mean lies closer to it. trap: no warm-up:
-    after 1,000 steps at 0.9999 the mean is 90 % first weights, samples are noise."""
+    jump about the goal, as no batch is like another; the mean lies closer to it. trap: without the
+    min below, after 1,000 steps at 0.9999 the mean is 90 % first weights, samples are noise."""
     decay = min(decay, (1 + step) / (10 + step))
     for mean, p in zip(ema.parameters(), net.parameters()):
         mean.lerp_(p, 1 - decay)
@@ -1149,9 +1149,9 @@ def synthetic(i, size, seed=0):
 # Hours are lost to one bad image in a folder, and most of a laptop's time to decoding JPEGs. So
 # each image is opened once, before training, and written as bytes into one file.
 
-PHOTO = r"(?i).*\.(bmp|gif|jpe?g|png|tiff?|webp)$"      # of a path; not these:
+PHOTO = r"(?i).*\.(bmp|gif|jpe?g|png|tiff?|webp)$"      # a photograph's path, if it
 NO_PHOTO = (r"(?i)(_segmentation|_superpixels|_expert|-partial)[^/]*$|_mask\.\w+$|"
-            r"(^|/)(\.|(grid|trajectory)\.png$)")       # masks and the like, hidden ones, our own
+            r"(^|/)(\.|(grid|trajectory)\.png$)")       # is no mask, not hidden, not our own
 HELD_OUT = r"(?i)(?<![^/])(val(id(ation)?)?|test(ing)?)/"   # (?<![^/]): at a name's start
 NO_CLASS = HELD_OUT + r"|(?<![^/])(train(ing)?|(HAM10000_)?images(_part_\d)?)/"
 
@@ -1506,8 +1506,8 @@ def unseen_images(cfg, vq_cfg, cache):                  # -> two sets of uint8 (
     rows = torch.randperm(len(images.names), generator=rng(cfg.seed, "unseen"))
     if data == vq_cfg.data != "synthetic":
         rows = images.val
-    common = Path(vq_cfg.data) in Path(data).parents or Path(data) in Path(vq_cfg.data).parents
-    demand(not common, "--data has images that were trained on; without it, unseen ones are used")
+    overlap = Path(vq_cfg.data) in Path(data).parents or Path(data) in Path(vq_cfg.data).parents
+    demand(not overlap, "--data has images that were trained on; without it, unseen ones are used")
     n = min(cfg.n, len(rows) // 2)
     demand(n > 1, "--data: too few unseen images to measure on")
     return images.rows(rows[:2 * n]).split(n)
@@ -1557,7 +1557,7 @@ def orthogonal(g):
     return x
 
 class Muon(torch.optim.Optimizer):
-    """Steps of lr along orthogonal(running mean of the gradient). (Jordan's: · √(r/n) if r > n.)"""
+    """Steps of lr along orthogonal(running mean of the gradient). (Jordan's: × √(r/n) if r > n.)"""
     def __init__(self, kernels, lr):
         super().__init__([{"params": kernels}], {"lr": lr})
 
