@@ -294,7 +294,6 @@ def plain_vq(cfg, lpips, mixed):
             step_along(disc, loss_d, optimizers_d, factor)
             if i % 10 == 9:
                 told.update(mse=float(mse.detach()), lam=float(lam))
-
     with mixed, torch.no_grad():
         x_hat = net.decoder(book.lookup(book.nearest(net.encoder(images[val])))).clamp(-1, 1)
     return net, disc, wins, {**told, "held_mse": float(F.mse_loss(x_hat, images[val]))}
@@ -714,7 +713,7 @@ def test_bad_images_are_named_and_passed_over_and_what_is_no_photograph_is_not_o
     assert "skipped 2 " in told and "cut.jpg" in told and "text.jpg" in told
     for name in good[:5]:
         (folder / name).unlink()
-    with pytest.raises(UserError, match="2 unreadable"):        # more than a fifth
+    with pytest.raises(UserError, match="more than a fifth"):
         load(folder)
 
 def test_folders_are_classes_and_train_and_test_the_split(tmp_path, load):
@@ -1000,7 +999,7 @@ def in_each_step(patch, do):            # do(step) in the middle of it
     ("ldm", 0, signal.SIGTERM), ("ldm", 2, signal.SIGINT), ("ldm", 9, signal.SIGTERM)])
 def test_stopped_and_resumed_is_bit_for_bit_the_undisturbed_run(
         calm, tmp_path, monkeypatch, capsys, stage, stop, number):
-    now, (first, then) = [], ([], []) if number else (["--minutes", 1e-9], ["--minutes", 0])
+    now, (first, then) = [], ([], []) if number else (["--minutes", 1e-9], ["--epochs", 3])
     with monkeypatch.context() as patch:
         in_each_step(patch, lambda step: step == stop and now.extend(
             [signal.raise_signal(number), signal.getsignal(signal.SIGINT)]))   # a second ends it

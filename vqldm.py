@@ -183,7 +183,7 @@ def pick_device(cfg):
         name = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
         device = torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError):
+    except Exception:
         raise UserError("--device: cannot be used on this machine; cpu can") from None
     bf16 = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
     if device.type == "cuda":                   # not where bf16 is only emulated: that is slower
@@ -234,7 +234,7 @@ def to_float(x):
     """uint8 0…255 -> [-1,1], the range of all images that a network here is given."""
     return x.float() / 127.5 - 1
 def to_bytes(x):                        # and back, on the CPU
-    x = (x.float().clamp(-1, 1) + 1) * 127.5
+    x = (x.clamp(-1, 1) + 1) * 127.5
     return x.round().byte().cpu()
 
 @functools.lru_cache(maxsize=2)         # a batch may lie across the border of two epochs
@@ -557,7 +557,6 @@ def rate(step, progress):
     up = (step + 1) / 50
     down = (1 - progress) / 0.6
     return max(0.01, min(1, up, down))
-
 def set_learning_rate(optimizer, factor):
     for group in optimizer.param_groups:
         initial = group.setdefault("initial_lr", group["lr"])     # noted at the first call
@@ -638,7 +637,6 @@ def train_vq(cfg, state=None):
             gap = (real.mean() - fake.mean()).detach()
             sees = mean_over_processes(gap).clamp(0, 1)
             loss = loss + cfg.gan_weight * sees * lam * adversarial           # VQGAN eq. 6
-            losses["lam"] = lam
 
         vqgan.zero_grad()
         loss.backward()
@@ -667,7 +665,7 @@ def train_vq(cfg, state=None):
             norm = clip_grad_norm_(disc.parameters(), 1.0)
             if norm.isfinite():
                 adam_d.step()
-            losses.update(d_loss=d_loss, d_real=real.mean(), d_fake=fake.mean())
+            losses.update(lam=lam, d_loss=d_loss, d_real=real.mean(), d_fake=fake.mean())
 
         # ---- tell, measure, draw, save ----
         run.tell(losses)
@@ -1008,7 +1006,6 @@ def train_ldm(cfg, state=None):
 def frozen(net, weights, device):                       # in eval mode, without gradients
     net.load_state_dict(weights)
     return net.to(device).eval().requires_grad_(False)
-
 def load_vqgan(state, device):                          # -> VQGAN of a checkpoint, its settings
     with reading("the VQGAN"):                          # what fails in here is told as a sentence
         cfg = VQConfig(**state["config"])
@@ -1244,7 +1241,7 @@ def decode(path, found, read):                          # into one file -> the g
                 f.write(image)
         if bad:
             say("skipped", len(bad), "images that cannot be read:", *list(bad.items())[:5])
-        demand(len(bad) <= 0.2 * len(found), f"--data: {len(bad)} unreadable images are too many")
+        demand(len(bad) <= 0.2 * len(found), "--data: that is more than a fifth of all images")
     write_whole(path, write)
     return [row for row in found if row[0] not in bad]
 # ------------------------------------------------------------------------------------------------
@@ -1300,6 +1297,8 @@ def open_run(cfg, typed, resume, overwrite):
     differ = [f"{flag(name)} was {getattr(old, name)}" for name, value in typed.items()
               if name not in MAY_CHANGE and value != getattr(old, name)]
     demand(not differ, f"--resume goes on with the recorded settings: {differ}")
+    if "epochs" in typed:                               # it went by --minutes? no longer
+        old = replace(old, minutes=0.0)
     return replace(old, **{**typed, "out": cfg.out}), state     # out: where it lies now
 
 class Run:
@@ -1603,11 +1602,11 @@ def build_parser(command, cls):
 def run_command(argv):                                  # -> exit status; None is 0
     command, *rest = argv or ["--help"]
     if command in ("-h", "--help"):
-        say(__doc__, "\nCommands ", *COMMANDS, "   COMMAND --help lists its settings")
+        say(__doc__, "\nCOMMAND --help lists the settings of any of the four")
         return None
     demand(command in COMMANDS, f"{command}: no command; there are {list(COMMANDS)}")
     trains = command.startswith("train")
-    demand(trains or world() == 1, f"{command}: runs in one process, so without torchrun")
+    demand(trains or world() == 1, "torchrun is for trainings only")
     cls, function = COMMANDS[command]
     parser = build_parser(command, cls)
     typed = vars(parser.parse_args(rest))
@@ -1626,7 +1625,7 @@ def main(argv):
         cuda = torch.cuda.is_available()
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
         if cuda:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     with suppress(AttributeError):           # a code page without é must not end a run
         sys.stdout.reconfigure(errors="replace")
     status = 2
