@@ -106,7 +106,7 @@ class VQConfig(Settings):
     lpips: str = "auto"                 # LPIPS's net: squeeze, alex, vgg; off; auto: squeeze or off
     lpips_weight: amount = 0.1          # weight of LPIPS, a learnt distance of images
     commit_weight: amount = 0.25        # weight of the commitment loss beside the codebook's
-    gan_weight: amount = 0.4            # weight of the adversarial loss, times lam; 0: no GAN
+    gan_weight: amount = 0.4            # weight of the GAN, times lam and d_real - d_fake; 0: none
     gan_start: amount = 0.1             # part of the run after which the GAN joins
     # How fast, how long?
     lr: amount = 1e-3                   # learning rate of all that has none of its own
@@ -400,7 +400,7 @@ class Decoder(nn.Module):
         for block in self.up:
             y = block(y)                                                  # the grid doubles m times
         y = F.silu(self.norm(y))
-        with torch.autocast(y.device.type, enabled=False):     # fp32, for adaptive_weight
+        with torch.autocast(y.device.type, enabled=False):   # fp32: adaptive_weight is of it
             return self.last(y.float())                                   # (B,3,H,W)
 
 class Codebook(nn.Module):
@@ -433,7 +433,7 @@ class Codebook(nn.Module):
         #   codebook_loss   the codes, to the vectors that they won       weight 1
         #   commit_loss     the encoder's vectors, to their codes         weight commit_weight: 0.25
         # trap: VQGAN's code has 0.25 on the codes' loss and 1 on this one: z is tied four times as
-        # hard, and no curve shows it.
+        # hard as here, and no curve shows it.
         codebook_loss = F.mse_loss(z_q, z.detach())             # ‖sg[z] - e‖², mean over all
         commit_loss = F.mse_loss(z, z_q.detach())               # ‖z - sg[e]‖², likewise
         # Straight through (VQ sec. 3.2): the value of z_q with the gradient of z. Rounding has no
@@ -549,7 +549,7 @@ def adaptive_weight(rec, adversarial, last):
 # 7. Stage 1: training
 # The generator steps first, then D on the same images. D joins after a tenth: from first blobs it
 # would learn only that blur is fake. What to look at: mse and lpips fall, codes used and perplexity
-# rise. With the GAN, D's mean logits: d_real above 0, d_fake below, within ±1; equal: D is blind.
+# rise. With the GAN, D's mean logits: d_real near 0.5, d_fake near -0.5; equal: D is blind.
 # Used before they are shown: Images (B), Run (C), draw_rows (D), reconstruct (E), Muon (F).
 
 def rate(step, progress):
@@ -563,8 +563,8 @@ def set_learning_rate(optimizer, factor):
         group["lr"] = factor * initial
 
 def vq_optimizers(vqgan, cfg):
-    """-> Adam, Muon. Kernels of the blocks go by Muon (F says why; by Adam the error, after
-    as many steps, is 1.5 times as large). All else by Adam, first and last convolutions too."""
+    """-> Adam, Muon. Kernels of the blocks go by Muon (F says why; with Adam the error after
+    as many steps is 1.5 times as large). All else by Adam: first and last layers, attention too."""
     enc, dec = vqgan.encoder, vqgan.decoder
     blocks = nn.ModuleList([enc.down, enc.mid, dec.mid, dec.up])
     kernels = [p for p in blocks.parameters() if p.dim() == 4 and cfg.muon_lr > 0]
@@ -656,9 +656,9 @@ def train_vq(cfg, state=None):
                 # trap: without detach, D's loss leaves gradients in the generator, towards images
                 # that are easily seen as fake. (Here torch would raise: backward freed the graph.)
                 fake = disc(x_hat.detach())
-            d_loss = hinge_loss(real, fake)             # real's graph is whole: gap left it out
-            # trap: the generator's backward has left gradients in D too, whose step raises D(fake).
-            # Not zeroed before this, they join D's own, and D(fake) settles above 0.
+            d_loss = hinge_loss(real, fake)             # real's graph is there: gap is detached
+            # trap: the generator's backward has left gradients in D: along them D(fake) rises. Not
+            # zeroed before this, they join D's own, and D(fake) settles above 0.
             disc.zero_grad()
             d_loss.backward()
             average_gradients(disc)
@@ -683,7 +683,7 @@ def train_vq(cfg, state=None):
 # the clean z0 is not z_t at t = 0 but one below, level -1, where ᾱ = 1. With normal noise ε:
 #   one step further     z_t = √α_t z_(t-1) + √β_t ε     α_t + β_t = 1: so variance 1 stays 1
 #   all steps at once    z_t = √ᾱ_t z0 + √(1-ᾱ_t) ε      ᾱ_t = α_0 · … · α_t: how much of z0 is left
-#     (one ε for all: the old variance, shrunk, + β_t is α_t (1-ᾱ_(t-1)) + 1-α_t = 1-ᾱ_t again)
+#     (one ε for all: variances add, the old one shrunk: α_t (1-ᾱ_(t-1)) + 1-α_t = 1-ᾱ_t again)
 #   the network answers  ε, or v = √ᾱ_t ε - √(1-ᾱ_t) z0
 #   predict()            turns either answer into two guesses, z0_hat and eps_hat
 #   one step back        is made from these, by ddim or by ddpm
@@ -702,13 +702,13 @@ class Diffusion:
             beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T
         elif schedule == "cosine":              # Nichol & Dhariwal 2021, arXiv 2102.09672, eq. 17
             part = torch.arange(T + 1, dtype=torch.float64) / T              # 0…1
-            # curve: the ᾱ that we want. It falls evenly; linear's last third is nearly all noise.
+            # curve: the ᾱ that we want. It falls more evenly; linear's last third is all noise.
             # Without 0.008, level 0 would have 17 times less noise: too little to learn from.
             curve = torch.cos((part + 0.008) / 1.008 * math.pi / 2) ** 2
             beta = 1 - curve[1:] / curve[:-1]       # α is the quotient of two neighbouring ᾱ
         else:
             raise UserError("--schedule: must be linear or cosine")
-        alpha = 1 - beta.clamp(max=0.999)           # β = 1 would end at ᾱ = 0, and we divide by √ᾱ
+        alpha = 1 - beta.clamp(max=0.999)           # β = 1 would end at ᾱ = 0; eps divides by √ᾱ
         alpha_bar = alpha.cumprod(0)                # in float64: rounded once, not T times
         # A 1 behind the last: alpha_bar[-1] is that of z0 itself, level -1, where sampling ends.
         self.alpha_bar = F.pad(alpha_bar, (0, 1), value=1).float()            # (T+1,)
@@ -789,9 +789,9 @@ class Diffusion:
 
             if sampler == "ddim":
                 # z0_hat, noised again up to t_prev, where the noise has variance 1-ᾱ_prev: σ² of it
-                # is fresh, the rest the noise that was seen. Their sum is as in training, whatever
-                # the split. η = 0: none fresh. η = 1: the variance of z_prev given z_t and z0 (DDPM
-                # eq. 7). Normals multiply, so 1/variances add: 1/(1-ᾱ_prev) + α/(1-α) = 1/σ².
+                # is fresh, the rest is eps_hat again. The sum is as in training for any split.
+                # η = 0: none fresh. η = 1: the variance of z_prev given z0 and z_t (DDPM eq. 7). By
+                # Bayes, normals of variance 1-ᾱ_prev (z0) and (1-α)/α (z_t) multiply: 1/σ² adds up.
                 sigma = eta * ((1 - a_prev) / (1 - a) * (1 - alpha)).sqrt()           # DDIM eq. 16
                 seen = (1 - a_prev - sigma**2).clamp(min=0).sqrt()
                 z = a_prev.sqrt() * z0_hat + seen * eps_hat               # DDIM eq. 12, its α is ᾱ
@@ -821,7 +821,7 @@ def time_embedding(t, dim):
 
 class UNet(nn.Module):
     """(z_t, t, class) -> v or ε. Classes are 0…n_classes-1; n_classes itself means: not told.
-    A tenth of all are not told (section 10): so the net learns both, as guided() needs it."""
+    A tenth of all are not told (section 10): so the net learns to answer with and without it."""
     def __init__(self, z_dim, widths, n_classes):
         super().__init__()
         E = 4 * widths[0]
@@ -863,7 +863,7 @@ def guided(net, guide, label, w, below):
     (Kynkäänniemi 2024, arXiv 2404.07724, has none at little noise either).
     ours: weak is not told the class, and it is `guide`, the averaged weights (update_ema) after a
     fifth of the training: less trained, it is wrong in the same places, only more, and w leads away
-    from them. (Karras 2406.02507: younger, but told the class; 2312.02696: smaller, untold.)"""
+    from them. (Karras's weak: 2406.02507 younger, but told; 2312.02696 smaller, not told.)"""
     def answer(z_t, t):
         strong = net(z_t, t, label)
         if w == 1 or t[0] >= below:         # here all t are equal
@@ -1146,9 +1146,9 @@ def synthetic(i, size, seed=0):
 # Hours are lost to one bad image in a folder, and most of a laptop's time to decoding JPEGs. So
 # each image is opened once, before training, and written as bytes into one file.
 
-PHOTO = r"(?i).*\.(bmp|gif|jpe?g|png|tiff?|webp)$"      # a photograph's path, if it
+PHOTO = r"(?i).*\.(bmp|gif|jpe?g|png|tiff?|webp)$"      # a photograph's path
 NO_PHOTO = (r"(?i)(_segmentation|_superpixels|_expert|-partial)[^/]*$|_mask\.\w+$|"
-            r"(^|/)(\.|(grid|trajectory)\.png$)")       # is no mask, not hidden, not our own
+            r"(^|/)(\.|(grid|trajectory)\.png$)")       # but no mask, not hidden, not our own
 HELD_OUT = r"(?i)(?<![^/])(val(id(ation)?)?|test(ing)?)/"   # (?<![^/]): at a name's start
 NO_CLASS = HELD_OUT + r"|(?<![^/])(train(ing)?|(HAM10000_)?images(_part_\d)?)/"
 
@@ -1556,7 +1556,7 @@ def orthogonal(g):
     return x
 
 class Muon(torch.optim.Optimizer):
-    """Steps of lr along orthogonal(running mean of the gradient). (Jordan's: × √(r/n) if r > n.)"""
+    """Steps of lr along orthogonal(running mean of the gradient). (Jordan: × √(r/n) if r > n.)"""
     def __init__(self, kernels, lr):
         super().__init__([{"params": kernels}], {"lr": lr})
 
