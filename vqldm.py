@@ -60,7 +60,6 @@ from tqdm import tqdm
 
 class UserError(argparse.ArgumentTypeError):        # argparse puts the flag's name before it
     """What only the user can put right: told as one sentence, exit status 2."""
-
 def demand(ok, text):                   # if it is not so, the command ends with this sentence
     if not ok:
         raise UserError(text)
@@ -206,7 +205,6 @@ def world():
     return dist.get_world_size() if dist.is_initialized() else 1
 def rank():
     return dist.get_rank() if dist.is_initialized() else 0
-
 def share(batch):                       # this process's rows of a batch
     return batch.chunk(world())[rank()]
 def mean_over_processes(x):
@@ -214,7 +212,6 @@ def mean_over_processes(x):
         dist.all_reduce(x)
         x /= world()
     return x
-
 def average_gradients(net):
     if world() > 1:                     # all in one message: one for each tensor is slower
         grads = [p.grad for p in net.parameters()]
@@ -1262,6 +1259,10 @@ def write_whole(path, write):
             write(f)
             f.flush()
             os.fsync(f.fileno())
+        for _ in range(20):
+            with suppress(PermissionError):             # Windows, while somebody reads the old one
+                return os.replace(tmp, path)
+            time.sleep(0.1)
         os.replace(tmp, path)
     finally:
         tmp.unlink(missing_ok=True)
@@ -1361,7 +1362,7 @@ class Run:
 
     def look_due(self):                                 # at each tenth, and every ten minutes
         before = self.looks
-        self.looks = int(10 * self.now()) + int(self.seconds() / 600)
+        self.looks = int(10 * self.now()) + self.seconds() // 600
         return self.looks > before and rank() == 0
 
     def skips(self, norm):                              # five bad steps in a row: divergence
@@ -1369,7 +1370,7 @@ class Run:
         if self.bad:
             say("WARNING step", self.step, "is skipped: its gradient is not finite")
         demand(self.bad < 5, "five such steps in a row: start anew with a lower --lr")
-        return self.bad > 0
+        return self.bad
 
     def tell(self, losses):                             # every tenth step
         if self.step % 10 == 0:
