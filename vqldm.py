@@ -699,7 +699,7 @@ class Diffusion:
             beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T
         elif schedule == "cosine":              # Nichol & Dhariwal 2021, arXiv 2102.09672, eq. 17
             part = torch.arange(T + 1, dtype=torch.float64) / T              # 0…1
-            # curve: the ᾱ that we want. It falls more evenly; linear's last third is all noise.
+            # curve: the ᾱ wanted. It falls more evenly; linear's last third is nearly all noise.
             # Without 0.008, level 0 would have 17 times less noise: too little to learn from.
             curve = torch.cos((part + 0.008) / 1.008 * math.pi / 2) ** 2
             beta = 1 - curve[1:] / curve[:-1]       # α is the quotient of two neighbouring ᾱ
@@ -793,8 +793,8 @@ class Diffusion:
                 seen = (1 - a_prev - sigma**2).clamp(min=0).sqrt()
                 z = a_prev.sqrt() * z0_hat + seen * eps_hat               # DDIM eq. 12, its α is ᾱ
             elif sampler == "ddpm":
-                # DDPM Algorithm 2, line 4: ddim's mean at η = 1, seen = √α (1-ᾱ_prev) / √(1-ᾱ) then
-                # (tutorial.ipynb, 9). Its σ² is larger: z0 is only guessed, so z_prev less certain.
+                # DDPM Algorithm 2, line 4: ddim's mean at η = 1 (there seen = √α (1-ᾱ_prev)/√(1-ᾱ);
+                # tutorial.ipynb, 9). Its σ² is larger: z0 is only guessed, z_prev less certain.
                 sigma = (1 - alpha).sqrt()
                 z = (z - (1 - alpha) / (1 - a).sqrt() * eps_hat) / alpha.sqrt()
             else:
