@@ -267,7 +267,7 @@ class Norm(nn.GroupNorm):
 
 def zero(layer):
     """Zeroed, a layer adds nothing at first: each block starts as its shortcut, not as noise. It
-    does learn: its gradient is input times error. Layers before it follow once it is not 0."""
+    does learn: its own gradient, input times error, is not 0. Layers before it follow later."""
     zeros_(layer.weight)
     zeros_(layer.bias)
     return layer
@@ -397,8 +397,8 @@ class Decoder(nn.Module):
         for block in self.up:
             y = block(y)                                                  # the grid doubles m times
         y = F.silu(self.norm(y))
-        with torch.autocast(y.device.type, enabled=False):   # fp32: adaptive_weight is of it
-            return self.last(y.float())                                   # (B,3,H,W)
+        with torch.autocast(y.device.type, enabled=False):   # fp32: lam is a ratio of
+            return self.last(y.float())     # its gradients (adaptive_weight). (B,3,H,W)
 
 class Codebook(nn.Module):
     """Replaces each vector of z by the nearest of K learned ones (VQ sec. 3.1)."""
