@@ -1011,6 +1011,13 @@ def test_a_finished_run_stays_its_epochs_may_grow_and_it_can_be_overwritten(calm
     assert cli(*STAGES["ldm"], "--overwrite", "--schedule", "x", "--out", out) == 2
     assert state_of(out / "last.pt")["step"] == 14      # what cannot begin overwrites nothing
 
+def test_the_bar_knows_the_number_of_steps_unless_the_clock_ends_them(calm, tmp_path, monkeypatch):
+    totals, bar = {}, vqldm.bar
+    monkeypatch.setattr(vqldm, "bar", lambda items, name, total=None: (
+        totals.update({name: total}) or bar(items, name, total)))
+    for words, total in ((["--minutes", 1e-9], None), (["--overwrite"], 14)):
+        assert cli(*STAGES["ldm"], "--out", tmp_path, *words) == 0 and totals["training"] == total
+
 def test_what_is_renamed_is_on_the_disk_and_waits_for_who_reads_the_old(tmp_path, monkeypatch):
     sizes, rename, tries = [], os.replace, iter(range(3))
     def busy(*names):                       # as on Windows, while somebody has the file open

@@ -1326,7 +1326,7 @@ class Run:
                     old.unlink(missing_ok=True)         # another process may be faster
         self.steps_per_epoch = n / cfg.batch_size
         self.steps = math.ceil(cfg.epochs * self.steps_per_epoch)
-        self.look_due()             # called to set looks: those of earlier sessions are done
+        self.look_due()             # for what it sets: looks of earlier sessions are done
         millions = sum(p.numel() for p in parts["model"].parameters()) / 1e6
         say(f"{millions:.2f} M weights, {n} images to train on, from step {self.step}")
 
