@@ -27,8 +27,7 @@ Contents  1. Settings                       7. Stage 1: training      To be look
           5. Stage 1: the VQGAN            11. Sampling               D. Pictures       G. Commands
           6. Stage 1: the losses
 Run it    python vqldm.py train-vq, then train-ldm, then sample; evaluate measures.
-          "trap" marks a frequent mistake, "ours" what none of the papers named here does. Small
-          choices and constants without a source are common practice, or ours too.
+          "trap" marks a frequent mistake, "ours" what no paper here has (small choices apart).
 """
 import argparse, csv, functools, glob, json, math, os, random, re, sys, time, warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -47,7 +46,6 @@ import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image, ImageOps
 from torch import nn
-from torch.nn.init import zeros_
 from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
 from torchvision.io import write_png
 from torchvision.utils import make_grid
@@ -80,7 +78,7 @@ def amount(text):
 @dataclass(frozen=True)
 class Settings:
     """What every command can be told."""
-    seed: int = 0                       # every random number of a run is a function of it
+    seed: int = 0                       # what is drawn, trained and sampled is a function of it
     device: str = "auto"                # auto, or a torch device: cpu, cuda:1, mps
     out: str = ""                       # empty: runs/vq, runs/ldm, runs/samples, or --ckpt's folder
 
@@ -150,7 +148,7 @@ class SampleConfig(Settings):
     class_: str = ""                    # only this class; empty: all, in turn
     steps: count = 50                   # S, steps from noise to image, at most T
     sampler: str = "ddim"               # ddim, or ddpm, which wants many more steps
-    eta: amount = 0.0                   # fresh noise in a step of ddim: 0 none; 1 nearly as in ddpm
+    eta: amount = 0.0                   # fresh noise in a step of ddim: 0 none; 1 less than in ddpm
     guidance: amount = 2.2              # 1: plain; more: more typical, less varied
 
 @dataclass(frozen=True)
@@ -160,8 +158,7 @@ class EvaluateConfig(Settings):
     data: source = ""                   # folder of other images; empty: unseen ones of its own kind
     n: count = 500                      # how many images, at most, and how many samples
 
-PRESETS = {             # a preset is a row of flags, which yours overrule
-    "default": {},
+PRESETS = {"default": {},           # a preset is a row of flags, which yours overrule
     "tiny": {"train-vq": "--size 32 --n-images 200 --widths 16,32 --codes 64 --epochs 2",
              "train-ldm": "--T 200 --widths 32,64 --batch-size 16 --epochs 4"},
     "paper": {"train-vq": "--size 256 --n-images 20000 --widths 128,128,256,256 --z-dim 256 "
@@ -228,11 +225,10 @@ def bar(items, name, total=None):       # disable=None: shown on a terminal only
 # Which images come next, as floats in [-1,1], and turned: a skin lesion has no up.
 
 def to_float(x):
-    """uint8 0…255 -> [-1,1], the range of all images that a network here is given."""
+    """uint8 0…255 -> [-1,1], the range of all images here (only x_hat can leave it)."""
     return x.float() / 127.5 - 1
 def to_bytes(x):                        # and back, on the CPU
-    x = (x.clamp(-1, 1) + 1) * 127.5
-    return x.round().byte().cpu()
+    return ((x.clamp(-1, 1) + 1) * 127.5).round().byte().cpu()
 
 @functools.lru_cache(maxsize=2)         # a batch may lie across the border of two epochs
 def shuffled(n, seed, epoch):
@@ -268,8 +264,8 @@ class Norm(nn.GroupNorm):
 def zero(layer):
     """Zeroed, a layer adds nothing at first: each block starts as its shortcut, not as noise. It
     does learn: its own gradient, input times error, is not 0. Layers before it follow later."""
-    zeros_(layer.weight)
-    zeros_(layer.bias)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
     return layer
 
 class ResBlock(nn.Module):
@@ -297,7 +293,7 @@ class ResBlock(nn.Module):
 class AttentionBlock(nn.Module):
     """Every position looks at every other (VQGAN Table 7); a convolution sees only what is near.
     Linear maps give each a query, a key and a value. Each gets a weighted mean of all values: the
-    better another's key fits this one's query, the more that value counts (a softmax of q·k,
+    better another's key fits this one's query, the more that value counts (softmax of q·k/√C,
     Vaswani 2017). Cost grows with (h·w)²: nothing on 16×16, much on 64×64; so, in the middle."""
     def __init__(self, c):
         super().__init__()
@@ -397,8 +393,9 @@ class Decoder(nn.Module):
         for block in self.up:
             y = block(y)                                                  # the grid doubles m times
         y = F.silu(self.norm(y))
-        with torch.autocast(y.device.type, enabled=False):   # fp32: lam is a ratio of
-            return self.last(y.float())     # its gradients (adaptive_weight). (B,3,H,W)
+        # In fp32: adaptive_weight (section 6) divides by the size of a gradient of this layer.
+        with torch.autocast(y.device.type, enabled=False):
+            return self.last(y.float())                                   # (B,3,H,W)
 
 class Codebook(nn.Module):
     """Replaces each vector of z by the nearest of K learned ones (VQ sec. 3.1)."""
@@ -410,7 +407,7 @@ class Codebook(nn.Module):
     def nearest(self, z):                                                 # (B,d,h,w)
         """The number of the nearest code of each vector: k = argmin_j ‖z - e_j‖ (VQ eq. 1)."""
         B, d, h, w = z.shape
-        # trap: distances in bf16 choose many of the codes wrongly, so this is fp32. No gradient:
+        # trap: distances by products in bf16 choose many codes wrongly: so, fp32. No gradient:
         # a number comes out. Flat: a batched cdist would repeat the codebook B times in memory.
         with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
             flat = rearrange(z.float(), "B d h w -> (B h w) d")           # (B·N,d)
@@ -419,7 +416,7 @@ class Codebook(nn.Module):
         return k.view(B, h, w)                                            # (B,h,w)
 
     def lookup(self, k):                                                  # (B,h,w)
-        """z_q = e_k (VQ eq. 2). Contiguous: if d lay last in memory, GroupNorm would be slow."""
+        """z_q = e_k (VQ eq. 2). Contiguous: with d last in memory, GroupNorm in bf16 is slow."""
         return rearrange(self.embedding(k), "B h w d -> B d h w").contiguous()        # (B,d,h,w)
 
     def forward(self, z):                                                 # (B,d,h,w)
@@ -429,8 +426,8 @@ class Codebook(nn.Module):
         # One distance, two losses; sg[] decides who moves:
         #   codebook_loss   the codes, to the vectors that they won       weight 1
         #   commit_loss     the encoder's vectors, to their codes         weight commit_weight: 0.25
-        # trap: VQGAN's code has 0.25 on the codes' loss and 1 on this one: z is tied four times as
-        # hard as here, and no curve shows it.
+        # trap: VQGAN's code has 0.25 on the codes' loss and 1 on this one, four times our weight,
+        # and no curve shows it.
         codebook_loss = F.mse_loss(z_q, z.detach())             # ‖sg[z] - e‖², mean over all
         commit_loss = F.mse_loss(z, z_q.detach())               # ‖z - sg[e]‖², likewise
         # Straight through (VQ sec. 3.2): the value of z_q with the gradient of z. Rounding has no
@@ -446,7 +443,7 @@ class Codebook(nn.Module):
     @torch.no_grad()
     def start_on(self, z, generator, which=...):        # [...] means all
         """Put the codes `which` (a mask (K,), or all) on random vectors of z (B,d,h,w)."""
-        flat = rearrange(z.float(), "B d h w -> (B h w) d")               # (B·N,d)
+        flat = rearrange(z, "B d h w -> (B h w) d")                       # (B·N,d)
         n = len(self.wins[which])
         pick = torch.randint(len(flat), (n,), generator=generator)
         apart = torch.randn(n, flat.shape[1], generator=generator).to(z.device)
@@ -512,8 +509,8 @@ def load_lpips(wanted, device):
         say("WARNING no LPIPS, as loss or as measure: no weights (5 MB) in", torch.hub.get_dir(), e)
 
 class PatchDiscriminator(nn.Module):
-    """D: a logit, real or fake, for each place of the latent grid. At f = 4 it sees 18×18 pixels
-    around it (pix2pix, arXiv 1611.07004: 70×70): enough to judge the grain. No sigmoid at the end:
+    """D: a logit, real or fake, for each place of the latent grid. At f = 4 its kernels span 18×18
+    pixels (pix2pix, arXiv 1611.07004: 70×70): enough to judge the grain. No sigmoid at the end:
     hinge_loss wants raw logits. Norm, not BatchNorm: no image shall depend on its batch."""
     def __init__(self, widths):                                           # the VQGAN's
         super().__init__()
@@ -535,7 +532,7 @@ def hinge_loss(real, fake):
 def adaptive_weight(rec, adversarial, last):
     """lam = ‖∇_L rec‖ / (‖∇_L adversarial‖ + δ), L: the last layer, rec: mse + LPIPS (VQGAN eq. 7).
     D's gradient can be a thousand times stronger or weaker than the reconstruction's, and changes
-    as D learns. Scaled, at weight 1 both push L equally. (All layers would cost too much.)"""
+    as D learns. Times lam, both push L equally. (All layers would cost too much.)"""
     # Without create_graph, what comes out has no graph: to the loss, lam is a plain number.
     grad_rec, = torch.autograd.grad(rec, last, retain_graph=True)
     grad_adv, = torch.autograd.grad(adversarial, last, retain_graph=True)
@@ -546,7 +543,7 @@ def adaptive_weight(rec, adversarial, last):
 # 7. Stage 1: training
 # The generator steps first, then D on the same images. D joins after a tenth: from first blobs it
 # would learn only that blur is fake. What to look at: mse and lpips fall, codes used and perplexity
-# rise. With the GAN, D's mean logits: d_real near 0.5, d_fake near -0.5; equal: D is blind.
+# rise. With the GAN, D's mean logits: d_real 0 to 0.5, d_fake -0.5 to 0; equal: D is blind.
 # Used before they are shown: Images (B), Run (C), draw_rows (D), reconstruct (E), Muon (F).
 
 def rate(step, progress):
@@ -566,9 +563,10 @@ def vq_optimizers(vqgan, cfg):
     blocks = nn.ModuleList([enc.down, enc.mid, dec.mid, dec.up])
     kernels = [p for p in blocks.parameters() if p.dim() == 4 and cfg.muon_lr > 0]
     codes = vqgan.codebook.embedding.weight
-    rest = [p for p in vqgan.parameters() if p not in {codes, *kernels}]      # a set: by identity
-    # ours: a code's gradient comes from codebook_loss alone, and Adam divides by the
-    # gradient's size: no weight makes a code faster, only its rate does. Else it lags behind z.
+    others = {codes, *kernels}          # a set knows a tensor by identity; a list would compare
+    rest = [p for p in vqgan.parameters() if p not in others]
+    # ours: only codebook_loss moves a code, and Adam divides a gradient by its size. So a factor
+    # before that loss would change nothing: to keep up with z, codes need a rate of their own.
     groups = [{"params": rest}, {"params": [codes], "lr": cfg.codes_lr}]
     adam = torch.optim.Adam(groups, cfg.lr, betas=(0.9, 0.99), fused=True)
     return adam, Muon(kernels, cfg.muon_lr)
@@ -650,12 +648,12 @@ def train_vq(cfg, state=None):
         # ---- the discriminator, on the same images ----
         if gan_on:
             with mixed:
-                # trap: without detach, D's loss leaves gradients in the generator, towards images
-                # that are easily seen as fake. (Here torch would raise: backward freed the graph.)
+                # trap: without detach, D's loss goes on to the generator: be seen as fake! (Here
+                # torch would raise: loss.backward() freed that graph, not real's: gap is detached.)
                 fake = disc(x_hat.detach())
-            d_loss = hinge_loss(real, fake)             # real's graph is there: gap is detached
-            # trap: the generator's backward has left gradients in D: along them D(fake) rises. Not
-            # zeroed before this, they join D's own, and D(fake) settles above 0.
+            d_loss = hinge_loss(real, fake)
+            # trap: the generator's backward has left gradients in D: along them D(fake) rises. If
+            # they are not zeroed before this, they join D's own. (Here lam keeps them small.)
             disc.zero_grad()
             d_loss.backward()
             average_gradients(disc)
@@ -700,7 +698,7 @@ class Diffusion:
         elif schedule == "cosine":              # Nichol & Dhariwal 2021, arXiv 2102.09672, eq. 17
             part = torch.arange(T + 1, dtype=torch.float64) / T              # 0…1
             # curve: the ᾱ wanted. It falls more evenly; linear's last third is nearly all noise.
-            # Without 0.008, level 0 would have 17 times less noise: too little to learn from.
+            # Without 0.008, level 0 of 1000 had 17 times less noise: too little to learn from.
             curve = torch.cos((part + 0.008) / 1.008 * math.pi / 2) ** 2
             beta = 1 - curve[1:] / curve[:-1]       # α is the quotient of two neighbouring ᾱ
         else:
@@ -730,7 +728,7 @@ class Diffusion:
     def predict(self, out, z_t, t):
         """The network's answer -> (z0_hat, eps_hat), both (B,d,h,w).
         trap: from ε, z0_hat multiplies the network's error by 1/√ᾱ, which is 157 (linear) or 20,291
-        (cosine) at t = T-1: colours off, latents of std 2 or 3. From v, no factor is above 1.
+        (cosine) at t = 999: colours off, latents of std 2 or 3. From v, no factor is above 1.
         trap: z0_hat clipped to ±1, as for pixels: latents come out with std 0.7."""
         a = self.alpha_bar_at(t, z_t)
         if self.target == "eps":                    # DDPM eq. 4, solved for z0
@@ -750,7 +748,7 @@ class Diffusion:
 
     def weight(self, t):
         """How much each t (B,) counts in training.
-        ours: for v, a bump: 1 in the middle (ᾱ = 1/2), down to 1/4 at both ends. In little noise an
+        ours: this curve for v, 1 in the middle (ᾱ = 1/2), 1/4 at both ends. In little noise an
         error of v hardly counts: predict() multiplies it by √(1-ᾱ), nearly 0, and the nearest code
         rounds away the rest. In much noise the loss stays large whatever the network does. Neither
         end shall drown the middle; neither may go untaught: sampling starts at noise."""
@@ -787,14 +785,15 @@ class Diffusion:
             if sampler == "ddim":
                 # z0_hat, noised again up to t_prev, where the noise has variance 1-ᾱ_prev: σ² of it
                 # is fresh, the rest is eps_hat again. The sum is as in training for any split.
-                # η = 0: none fresh. η = 1: the variance of z_prev given z0 and z_t (DDPM eq. 7). By
-                # Bayes, normals of variance 1-ᾱ_prev (z0) and (1-α)/α (z_t) multiply: 1/σ² adds up.
+                # η = 0: none fresh. η = 1: what z0 and z_t leave open of z_prev (DDPM eq. 7). By z0
+                # it has variance 1-ᾱ_prev, by z_t/√α (1-α)/α; where two normals speak of one thing,
+                # the inverse variances add up: 1/σ² = 1/(1-ᾱ_prev) + α/(1-α).
                 sigma = eta * ((1 - a_prev) / (1 - a) * (1 - alpha)).sqrt()           # DDIM eq. 16
                 seen = (1 - a_prev - sigma**2).clamp(min=0).sqrt()
                 z = a_prev.sqrt() * z0_hat + seen * eps_hat               # DDIM eq. 12, its α is ᾱ
             elif sampler == "ddpm":
-                # DDPM Algorithm 2, line 4: ddim's mean at η = 1 (there seen = √α (1-ᾱ_prev)/√(1-ᾱ);
-                # tutorial.ipynb, 9). Its σ² is larger: z0 is only guessed, z_prev less certain.
+                # DDPM Algorithm 2, line 4. The mean is ddim's at η = 1 (see tutorial.ipynb, 9). Of
+                # its two σ² (sec. 3.2), ddim's is right if z0 is known, 1-α if z0 is itself noise.
                 sigma = (1 - alpha).sqrt()
                 z = (z - (1 - alpha) / (1 - a).sqrt() * eps_hat) / alpha.sqrt()
             else:
@@ -858,9 +857,9 @@ def guided(net, guide, label, w, below):
     w = 1 is strong alone; more goes further in the direction in which the class pulls. (CFG's own w
     is ours - 1.) At t >= below, where noise prevails, there is no guidance: it would cost variety
     (Kynkäänniemi 2024, arXiv 2404.07724, has none at little noise either).
-    ours: weak is not told the class, and it is `guide`, the averaged weights (update_ema) after a
-    fifth of the training: less trained, it is wrong in the same places, only more, and w leads away
-    from them. (Karras's weak: 2406.02507 younger, but told; 2312.02696 smaller, not told.)"""
+    ours: weak is not told the class, so w leads towards it; and weak is `guide`, the running mean
+    of the weights (update_ema) after a fifth of the training: it errs in the same places, but more,
+    so w leads away from there. (Karras's, small: 2406.02507 younger, told; 2312.02696 not told.)"""
     def answer(z_t, t):
         strong = net(z_t, t, label)
         if w == 1 or t[0] >= below:         # here all t are equal
@@ -1147,6 +1146,7 @@ PHOTO = r"(?i).*\.(bmp|gif|jpe?g|png|tiff?|webp)$"      # a photograph's path
 NO_PHOTO = (r"(?i)(_segmentation|_superpixels|_expert|-partial)[^/]*$|_mask\.\w+$|"
             r"(^|/)(\.|(grid|trajectory)\.png$)")       # but no mask, not hidden, not our own
 HELD_OUT = r"(?i)(?<![^/])(val(id(ation)?)?|test(ing)?)/"   # (?<![^/]): at a name's start
+# Folders that are no class are cut out of a path: train/nevus/1.jpg is of class nevus.
 NO_CLASS = HELD_OUT + r"|(?<![^/])(train(ing)?|(HAM10000_)?images(_part_\d)?)/"
 
 def read_image(path, size):                             # -> uint8 (3,size,size)
@@ -1604,7 +1604,7 @@ def run_command(argv):                                  # -> exit status; None i
     command, *rest = argv or ["--help"]
     if command in ("-h", "--help"):
         say(__doc__, "\nCOMMAND --help lists the settings of any of the four")
-        return None
+        return
     demand(command in COMMANDS, f"{command}: no command; there are {list(COMMANDS)}")
     trains = command.startswith("train")
     demand(trains or world() == 1, "torchrun is for trainings only")
