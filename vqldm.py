@@ -148,7 +148,7 @@ class SampleConfig(Settings):
     class_: str = ""                    # only this class; empty: all, in turn
     steps: count = 50                   # S, steps from noise to image, at most T
     sampler: str = "ddim"               # ddim, or ddpm, which wants many more steps
-    eta: amount = 0.0                   # fresh noise in a step of ddim: 0 none; 1 less than in ddpm
+    eta: amount = 0.0                   # fresh noise in a ddim step: 0 none, 1 most (ddpm has more)
     guidance: amount = 2.2              # 1: plain; more: more typical, less varied
 
 @dataclass(frozen=True)
@@ -648,12 +648,12 @@ def train_vq(cfg, state=None):
         # ---- the discriminator, on the same images ----
         if gan_on:
             with mixed:
-                # trap: without detach, D's loss goes on to the generator: be seen as fake! (Here
-                # torch would raise: loss.backward() freed that graph, not real's: gap is detached.)
+                # trap: without detach, D's loss would teach the generator to look fake. (Here torch
+                # raises: loss.backward() freed x_hat's graph; real's is left, as gap is detached.)
                 fake = disc(x_hat.detach())
             d_loss = hinge_loss(real, fake)
             # trap: the generator's backward has left gradients in D: along them D(fake) rises. If
-            # they are not zeroed before this, they join D's own. (Here lam keeps them small.)
+            # they are not zeroed before this, they join D's own.
             disc.zero_grad()
             d_loss.backward()
             average_gradients(disc)
@@ -678,7 +678,7 @@ def train_vq(cfg, state=None):
 # the clean z0 is not z_t at t = 0 but one below, level -1, where ᾱ = 1. With normal noise ε:
 #   one step further     z_t = √α_t z_(t-1) + √β_t ε     α_t + β_t = 1: so variance 1 stays 1
 #   all steps at once    z_t = √ᾱ_t z0 + √(1-ᾱ_t) ε      ᾱ_t = α_0 · … · α_t: how much of z0 is left
-#     (one ε for all: variances add, the old one shrunk: α_t (1-ᾱ_(t-1)) + 1-α_t = 1-ᾱ_t again)
+#     (why one ε: √α_t shrinks the old noise's variance to α_t (1-ᾱ_(t-1)); plus β_t: 1-ᾱ_t)
 #   the network answers  ε, or v = √ᾱ_t ε - √(1-ᾱ_t) z0
 #   predict()            turns either answer into two guesses, z0_hat and eps_hat
 #   one step back        is made from these, by ddim or by ddpm
@@ -785,15 +785,15 @@ class Diffusion:
             if sampler == "ddim":
                 # z0_hat, noised again up to t_prev, where the noise has variance 1-ᾱ_prev: σ² of it
                 # is fresh, the rest is eps_hat again. The sum is as in training for any split.
-                # η = 0: none fresh. η = 1: what z0 and z_t leave open of z_prev (DDPM eq. 7). By z0
-                # it has variance 1-ᾱ_prev, by z_t/√α (1-α)/α; where two normals speak of one thing,
-                # the inverse variances add up: 1/σ² = 1/(1-ᾱ_prev) + α/(1-α).
+                # η = 0: none fresh. η = 1: the variance of z_prev given z0 and z_t (DDPM eq. 7).
+                # Given z0 alone: 1-ᾱ_prev. Given z_t alone (as z_t/√α): (1-α)/α. Their inverses
+                # add up: 1/σ² = 1/(1-ᾱ_prev) + α/(1-α), where α ᾱ_prev = ᾱ.
                 sigma = eta * ((1 - a_prev) / (1 - a) * (1 - alpha)).sqrt()           # DDIM eq. 16
                 seen = (1 - a_prev - sigma**2).clamp(min=0).sqrt()
                 z = a_prev.sqrt() * z0_hat + seen * eps_hat               # DDIM eq. 12, its α is ᾱ
             elif sampler == "ddpm":
-                # DDPM Algorithm 2, line 4. The mean is ddim's at η = 1 (see tutorial.ipynb, 9). Of
-                # its two σ² (sec. 3.2), ddim's is right if z0 is known, 1-α if z0 is itself noise.
+                # DDPM Algorithm 2, line 4: ddim at η = 1, with z0_hat = (z - √(1-ᾱ) eps_hat)/√ᾱ
+                # put in. Only σ² is larger: ddim's is right for one known z0, 1-α for z0 ~ N(0,1).
                 sigma = (1 - alpha).sqrt()
                 z = (z - (1 - alpha) / (1 - a).sqrt() * eps_hat) / alpha.sqrt()
             else:
@@ -859,7 +859,7 @@ def guided(net, guide, label, w, below):
     (Kynkäänniemi 2024, arXiv 2404.07724, has none at little noise either).
     ours: weak is not told the class, so w leads towards it; and weak is `guide`, the running mean
     of the weights (update_ema) after a fifth of the training: it errs in the same places, but more,
-    so w leads away from there. (Karras's, small: 2406.02507 younger, told; 2312.02696 not told.)"""
+    so w leads away from there. (Karras's is smaller: 2406.02507 younger, told; 2312.02696 not.)"""
     def answer(z_t, t):
         strong = net(z_t, t, label)
         if w == 1 or t[0] >= below:         # here all t are equal
@@ -1206,7 +1206,7 @@ class Images:
         self.path = cache / f"{folder.name}-{self.size}-{digest((folder, found)):x}.u8"
         index = self.path.with_suffix(".pt")
         if not index.exists():
-            good = decode(self.path, found, read)
+            good = fill_cache(self.path, found, read)
             write_whole(index, lambda f: torch.save(good, f))
         self.names, kinds, held, _ = zip(*torch.load(index))
         self.classes = sorted(set(kinds))
@@ -1224,7 +1224,7 @@ class Images:
         shape = len(self.names), 3, self.size, self.size
         return torch.from_numpy(np.memmap(self.path, np.uint8, "r", 0, shape)[rows.numpy()])
 
-def decode(path, found, read):                          # into one file -> the good ones of them
+def fill_cache(path, found, read):                      # all into one file -> the good ones
     bad = {}
     def attempt(row):
         try:
@@ -1326,7 +1326,7 @@ class Run:
                     old.unlink(missing_ok=True)         # another process may be faster
         self.steps_per_epoch = n / cfg.batch_size
         self.steps = math.ceil(cfg.epochs * self.steps_per_epoch)
-        self.look_due()             # for what it sets: looks of earlier sessions are done
+        self.look_due()             # sets self.looks, so that a resumed run repeats none
         millions = sum(p.numel() for p in parts["model"].parameters()) / 1e6
         say(f"{millions:.2f} M weights, {n} images to train on, from step {self.step}")
 
@@ -1557,7 +1557,7 @@ def orthogonal(g):
     return x
 
 class Muon(torch.optim.Optimizer):
-    """Steps of lr along orthogonal(running mean of the gradient). (Jordan: × √(r/n) if r > n.)"""
+    """Steps of lr along orthogonal(running mean of the gradient). (Jordan's: × √(r/n) if r > n.)"""
     def __init__(self, kernels, lr):
         super().__init__([{"params": kernels}], {"lr": lr})
 
