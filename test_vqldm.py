@@ -696,7 +696,7 @@ def test_bad_images_are_named_and_passed_over_and_what_is_no_photograph_is_not_o
     (folder / "cut.jpg").write_bytes((folder / "cut.jpg").read_bytes()[:-300])
     (folder / ".git").mkdir()
     for name in ("text.jpg .hidden.png q-partial.jpg I_1_segmentation.png a.txt .git/x.png "
-                 "grid.png trajectory.png").split():    # the last two lie beside samples
+                 "grid.png trajectory.png recon_epoch_001.50.png curves.png").split():  # our own
         (folder / name).write_text("no image")
     images, told = load(folder), capsys.readouterr().out
     assert sorted(images.names) == sorted(good) and images.classes == ["images"]
@@ -719,13 +719,13 @@ def test_folders_are_classes_and_train_and_test_the_split(tmp_path, load):
         assert (i in images.val) == name.startswith("Test")
     assert torch.bincount(images.labels[images.val[:20]], minlength=2).min() > 3      # a mixture
 
-@pytest.mark.parametrize("place, key", [
-    ("isic", "isic_id"), ("isic/HAM10000_images_part_1", "image_id")])
+@pytest.mark.parametrize("place, key, lesions", [("isic", "isic_id", 40), ("isic", "isic_id", 3),
+                                                 ("isic/HAM10000_images_part_1", "image_id", 40)])
 def test_a_table_tells_the_classes_and_keeps_photographs_of_a_lesion_on_one_side(
-        tmp_path, load, place, key):
+        tmp_path, load, place, key, lesions):
     fill(tmp_path / place, [f"{i:03d}.png" for i in range(120)], size=(8, 8))
     kinds = ("Benign,Nevus,", "Bad,,", ",,scar", ",,")
-    rows = [f"{i:03d},L{i // 3},{kinds[i % 4]}" for i in range(120)]
+    rows = [f"{i:03d},L{i % lesions},{kinds[i % 4]}" for i in range(120)]
     rows = "\n".join([f"\ufeff{key},lesion_id,diagnosis_1,diagnosis_3,dx", *rows])
     name = {"isic_id": "metadata.csv", "image_id": "HAM10000_metadata.csv"}[key]
     ((tmp_path / place).parent / name).write_text(rows, encoding="utf8")
@@ -733,9 +733,9 @@ def test_a_table_tells_the_classes_and_keeps_photographs_of_a_lesion_on_one_side
     (tmp_path / "isic/mean.csv").write_text(f"{key},age\n000,9")        # takes no class away
     images = load(tmp_path / "isic")
     assert [images.classes[k] for k in images.labels[:4]] == ["Nevus", "Bad", "scar", "images"]
-    train, val = ({int(images.names[i][-7:-4]) // 3 for i in rows}
+    train, val = ({int(images.names[i][-7:-4]) % lesions for i in rows}
                   for rows in (images.train, images.val))
-    assert len(train) + len(val) == 40 and not train & val and 0 < len(val) < 12
+    assert len(train) + len(val) == lesions and not train & val and 0 < len(val) < 12
 
 @POSIX
 def test_images_are_decoded_once_and_again_when_they_or_what_they_link_to_change(tmp_path, load):
@@ -752,12 +752,12 @@ def test_images_are_decoded_once_and_again_when_they_or_what_they_link_to_change
                for (a, _), (b, _) in itertools.pairwise(seen)]
     assert changes == [[False] * 4, [False, True, False, False], [False, False, True, True]]
     assert [files for _, files in seen] == [2, 2, 4, 6]
-    for name in (".old.4711.tmp", ".new.4711.tmp"):
-        (cache / name).touch()
-    os.utime(cache / ".old.4711.tmp", (1, 1))       # of a run that was killed more than a day ago
+    for name, age in {".old.pt.4711.tmp": 1, ".new.pt.4711.tmp": 2e9, ".notes.tmp": 1}.items():
+        (cache / name).touch()                      # a killed run's; a living one's; somebody's
+        os.utime(cache / name, (age, age))
     images = load(fill(tmp_path / "v1.0", ["a.png", "b.png"]))
     assert len(images.train) == len(images.val) == 1            # a handful is enough
-    assert [path.name for path in cache.glob(".*")] == [".new.4711.tmp"]
+    assert {path.name for path in cache.glob(".*")} == {".new.pt.4711.tmp", ".notes.tmp"}
     larger = vqldm.Images(str(tmp_path / "v1.0"), vqldm.VQConfig(size=24), cache)
     assert larger.rows(torch.arange(2)).shape == (2, 3, 24, 24)         # another file
 
@@ -915,7 +915,7 @@ def test_evaluate_takes_only_held_out_images_of_the_training_folder(calm, monkey
     assert len(torch.cat([half, other]).unique(dim=0)) == 2 * n
 
 def test_what_evaluate_and_resume_would_get_wrong_is_refused(calm, monkeypatch, refused):
-    """A part of the training folder or what it is a part of, other classes, all processes."""
+    """A part of the training folder or what it is a part of, other classes."""
     assert "a folder" in refused("evaluate", "--data", "")      # not the folder that we are in
     for folder in ("photos/train", "."):
         assert "--data" in refused(*"evaluate --ckpt calm/vq --data".split(), folder)
@@ -923,9 +923,10 @@ def test_what_evaluate_and_resume_would_get_wrong_is_refused(calm, monkeypatch, 
     monkeypatch.setattr(vqldm.Images, "__init__", lambda self, *a: [
         make(self, *a), vars(self).update(classes=classes)][0])
     assert "classes" in refused(*STAGES["ldm"], "--resume", "--out", "calm/ldm")
-    monkeypatch.setattr(vqldm, "world", lambda: 2)
-    for command in ("sample", "evaluate"):
-        assert "torchrun" in refused(command)
+    monkeypatch.setattr(vqldm, "next_rows", None)       # what cannot be written: before any step
+    assert "File exists" in refused(*STAGES["vq"], "--out", "photos/train/15.png")
+    monkeypatch.setattr(vqldm, "pick_device", lambda cfg: signal.raise_signal(signal.SIGINT))
+    assert cli("evaluate", "--ckpt", "calm/vq") == 130
 
 class Code:                             # pickled, this is an order to make a folder
     def __reduce__(self):
@@ -1032,7 +1033,7 @@ def test_what_is_renamed_is_on_the_disk_and_waits_for_who_reads_the_old(tmp_path
 def test_an_interrupt_at_any_renaming_leaves_a_whole_checkpoint(calm, tmp_path, monkeypatch):
     rename, words = os.replace, [*STAGES["ldm"], "--batch-size", 40, "--out"]
     assert cli(*words, tmp_path / "0") == 0
-    for turn in range(1, 5):                        # at each of three looks and at the end
+    for turn in range(1, 6):                        # at the start, each of three looks, the end
         out, count = tmp_path / str(turn), iter(range(1, 99))
 
         def interrupt(a, b, turn=turn, count=count):    # just before it or just after it
@@ -1040,9 +1041,9 @@ def test_an_interrupt_at_any_renaming_leaves_a_whole_checkpoint(calm, tmp_path, 
                 rename(a, b)
             if now == turn:
                 raise KeyboardInterrupt
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        with monkeypatch.context() as patch:
             patch.setattr(vqldm.os, "replace", interrupt)
-            cli(*words, out)
+            assert cli(*words, out) == 130
         assert not list(out.glob(".*")) and all(map(state_of, out.glob("*.pt")))
         assert cli(*words, out, "--resume") == 0
         assert_same_run(tmp_path / "0", out)
@@ -1163,7 +1164,7 @@ MISTAKES = {        # the first word of each stands in its sentence
     "train-vq": "--epoch 3|--batchsize=4|5|--size|--size 1.5|--size 40|--size 16|--widths 16,x|"
     "--size 48 --widths 8,8,8,8,8|--widths 16,0|--lr nan|--lr -1|--minutes inf|--epochs 0|"
     "--batch-size -8|--batch-size 8|--preset huge|--data nowhere|--data empty|--data held|--device "
-    "cuda:77|--device abacus|--lpips squeezed --n-images 8|--overwrite --resume",
+    "cuda:77|--device abacus|--lpips squeezed --n-images 8|--overwrite --resume|--resume",
     "train-ldm": "--vq nowhere|--vq {ldm}|--widths 8,8,8,8 --vq {vq}|--target x0 --vq {vq}|"
     "--schedule quadratic --vq {vq}|--T 0",
     "sample --ckpt {ldm}": "--sampler dpm|--class wart|--guidance x|--steps 0|--eta -1|"
@@ -1267,15 +1268,14 @@ def test_contents_of_the_head_are_the_banners():
 def test_every_command_in_the_readme_can_be_typed(tmp_path, monkeypatch, told):
     text = (HERE / "README.md").read_text(encoding="utf8")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(vqldm, "open_run", lambda cfg, *words: (cfg, None))
     blocks = "\n".join(re.findall(r"^```\w*\n(.*?)^```", text, re.M | re.S)).replace("\\\n", " ")
     typed = re.findall(r"(?:python3?|torchrun .*?) +vqldm\.py +([^#\n&]+)", blocks)
-    assert [words for words in typed if cli(*words.split()) != 0] == []
-    assert {"train-vq", "train-ldm", "sample"} <= {words.split()[0] for words in typed}
-    assert text.count("\n") <= 150
+    assert [words for words in typed if cli(*words.split()) != 0] == [] and text.count("\n") <= 150
+    assert [words.split()[0] for words in typed[:3]] == [*vqldm.COMMANDS][:3]
 
 def notebook():
-    cells = json.loads((HERE / "tutorial.ipynb").read_text(encoding="utf8"))["cells"]
-    return [cell for cell in cells if cell["cell_type"] == "code"]
+    return json.loads((HERE / "tutorial.ipynb").read_text(encoding="utf8"))["cells"]
 
 @pytest.fixture(scope="session", autouse=True)
 def short_form(request, tmp_path_factory):      # on the second core, beside all other tests
@@ -1283,14 +1283,18 @@ def short_form(request, tmp_path_factory):      # on the second core, beside all
         yield None
         return
     folder = tmp_path_factory.mktemp("notebook")
-    code = "\n".join("".join(cell["source"]) for cell in notebook())
-    code = re.sub(r"^(\s*)[%!].*", r"\1pass", code, flags=re.M)
+    cells = notebook()
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    for check, cell in zip(cells, cells[1:]):   # at the end each exercise once more, solved
+        answer = re.search(r">Solution.*?```python\n(.*?)```", "".join(cell["source"]), re.S)
+        code[-1:-1] = [answer[1], "".join(check["source"])] if answer else []
+    code[:0] = ["import os", f"os.chdir({str(folder)!r})"]
     with ThreadPoolExecutor(1) as pool:
-        yield pool.submit(run_python, folder, f"import os\nos.chdir({str(folder)!r})\n" + code,
-                          VQLDM_FAST="1", MPLBACKEND="Agg")
+        yield pool.submit(run_python, folder, "\n".join(code), VQLDM_FAST="1", MPLBACKEND="Agg")
 
 def test_notebook_ran_without_errors_and_runs_in_its_short_form(short_form):
-    outputs = [output["output_type"] for cell in notebook() for output in cell["outputs"]]
+    outputs = [output["output_type"] for cell in notebook() for output in cell.get("outputs", [])]
     assert "error" not in outputs and len(outputs) > 10
     assert short_form.result().returncode == 0, short_form.result().stderr[-2000:]
+    assert short_form.result().stdout.count("✅ right") == 43       # as many as there are exercises
     assert (HERE / "tutorial.ipynb").stat().st_size <= 2e6

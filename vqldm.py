@@ -219,7 +219,7 @@ def say(*words):
     if rank() == 0:
         tqdm.write(" ".join(map(str, words)))
 def bar(items, name, total=None):       # disable=None: shown on a terminal only
-    return tqdm(items, name, total, leave=False, disable=rank() > 0 or None)
+    return tqdm(items, name, total, leave=False, disable=rank() or None)
 # ------------------------------------------------------------------------------------------------
 # 3. What the loops see of data
 # Which images come next, as floats in [-1,1], and turned: a skin lesion has no up.
@@ -505,7 +505,7 @@ def load_lpips(wanted, device):
         net = lpips.LPIPS(net="squeeze" if wanted == "auto" else wanted, verbose=False)
         return net.to(device).eval().requires_grad_(False)
     except Exception as e:              # URLError, OSError, a damaged file, an unknown name
-        demand(wanted == "auto", f"--lpips: {e}; off goes without, with more blur")
+        demand(wanted == "auto", f"--lpips: {e}; there are squeeze, alex, vgg, and off, with blur")
         say("WARNING no LPIPS, as loss or as measure: no weights (5 MB) in", torch.hub.get_dir(), e)
 
 class PatchDiscriminator(nn.Module):
@@ -563,8 +563,8 @@ def vq_optimizers(vqgan, cfg):
     blocks = nn.ModuleList([enc.down, enc.mid, dec.mid, dec.up])
     kernels = [p for p in blocks.parameters() if p.dim() == 4 and cfg.muon_lr > 0]
     codes = vqgan.codebook.embedding.weight
-    others = {codes, *kernels}          # a set knows a tensor by identity; a list would compare
-    rest = [p for p in vqgan.parameters() if p not in others]
+    # (A set tells tensors apart by identity; a list would compare their numbers.)
+    rest = [p for p in vqgan.parameters() if p not in {codes, *kernels}]
     # ours: only codebook_loss moves a code, and Adam divides a gradient by its size. So a factor
     # before that loss would change nothing: to keep up with z, codes need a rate of their own.
     groups = [{"params": rest}, {"params": [codes], "lr": cfg.codes_lr}]
@@ -1142,9 +1142,9 @@ def synthetic(i, size, seed=0):
 # Hours are lost to one bad image in a folder, and most of a laptop's time to decoding JPEGs. So
 # each image is opened once, before training, and written as bytes into one file.
 
-PHOTO = r"(?i).*\.(bmp|gif|jpe?g|png|tiff?|webp)$"      # a photograph's path
-NO_PHOTO = (r"(?i)(_segmentation|_superpixels|_expert|-partial)[^/]*$|_mask\.\w+$|"
-            r"(^|/)(\.|(grid|trajectory)\.png$)")       # but no mask, not hidden, not our own
+PHOTO = r"(?i).*\.(bmp|gif|jpe?g|png|tiff?|webp)$"      # but no mask, not hidden, not our own:
+NO_PHOTO = (r"(?i)(_segmentation|_superpixels|_expert|-partial)[^/]*$|_mask\.\w+$|(^|/)(\.|"
+            r"(grid|trajectory|curves|evaluate|data_preview|\w+_epoch_[\d.]+)\.png$)")
 HELD_OUT = r"(?i)(?<![^/])(val(id(ation)?)?|test(ing)?)/"   # (?<![^/]): at a name's start
 # Folders that are no class are cut out of a path: train/nevus/1.jpg is of class nevus.
 NO_CLASS = HELD_OUT + r"|(?<![^/])(train(ing)?|(HAM10000_)?images(_part_\d)?)/"
@@ -1156,17 +1156,18 @@ def read_image(path, size):                             # -> uint8 (3,size,size)
         im = ImageOps.exif_transpose(im)        # cameras store "turn me" beside the pixels
         if im.mode[0] == "I":                   # 16 bits: PIL would clip them at 255, to white
             im = Image.fromarray((np.asarray(im) // 257).astype(np.uint8))      # 65535 = 255·257
-        im = im.convert("RGBA")                 # what alpha hides is often junk: put it on white
+        if im.mode != "RGB":                    # what alpha hides is often junk: put it on white
+            im = im.convert("RGBA")
+        im = ImageOps.fit(im, (size, size)).convert("RGBA")
         im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im)
-        square = ImageOps.fit(im.convert("RGB"), (size, size))
-    return np.asarray(square).transpose(2, 0, 1)
+    return np.asarray(im.convert("RGB")).transpose(2, 0, 1)
 
 def find_images(folder):
-    """-> for each photograph under a folder: name, class, is it held out?, when was it changed?
-    The innermost folder tells the class, else ISIC's or HAM10000's table. What lies in a folder
-    val or test is held out; without such a folder, a tenth.
+    """-> for each photograph under a folder: name, class, lot, when was it changed?
+    The innermost folder tells the class, else ISIC's or HAM10000's table. Lots that end in 0 are
+    held out: what lies in a folder val or test; without such a folder, about a tenth.
     trap: several photographs show one lesion. Split by photograph, a network is measured on lesions
-    that it was trained on. Where lesion_id is known, that tenth is one of whole lesions."""
+    that it was trained on. So all of a lesion have one lot, where lesion_id is known."""
     table, named, hashed = {}, [], []
     # metadata.csv, HAM10000_metadata.csv or manifest.csv, in the folder or beside it
     for path in [*folder.parent.glob("*m*a*.csv"), *folder.glob("*m*a*.csv")]:
@@ -1182,9 +1183,9 @@ def find_images(folder):
             kind = Path(re.sub(NO_CLASS, "", name)).parent.name or told
             lesion = row.get("lesion_id") or path.stem
             stamp = path.stat().st_mtime_ns     # of what a link points to
-            named.append((name, kind, bool(re.search(HELD_OUT, name)), stamp))
-            hashed.append((name, kind, digest(lesion) % 10 == 0, stamp))
-    return named if any(held for _, _, held, _ in named) else hashed
+            named.append((name, kind, not re.search(HELD_OUT, name), stamp))     # lot 0 or 1
+            hashed.append((name, kind, digest(lesion), stamp))
+    return hashed if all(lot for _, _, lot, _ in named) else named
 
 class Images:
     """Images at --size, drawn or decoded once, then read from the cache. labels: the number of each
@@ -1193,8 +1194,8 @@ class Images:
         folder = Path(source)
         if source == "synthetic":
             kinds = list(LESIONS)
-            # name, class, held out? (a tenth of each class), what else the pixels depend on
-            found = [(i, kinds[i % 4], i // 4 % 10 == 0, cfg.seed) for i in range(cfg.n_images)]
+            # name, class, lot (so, a tenth of each class), what else the pixels depend on
+            found = [(i, kinds[i % 4], i // 4, cfg.seed) for i in range(cfg.n_images)]
         else:
             found = find_images(folder)
         demand(found, f"--data {source}: no images are there; give a folder, or 'synthetic'")
@@ -1208,16 +1209,15 @@ class Images:
         if not index.exists():
             good = fill_cache(self.path, found, read)
             write_whole(index, lambda f: torch.save(good, f))
-        self.names, kinds, held, _ = zip(*torch.load(index))
+        self.names, kinds, lots, _ = zip(*torch.load(index))
         self.classes = sorted(set(kinds))
         self.labels = torch.tensor([self.classes.index(kind) for kind in kinds])
-        held = torch.tensor(held)
-        held[::10] |= not held.any()            # if none is held out, every tenth
+        last = torch.tensor(lots, dtype=torch.long) % 10
+        held = last == last.min()               # if there is no lot in 0, that in 1, and so on
         self.train = (~held).nonzero().flatten()
-        # In a folder the first images are of one class: measure on a mixture.
-        val = held.nonzero().flatten()
+        val = held.nonzero().flatten()          # in a folder the first are of one class: mix
         self.val = val[torch.randperm(len(val), generator=rng("held out"))]
-        say("data", source, len(self.names), "images:", *self.classes)
+        say("data", source, len(self.names), "of", len(found), "images:", *self.classes)
 
     def rows(self, rows):
         """uint8 (B,3,H,W). Opened anew each time: a memmap keeps what it has read in memory."""
@@ -1249,8 +1249,8 @@ def fill_cache(path, found, read):                      # all into one file -> t
 # A file appears complete or not at all: written aside, flushed to the disk, renamed.
 def write_whole(path, write):
     path.parent.mkdir(parents=True, exist_ok=True)
-    for old in path.parent.glob(".*.tmp"):              # a killed run's, a day old
-        with suppress(FileNotFoundError):
+    for old in path.parent.glob(".*.[0-9]*.tmp"):       # a killed run's, a day old
+        with suppress(OSError):
             if time.time() - old.stat().st_mtime > 86_400:
                 old.unlink()
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -1289,7 +1289,7 @@ def load_checkpoint(where, name, *kinds):
 def open_run(cfg, typed, resume, overwrite):
     """-> the settings of a run, and the checkpoint to go on from, or None. typed: flags."""
     last = cfg.folder / "last.pt"
-    if overwrite or not last.exists():
+    if overwrite or not (resume or last.exists()):
         return cfg, None
     demand(resume, f"--out {cfg.folder}: already holds a run; --resume or --overwrite it")
     state = load_checkpoint(last, "--resume", cfg.kind)
@@ -1307,7 +1307,7 @@ class Run:
     parts: networks and optimisers; facts: what sampling needs beside them; state: a checkpoint to
     go on from. step: steps done, this one too. progress: the part done, 0…1. status: 128+signal."""
     def __init__(self, cfg, n, parts, facts, state):
-        demand(n, "--data: no images to train on")
+        demand(n, "--data: no images to train on, all are held out")
         demand(cfg.batch_size % world() == 0, "--batch-size: no multiple of torchrun's processes")
         self.cfg, self.parts, self.facts = cfg, parts, facts
         self.step = self.bad = self.looks = self.status = 0
@@ -1317,18 +1317,17 @@ class Run:
             with reading("last.pt"):
                 for name, part in parts.items():
                     part.load_state_dict(state[name])
-                self.step = state["step"]
-                self.log = state["log"]
+                self.step, self.log = state["step"], state["log"]
                 self.began -= state["seconds"]
         else:                                           # a new run; if it overwrites one: goodbye
-            for pattern in ("last.pt", "recon_epoch_*.png", "samples_epoch_*.png"):
-                for old in cfg.folder.glob(pattern):
+            for mine in "recon_epoch_*.png", "samples_epoch_*.png", "evaluate.png", "metrics.json":
+                for old in cfg.folder.glob(mine):
                     old.unlink(missing_ok=True)         # another process may be faster
         self.steps_per_epoch = n / cfg.batch_size
         self.steps = math.ceil(cfg.epochs * self.steps_per_epoch)
         self.look_due()             # sets self.looks, so that a resumed run repeats none
-        millions = sum(p.numel() for p in parts["model"].parameters()) / 1e6
-        say(f"{millions:.2f} M weights, {n} images to train on, from step {self.step}")
+        weights = len(parameters_to_vector(parts["model"].parameters()))
+        say(f"{weights:,} weights, {n} images to train on, from step {self.step}")
 
     def seconds(self):
         return time.perf_counter() - self.began
@@ -1347,6 +1346,8 @@ class Run:
             signal(SIGINT, SIG_DFL)             # not SIGTERM: torchrun may send several
         signal(SIGINT, ask)
         signal(SIGTERM, ask)
+        if not self.log:                        # what cannot be saved, shall fail before the work
+            self.save()
         left = None if self.cfg.minutes else self.steps - self.step
         with bar(None, "training", left) as self.line:
             while self.time_left():
@@ -1394,6 +1395,8 @@ class Run:
                 "step": self.step, "seconds": self.seconds(), "log": self.log}
 
     def save(self):                                     # last.pt, log.csv, curves.png
+        if rank():                                      # not the first process
+            return
         write_whole(self.cfg.folder / "last.pt", lambda f: torch.save(self.checkpoint(), f))
         names = list(dict.fromkeys(name for row in self.log for name in row))
         with open(self.cfg.folder / "log.csv", "w", newline="") as f:
@@ -1404,13 +1407,10 @@ class Run:
             draw_curves(self.cfg.folder / "curves.png", self.log, names[1:])
 
     def finish(self, then):                             # -> exit status
-        if rank() == 0:
-            self.save()
+        self.save()
         mean_over_processes(torch.zeros(1))             # a barrier: all wait for that save
-        if self.status:
-            then = "to go on, add --resume;"
+        then = "to go on, add --resume;" if self.status else then
         say("saved at step", self.step, "--", then, self.cfg.folder)
-        signal(SIGINT, default_int_handler)
         return self.status
 # ------------------------------------------------------------------------------------------------
 # D. Pictures
@@ -1442,8 +1442,8 @@ def draw_trajectory(path, model, cfg, label):           # from noise to one imag
     with model.mixed:
         guesses = [z0_hat for _, z0_hat in model.walk(cfg, [0], label)]
     moments = torch.linspace(0, len(guesses) - 1, 8).long()
-    film = torch.cat(guesses)[moments]                                    # (8,d,h,w)
-    draw_rows(path, {"the guess of z0 on the way from noise": model.decode(film)})
+    film = model.decode(torch.cat(guesses)[moments])                      # (8,3,H,W)
+    draw_rows(path, {"the guess of z0 on the way from noise": film})
 # ------------------------------------------------------------------------------------------------
 # E. Measuring
 # A distance means something only beside its references (see evaluate). LPIPS and the kernel
@@ -1452,8 +1452,7 @@ def draw_trajectory(path, model, cfg, label):           # from noise to one imag
 def compare(x_hat, x, lpips):                           # (B,3,H,W) in [-1,1], twice
     """-> {name: (B,)}. One more measure is one more line here. (SSIM would want (x + 1) / 2.)"""
     mse = F.mse_loss(x_hat, x, reduction="none").mean((1, 2, 3))
-    numbers = {"mse": mse,
-               "psnr": 10 * torch.log10(4 / mse.clamp(min=1e-10))}  # dB: range² to error
+    numbers = {"mse": mse, "psnr": 10 * torch.log10(4 / mse.clamp(min=1e-10))}  # dB: range²/error
     if lpips:
         numbers["lpips"] = lpips(x_hat, x).flatten()
     return numbers
@@ -1606,8 +1605,6 @@ def run_command(argv):                                  # -> exit status; None i
         say(__doc__, "\nCOMMAND --help lists the settings of any of the four")
         return
     demand(command in COMMANDS, f"{command}: no command; there are {list(COMMANDS)}")
-    trains = command.startswith("train")
-    demand(trains or world() == 1, "torchrun is for trainings only")
     cls, function = COMMANDS[command]
     parser = build_parser(command, cls)
     typed = vars(parser.parse_args(rest))
@@ -1616,7 +1613,7 @@ def run_command(argv):                                  # -> exit status; None i
     demand(preset in PRESETS, f"--preset: must be one of {list(PRESETS)}")
     words = PRESETS[preset].get(command, "").split()
     cfg = cls(**{**vars(parser.parse_args(words)), **typed})
-    if trains:
+    if command.startswith("train"):
         return function(*open_run(cfg, typed, resume, overwrite))
     return function(cfg)
 
@@ -1634,6 +1631,8 @@ def main(argv):
         status = run_command(argv)
     except UserError as e:
         print("vqldm:", e, file=sys.stderr)
+    except KeyboardInterrupt:               # while preparing or sampling
+        status = 130
     except (MemoryError, OSError, RuntimeError) as e:
         cause = e.__context__ or e      # torch.save raises its own; the full disk is its context
         if re.search("out of memory|allocate|MemoryError", repr(e)):
@@ -1641,6 +1640,7 @@ def main(argv):
         elif not isinstance(cause, OSError):
             raise
         print("vqldm:", cause, file=sys.stderr)
+    signal(SIGINT, default_int_handler)         # as before a training, for notebooks
     if status:
         raise SystemExit(status)
     if dist.is_initialized():
