@@ -694,9 +694,9 @@ def test_bad_images_are_named_and_passed_over_and_what_is_no_photograph_is_not_o
     good = [f"{i}.png" for i in range(8)] + ["ä b.JPeG", "z.tiff"]
     folder = fill(tmp_path / "photos", [*good, "cut.jpg"], size=(200, 200))
     (folder / "cut.jpg").write_bytes((folder / "cut.jpg").read_bytes()[:-300])
-    (folder / ".git").mkdir()
+    _ = [(folder / name).mkdir() for name in (".git", "runs")]
     for name in ("text.jpg .hidden.png q-partial.jpg I_1_segmentation.png a.txt .git/x.png "
-                 "grid.png trajectory.png recon_epoch_001.50.png curves.png").split():  # our own
+                 "grid.png trajectory.png recon_epoch_001.50.png runs/a.png").split():  # ours
         (folder / name).write_text("no image")
     images, told = load(folder), capsys.readouterr().out
     assert sorted(images.names) == sorted(good) and images.classes == ["images"]

@@ -258,7 +258,7 @@ class Norm(nn.GroupNorm):
     """GroupNorm for any width: brings each group of channels to mean 0 and std 1, then scales and
     shifts each channel as learnt. It looks at each image alone: the batch size changes nothing."""
     def __init__(self, c):
-        groups = math.gcd(32, c // 4 or 1, c)       # 16: 4 groups, 64: 16, 256: 32
+        groups = math.gcd(32, c // 4 or 1, c)       # at most 32, of 4 channels or more
         super().__init__(groups, c)
 
 def zero(layer):
@@ -426,8 +426,8 @@ class Codebook(nn.Module):
         # One distance, two losses; sg[] decides who moves:
         #   codebook_loss   the codes, to the vectors that they won       weight 1
         #   commit_loss     the encoder's vectors, to their codes         weight commit_weight: 0.25
-        # trap: VQGAN's code has 0.25 on the codes' loss and 1 on this one, four times our weight,
-        # and no curve shows it.
+        # trap: VQGAN's code has them swapped, 0.25 on the codes' loss and 1 on this: four times our
+        # weight. The two have one value, so no curve shows it.
         codebook_loss = F.mse_loss(z_q, z.detach())             # ‖sg[z] - e‖², mean over all
         commit_loss = F.mse_loss(z, z_q.detach())               # ‖z - sg[e]‖², likewise
         # Straight through (VQ sec. 3.2): the value of z_q with the gradient of z. Rounding has no
@@ -649,7 +649,7 @@ def train_vq(cfg, state=None):
         if gan_on:
             with mixed:
                 # trap: without detach, D's loss would teach the generator to look fake. (Here torch
-                # raises: loss.backward() freed x_hat's graph; real's is left, as gap is detached.)
+                # raises: loss.backward() freed x_hat's graph; in loss, real is in gap, detached.)
                 fake = disc(x_hat.detach())
             d_loss = hinge_loss(real, fake)
             # trap: the generator's backward has left gradients in D: along them D(fake) rises. If
@@ -678,7 +678,7 @@ def train_vq(cfg, state=None):
 # the clean z0 is not z_t at t = 0 but one below, level -1, where ᾱ = 1. With normal noise ε:
 #   one step further     z_t = √α_t z_(t-1) + √β_t ε     α_t + β_t = 1: so variance 1 stays 1
 #   all steps at once    z_t = √ᾱ_t z0 + √(1-ᾱ_t) ε      ᾱ_t = α_0 · … · α_t: how much of z0 is left
-#     (why one ε: √α_t shrinks the old noise's variance to α_t (1-ᾱ_(t-1)); plus β_t: 1-ᾱ_t)
+#     (why one ε: two normal noises make one; variances add: α_t (1-ᾱ_(t-1)) + β_t = 1-ᾱ_t)
 #   the network answers  ε, or v = √ᾱ_t ε - √(1-ᾱ_t) z0
 #   predict()            turns either answer into two guesses, z0_hat and eps_hat
 #   one step back        is made from these, by ddim or by ddpm
@@ -786,14 +786,14 @@ class Diffusion:
                 # z0_hat, noised again up to t_prev, where the noise has variance 1-ᾱ_prev: σ² of it
                 # is fresh, the rest is eps_hat again. The sum is as in training for any split.
                 # η = 0: none fresh. η = 1: the variance of z_prev given z0 and z_t (DDPM eq. 7).
-                # Given z0 alone: 1-ᾱ_prev. Given z_t alone (as z_t/√α): (1-α)/α. Their inverses
-                # add up: 1/σ² = 1/(1-ᾱ_prev) + α/(1-α), where α ᾱ_prev = ᾱ.
+                # Both measure it: √ᾱ_prev z0 with variance 1-ᾱ_prev, z_t/√α with (1-α)/α. Normal
+                # densities multiply: 1/σ² = 1/(1-ᾱ_prev) + α/(1-α), where α ᾱ_prev = ᾱ.
                 sigma = eta * ((1 - a_prev) / (1 - a) * (1 - alpha)).sqrt()           # DDIM eq. 16
                 seen = (1 - a_prev - sigma**2).clamp(min=0).sqrt()
                 z = a_prev.sqrt() * z0_hat + seen * eps_hat               # DDIM eq. 12, its α is ᾱ
             elif sampler == "ddpm":
-                # DDPM Algorithm 2, line 4: ddim at η = 1, with z0_hat = (z - √(1-ᾱ) eps_hat)/√ᾱ
-                # put in. Only σ² is larger: ddim's is right for one known z0, 1-α for z0 ~ N(0,1).
+                # DDPM Algorithm 2, line 4: ddim's mean at η = 1, where seen = √α (1-ᾱ_prev)/√(1-ᾱ).
+                # Its σ² is larger: were z0 ~ N(0,1), so were z_prev, of variance 1-α given z_t.
                 sigma = (1 - alpha).sqrt()
                 z = (z - (1 - alpha) / (1 - a).sqrt() * eps_hat) / alpha.sqrt()
             else:
@@ -859,7 +859,7 @@ def guided(net, guide, label, w, below):
     (Kynkäänniemi 2024, arXiv 2404.07724, has none at little noise either).
     ours: weak is not told the class, so w leads towards it; and weak is `guide`, the running mean
     of the weights (update_ema) after a fifth of the training: it errs in the same places, but more,
-    so w leads away from there. (Karras's is smaller: 2406.02507 younger, told; 2312.02696 not.)"""
+    so w leads away from there. (Karras's is small; younger in 2406.02507, untold in 2312.02696.)"""
     def answer(z_t, t):
         strong = net(z_t, t, label)
         if w == 1 or t[0] >= below:         # here all t are equal
@@ -1144,7 +1144,7 @@ def synthetic(i, size, seed=0):
 
 PHOTO = r"(?i).*\.(bmp|gif|jpe?g|png|tiff?|webp)$"      # but no mask, not hidden, not our own:
 NO_PHOTO = (r"(?i)(_segmentation|_superpixels|_expert|-partial)[^/]*$|_mask\.\w+$|(^|/)(\.|"
-            r"(grid|trajectory|curves|evaluate|data_preview|\w+_epoch_[\d.]+)\.png$)")
+            r"(grid|trajectory|curves|evaluate|data_preview|\w+_epoch_[\d.]+)\.png$)|^runs/")
 HELD_OUT = r"(?i)(?<![^/])(val(id(ation)?)?|test(ing)?)/"   # (?<![^/]): at a name's start
 # Folders that are no class are cut out of a path: train/nevus/1.jpg is of class nevus.
 NO_CLASS = HELD_OUT + r"|(?<![^/])(train(ing)?|(HAM10000_)?images(_part_\d)?)/"
@@ -1164,10 +1164,10 @@ def read_image(path, size):                             # -> uint8 (3,size,size)
 
 def find_images(folder):
     """-> for each photograph under a folder: name, class, lot, when was it changed?
-    The innermost folder tells the class, else ISIC's or HAM10000's table. Lots that end in 0 are
-    held out: what lies in a folder val or test; without such a folder, about a tenth.
+    The innermost folder tells the class, else ISIC's or HAM10000's table. A lot is a number, held
+    out if it ends in 0: it is 0 in a folder val or test, else 1; without such a folder a hash.
     trap: several photographs show one lesion. Split by photograph, a network is measured on lesions
-    that it was trained on. So all of a lesion have one lot, where lesion_id is known."""
+    that it was trained on. So the hash is one of lesion_id, where that is known."""
     table, named, hashed = {}, [], []
     # metadata.csv, HAM10000_metadata.csv or manifest.csv, in the folder or beside it
     for path in [*folder.parent.glob("*m*a*.csv"), *folder.glob("*m*a*.csv")]:
@@ -1183,9 +1183,9 @@ def find_images(folder):
             kind = Path(re.sub(NO_CLASS, "", name)).parent.name or told
             lesion = row.get("lesion_id") or path.stem
             stamp = path.stat().st_mtime_ns     # of what a link points to
-            named.append((name, kind, not re.search(HELD_OUT, name), stamp))     # lot 0 or 1
+            named.append((name, kind, not re.search(HELD_OUT, name), stamp))
             hashed.append((name, kind, digest(lesion), stamp))
-    return hashed if all(lot for _, _, lot, _ in named) else named
+    return hashed if all(lot for _, _, lot, _ in named) else named      # no 0: no such folder
 
 class Images:
     """Images at --size, drawn or decoded once, then read from the cache. labels: the number of each
@@ -1525,7 +1525,7 @@ def evaluate(cfg):
         label = model.class_counts.multinomial(len(real), True, generator=rng(cfg.seed, "classes"))
         made, z0 = model.images(SampleConfig(seed=cfg.seed), range(len(real)), label)
         pictures["samples"] = made
-        # Other real images, encoded and decoded, score what a perfect stage 2 would.
+        # Others, encoded and decoded: as from a perfect stage 2. Others as they are: the floor.
         perfect = reconstruct(vqgan, other, lpips, mixed)[1]
         sets = {"": made, "_perfect": perfect, "_recon": recon, "_real": other}
         if lpips:
