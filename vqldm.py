@@ -258,7 +258,7 @@ class Norm(nn.GroupNorm):
     """GroupNorm for any width: brings each group of channels to mean 0 and std 1, then scales and
     shifts each channel as learnt. It looks at each image alone: the batch size changes nothing."""
     def __init__(self, c):
-        groups = math.gcd(32, c // 4 or 1, c)       # at most 32, of 4 channels or more
+        groups = math.gcd(32, c // 4 or 1, c)   # must divide c; at most 32, of 4 channels or more
         super().__init__(groups, c)
 
 def zero(layer):
@@ -292,9 +292,9 @@ class ResBlock(nn.Module):
 
 class AttentionBlock(nn.Module):
     """Every position looks at every other (VQGAN Table 7); a convolution sees only what is near.
-    Linear maps give each a query, a key and a value. Each gets a weighted mean of all values: the
-    better another's key fits this one's query, the more that value counts (softmax of q·k/√C,
-    Vaswani 2017). Cost grows with (h·w)²: nothing on 16×16, much on 64×64; so, in the middle."""
+    Linear maps give each a query, a key and a value. What it puts out is the mean of all values,
+    weighted by how well their keys fit its query (softmax of q·k/√C, Vaswani 2017). Cost grows with
+    (h·w)²: nothing on 16×16, much on 64×64; so, in the middle only (the papers: on more grids)."""
     def __init__(self, c):
         super().__init__()
         self.norm = Norm(c)
@@ -333,7 +333,7 @@ class MidBlock(nn.Module):
         return self.res2(y, emb)                                          # (B,C,h,w)
 
 class UpBlock(nn.Module):
-    """A transposed convolution that doubles the grid, the skip beside it, then two ResBlocks."""
+    """A transposed convolution (papers: upsample, convolve), the skip beside it, two ResBlocks."""
     def __init__(self, c_in, c_out, emb_dim=None, c_skip=0):
         super().__init__()
         # trap: a kernel that is no multiple of the stride, such as 3 and 2, paints some pixels more
@@ -563,8 +563,7 @@ def vq_optimizers(vqgan, cfg):
     blocks = nn.ModuleList([enc.down, enc.mid, dec.mid, dec.up])
     kernels = [p for p in blocks.parameters() if p.dim() == 4 and cfg.muon_lr > 0]
     codes = vqgan.codebook.embedding.weight
-    # (A set tells tensors apart by identity; a list would compare their numbers.)
-    rest = [p for p in vqgan.parameters() if p not in {codes, *kernels}]
+    rest = [p for p in vqgan.parameters() if p not in {codes, *kernels}]      # a set: by identity
     # ours: only codebook_loss moves a code, and Adam divides a gradient by its size. So a factor
     # before that loss would change nothing: to keep up with z, codes need a rate of their own.
     groups = [{"params": rest}, {"params": [codes], "lr": cfg.codes_lr}]
@@ -617,7 +616,7 @@ def train_vq(cfg, state=None):
             x_hat, z, k, codebook_loss, commit_loss = vqgan(x)
         mse = F.mse_loss(x_hat, x)
         perceptual = lpips(x_hat, x).mean() if lpips else torch.zeros_like(mse)
-        rec = mse + cfg.lpips_weight * perceptual
+        rec = mse + cfg.lpips_weight * perceptual       # VQGAN's code has L1 for mse
         loss = rec + codebook_loss + cfg.commit_weight * commit_loss   # VQGAN eq. 4, VQ eq. 3
         losses = {"mse": mse, "lpips": perceptual, "codebook": codebook_loss}
 
@@ -625,7 +624,7 @@ def train_vq(cfg, state=None):
         if gan_on:
             with mixed:
                 real, fake = disc(x), disc(x_hat)
-            adversarial = -fake.mean()                        # D is fooled if its logits are high
+            adversarial = -fake.mean()          # D is fooled if its logits are high (VQGAN's code)
             lam = adaptive_weight(rec, adversarial, vqgan.decoder.last.weight)
             # ours: D is heard as far as it tells real from fake. A blind D's gradient says nothing;
             # lam would make it loud, the fakes would run about, and D could never catch up.
@@ -649,7 +648,7 @@ def train_vq(cfg, state=None):
         if gan_on:
             with mixed:
                 # trap: without detach, D's loss would teach the generator to look fake. (Here torch
-                # raises: loss.backward() freed x_hat's graph; in loss, real is in gap, detached.)
+                # raises: loss.backward() freed x_hat's graph; not real's, which gap had detached.)
                 fake = disc(x_hat.detach())
             d_loss = hinge_loss(real, fake)
             # trap: the generator's backward has left gradients in D: along them D(fake) rises. If
@@ -678,7 +677,7 @@ def train_vq(cfg, state=None):
 # the clean z0 is not z_t at t = 0 but one below, level -1, where ᾱ = 1. With normal noise ε:
 #   one step further     z_t = √α_t z_(t-1) + √β_t ε     α_t + β_t = 1: so variance 1 stays 1
 #   all steps at once    z_t = √ᾱ_t z0 + √(1-ᾱ_t) ε      ᾱ_t = α_0 · … · α_t: how much of z0 is left
-#     (why one ε: two normal noises make one; variances add: α_t (1-ᾱ_(t-1)) + β_t = 1-ᾱ_t)
+#     (one ε: put in z_(t-1); normal noises add, to variance α_t (1-ᾱ_(t-1)) + β_t = 1-ᾱ_t)
 #   the network answers  ε, or v = √ᾱ_t ε - √(1-ᾱ_t) z0
 #   predict()            turns either answer into two guesses, z0_hat and eps_hat
 #   one step back        is made from these, by ddim or by ddpm
@@ -751,7 +750,7 @@ class Diffusion:
         ours: this curve for v, 1 in the middle (ᾱ = 1/2), 1/4 at both ends. In little noise an
         error of v hardly counts: predict() multiplies it by √(1-ᾱ), nearly 0, and the nearest code
         rounds away the rest. In much noise the loss stays large whatever the network does. Neither
-        end shall drown the middle; neither may go untaught: sampling starts at noise."""
+        end shall drown the middle; neither may go untaught. (EDM, 2206.00364, argues alike.)"""
         a = self.alpha_bar.to(t.device)[t]
         if self.target != "v":                      # all equal, as in DDPM
             return torch.ones_like(a)
@@ -786,14 +785,15 @@ class Diffusion:
                 # z0_hat, noised again up to t_prev, where the noise has variance 1-ᾱ_prev: σ² of it
                 # is fresh, the rest is eps_hat again. The sum is as in training for any split.
                 # η = 0: none fresh. η = 1: the variance of z_prev given z0 and z_t (DDPM eq. 7).
-                # Both measure it: √ᾱ_prev z0 with variance 1-ᾱ_prev, z_t/√α with (1-α)/α. Normal
-                # densities multiply: 1/σ² = 1/(1-ᾱ_prev) + α/(1-α), where α ᾱ_prev = ᾱ.
+                # Two estimates of it, √ᾱ_prev z0 of variance 1-ᾱ_prev, z_t/√α of (1-α)/α, join by
+                # adding 1/variance: 1/σ² = 1/(1-ᾱ_prev) + α/(1-α). Invert that; α ᾱ_prev = ᾱ.
                 sigma = eta * ((1 - a_prev) / (1 - a) * (1 - alpha)).sqrt()           # DDIM eq. 16
                 seen = (1 - a_prev - sigma**2).clamp(min=0).sqrt()
                 z = a_prev.sqrt() * z0_hat + seen * eps_hat               # DDIM eq. 12, its α is ᾱ
             elif sampler == "ddpm":
-                # DDPM Algorithm 2, line 4: ddim's mean at η = 1, where seen = √α (1-ᾱ_prev)/√(1-ᾱ).
-                # Its σ² is larger: were z0 ~ N(0,1), so were z_prev, of variance 1-α given z_t.
+                # DDPM Algorithm 2, line 4: ddim at η = 1, z0_hat = (z - √(1-ᾱ) eps_hat)/√ᾱ put in
+                # (and seen = √α (1-ᾱ_prev)/√(1-ᾱ)). Only σ² is that of z_prev given z_t alone, for
+                # z0 ~ N(0,1). (For one known z0 it is ddim's; the truth lies between: sec. 3.2.)
                 sigma = (1 - alpha).sqrt()
                 z = (z - (1 - alpha) / (1 - a).sqrt() * eps_hat) / alpha.sqrt()
             else:
@@ -855,11 +855,11 @@ def guided(net, guide, label, w, below):
 
         out = weak + w (strong - weak)          strong is told the class, weak is not
     w = 1 is strong alone; more goes further in the direction in which the class pulls. (CFG's own w
-    is ours - 1.) At t >= below, where noise prevails, there is no guidance: it would cost variety
+    is this - 1.) At t >= below, where noise prevails, there is no guidance: it would cost variety
     (Kynkäänniemi 2024, arXiv 2404.07724, has none at little noise either).
     ours: weak is not told the class, so w leads towards it; and weak is `guide`, the running mean
     of the weights (update_ema) after a fifth of the training: it errs in the same places, but more,
-    so w leads away from there. (Karras's is small; younger in 2406.02507, untold in 2312.02696.)"""
+    so w leads away from there. (Karras's are small: 2406.02507, younger; 2312.02696, untold.)"""
     def answer(z_t, t):
         strong = net(z_t, t, label)
         if w == 1 or t[0] >= below:         # here all t are equal
@@ -1143,8 +1143,8 @@ def synthetic(i, size, seed=0):
 # each image is opened once, before training, and written as bytes into one file.
 
 PHOTO = r"(?i).*\.(bmp|gif|jpe?g|png|tiff?|webp)$"      # but no mask, not hidden, not our own:
-NO_PHOTO = (r"(?i)(_segmentation|_superpixels|_expert|-partial)[^/]*$|_mask\.\w+$|(^|/)(\.|"
-            r"(grid|trajectory|curves|evaluate|data_preview|\w+_epoch_[\d.]+)\.png$)|^runs/")
+NO_PHOTO = (r"(?i)(_segmentation|_superpixels|_expert|-partial)[^/]*$|_mask\.\w+$|(^|/)\.|^runs/"
+            r"|(^|/)(grid|trajectory|curves|evaluate|data_preview|\w+_epoch_[\d.]+)\.png$")
 HELD_OUT = r"(?i)(?<![^/])(val(id(ation)?)?|test(ing)?)/"   # (?<![^/]): at a name's start
 # Folders that are no class are cut out of a path: train/nevus/1.jpg is of class nevus.
 NO_CLASS = HELD_OUT + r"|(?<![^/])(train(ing)?|(HAM10000_)?images(_part_\d)?)/"
@@ -1164,8 +1164,8 @@ def read_image(path, size):                             # -> uint8 (3,size,size)
 
 def find_images(folder):
     """-> for each photograph under a folder: name, class, lot, when was it changed?
-    The innermost folder tells the class, else ISIC's or HAM10000's table. A lot is a number, held
-    out if it ends in 0: it is 0 in a folder val or test, else 1; without such a folder a hash.
+    The innermost folder tells the class, else ISIC's or HAM10000's table. A lot is a number; if
+    it ends in 0, it is held out. With a folder val or test: 0 in there, 1 elsewhere. Else: a hash.
     trap: several photographs show one lesion. Split by photograph, a network is measured on lesions
     that it was trained on. So the hash is one of lesion_id, where that is known."""
     table, named, hashed = {}, [], []
@@ -1183,7 +1183,7 @@ def find_images(folder):
             kind = Path(re.sub(NO_CLASS, "", name)).parent.name or told
             lesion = row.get("lesion_id") or path.stem
             stamp = path.stat().st_mtime_ns     # of what a link points to
-            named.append((name, kind, not re.search(HELD_OUT, name), stamp))
+            named.append((name, kind, int(not re.search(HELD_OUT, name)), stamp))
             hashed.append((name, kind, digest(lesion), stamp))
     return hashed if all(lot for _, _, lot, _ in named) else named      # no 0: no such folder
 
@@ -1212,8 +1212,8 @@ class Images:
         self.names, kinds, lots, _ = zip(*torch.load(index))
         self.classes = sorted(set(kinds))
         self.labels = torch.tensor([self.classes.index(kind) for kind in kinds])
-        last = torch.tensor(lots, dtype=torch.long) % 10
-        held = last == last.min()               # if there is no lot in 0, that in 1, and so on
+        last = torch.tensor(lots) % 10
+        held = last == last.min()               # if no lot ends in 0: those in 1, and so on
         self.train = (~held).nonzero().flatten()
         val = held.nonzero().flatten()          # in a folder the first are of one class: mix
         self.val = val[torch.randperm(len(val), generator=rng("held out"))]
@@ -1525,7 +1525,7 @@ def evaluate(cfg):
         label = model.class_counts.multinomial(len(real), True, generator=rng(cfg.seed, "classes"))
         made, z0 = model.images(SampleConfig(seed=cfg.seed), range(len(real)), label)
         pictures["samples"] = made
-        # Others, encoded and decoded: as from a perfect stage 2. Others as they are: the floor.
+        # To compare with: others, decoded (a perfect stage 2); real, decoded; others as they are.
         perfect = reconstruct(vqgan, other, lpips, mixed)[1]
         sets = {"": made, "_perfect": perfect, "_recon": recon, "_real": other}
         if lpips:
@@ -1556,7 +1556,7 @@ def orthogonal(g):
     return x
 
 class Muon(torch.optim.Optimizer):
-    """Steps of lr along orthogonal(running mean of the gradient). (Jordan's: × √(r/n) if r > n.)"""
+    """Steps of lr along orthogonal(running mean of the gradient); Jordan's, × √(r/n) if r > n."""
     def __init__(self, kernels, lr):
         super().__init__([{"params": kernels}], {"lr": lr})
 
