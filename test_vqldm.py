@@ -700,7 +700,7 @@ def test_bad_images_are_named_and_passed_over_and_what_is_no_photograph_is_not_o
         (folder / name).write_text("no image")
     images, told = load(folder), capsys.readouterr().out
     assert sorted(images.names) == sorted(good) and images.classes == ["images"]
-    assert "skipped 2 " in told and "text.jpg" in told
+    assert "skipped 2 " in told and "text.jpg" in told and " 10 of 12 images" in told
     assert "('cut.jpg', \"OSError(" in told     # in words: the exception would hold the image
     for name in good[:5]:
         (folder / name).unlink()
@@ -999,7 +999,7 @@ def test_stopped_and_resumed_is_bit_for_bit_the_undisturbed_run(
 
 def test_a_finished_run_stays_its_epochs_may_grow_and_it_can_be_overwritten(calm, tmp_path):
     shutil.copytree("calm/ldm", out := tmp_path / "ldm")
-    for name in ("samples_epoch_007.png", "mine.png"):
+    for name in ("samples_epoch_007.png", "mine.png", "evaluate.png", "metrics.json"):
         (out / name).touch()
     old = state_of("calm/ldm/last.pt")
     for mode, epochs, step in (("--resume", 3, 14), ("--resume", 4, 18), ("--overwrite", 3, 14)):
@@ -1008,7 +1008,7 @@ def test_a_finished_run_stays_its_epochs_may_grow_and_it_can_be_overwritten(calm
         assert new["step"] == step and same(new["guide"], old["guide"])
         assert same(new["ema"], old["ema"]) == (epochs == 3)
         assert mode == "--overwrite" or new["seconds"] >= old["seconds"]
-    assert [path.name for path in out.glob("*.png")] == ["mine.png"]
+    assert [path.name for path in [*out.glob("*.png"), *out.glob("*.json")]] == ["mine.png"]
     assert cli(*STAGES["ldm"], "--overwrite", "--schedule", "x", "--out", out) == 2
     assert state_of(out / "last.pt")["step"] == 14      # what cannot begin overwrites nothing
 
