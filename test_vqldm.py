@@ -915,7 +915,6 @@ def test_evaluate_takes_only_held_out_images_of_the_training_folder(calm, monkey
     assert len(torch.cat([half, other]).unique(dim=0)) == 2 * n
 
 def test_what_evaluate_and_resume_would_get_wrong_is_refused(calm, monkeypatch, refused):
-    """A part of the training folder or what it is a part of, other classes."""
     assert "a folder" in refused("evaluate", "--data", "")      # not the folder that we are in
     for folder in ("photos/train", "."):
         assert "--data" in refused(*"evaluate --ckpt calm/vq --data".split(), folder)
@@ -1120,6 +1119,7 @@ def test_no_process_leaves_before_the_first_has_saved(calm, tmp_path, monkeypatc
     monkeypatch.setattr(vqldm, "mean_over_processes", lambda x: [mean(x), did.append("meet")][0])
     assert cli(*STAGES["ldm"], "--out", tmp_path) == 0 and did[-2:] == ["save", "meet"]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler    # Ctrl-C is Python's
+    assert [monkeypatch.setattr(vqldm, "rank", lambda: 1), save(None)] == [None] * 2    # no write
 
 @pytest.mark.parametrize("stage, name", [("vq", "augment"), ("ldm", "standardise")])
 def test_bad_batches_are_skipped_and_five_in_a_row_end_the_run(

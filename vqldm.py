@@ -426,8 +426,8 @@ class Codebook(nn.Module):
         # One distance, two losses; sg[] decides who moves:
         #   codebook_loss   the codes, to the vectors that they won       weight 1
         #   commit_loss     the encoder's vectors, to their codes         weight commit_weight: 0.25
-        # trap: VQGAN's code has them swapped, 0.25 on the codes' loss and 1 on this: four times our
-        # weight. The two have one value, so no curve shows it.
+        # trap: VQGAN's code has the weights swapped: codebook_loss 0.25, commit_loss 1, four times
+        # that here. Both losses have one value, so no curve shows it.
         codebook_loss = F.mse_loss(z_q, z.detach())             # ‖sg[z] - e‖², mean over all
         commit_loss = F.mse_loss(z, z_q.detach())               # ‖z - sg[e]‖², likewise
         # Straight through (VQ sec. 3.2): the value of z_q with the gradient of z. Rounding has no
@@ -648,11 +648,11 @@ def train_vq(cfg, state=None):
         if gan_on:
             with mixed:
                 # trap: without detach, D's loss would teach the generator to look fake. (Here torch
-                # raises: loss.backward() freed x_hat's graph; not real's, which gap had detached.)
+                # raises: loss.backward() freed x_hat's graph, but not real's, as gap is detached.)
                 fake = disc(x_hat.detach())
             d_loss = hinge_loss(real, fake)
-            # trap: the generator's backward has left gradients in D: along them D(fake) rises. If
-            # they are not zeroed before this, they join D's own.
+            # trap: the generator's backward has left gradients in D; a step by them raises D(fake).
+            # If not zeroed here, they join D's own.
             disc.zero_grad()
             d_loss.backward()
             average_gradients(disc)
@@ -759,7 +759,7 @@ class Diffusion:
     def pairs(self, steps):
         """Exactly `steps` pairs (t, t_prev), from T-1 down to -1, for 1 <= steps <= T.
         ours: not evenly: step i = 0…S-1 starts at t ≈ T-1 - T (i/S)², for T = 1000 and S = 4 at
-        999, 937, 749, 437. (DDIM app. D.2 has the mirror of it.) Short strides first, since the
+        999, 937, 749, 437. (DDIM app. D.2: short ones last.) Short strides first, since the
         noisiest levels decide the large things of an image.
         trap: range(0, T, T // steps) gives too many: 1000 levels for 600 steps of T = 1000."""
         ts = []
@@ -785,14 +785,14 @@ class Diffusion:
                 # z0_hat, noised again up to t_prev, where the noise has variance 1-ᾱ_prev: σ² of it
                 # is fresh, the rest is eps_hat again. The sum is as in training for any split.
                 # η = 0: none fresh. η = 1: the variance of z_prev given z0 and z_t (DDPM eq. 7).
-                # Two estimates of it, √ᾱ_prev z0 of variance 1-ᾱ_prev, z_t/√α of (1-α)/α, join by
+                # Two hints at z_prev, √ᾱ_prev z0 of variance 1-ᾱ_prev, z_t/√α of (1-α)/α, join by
                 # adding 1/variance: 1/σ² = 1/(1-ᾱ_prev) + α/(1-α). Invert that; α ᾱ_prev = ᾱ.
                 sigma = eta * ((1 - a_prev) / (1 - a) * (1 - alpha)).sqrt()           # DDIM eq. 16
                 seen = (1 - a_prev - sigma**2).clamp(min=0).sqrt()
                 z = a_prev.sqrt() * z0_hat + seen * eps_hat               # DDIM eq. 12, its α is ᾱ
             elif sampler == "ddpm":
                 # DDPM Algorithm 2, line 4: ddim at η = 1, z0_hat = (z - √(1-ᾱ) eps_hat)/√ᾱ put in
-                # (and seen = √α (1-ᾱ_prev)/√(1-ᾱ)). Only σ² is that of z_prev given z_t alone, for
+                # (and seen = √α (1-ᾱ_prev)/√(1-ᾱ)). But σ² is that of z_prev given z_t alone, for
                 # z0 ~ N(0,1). (For one known z0 it is ddim's; the truth lies between: sec. 3.2.)
                 sigma = (1 - alpha).sqrt()
                 z = (z - (1 - alpha) / (1 - a).sqrt() * eps_hat) / alpha.sqrt()
@@ -859,7 +859,7 @@ def guided(net, guide, label, w, below):
     (Kynkäänniemi 2024, arXiv 2404.07724, has none at little noise either).
     ours: weak is not told the class, so w leads towards it; and weak is `guide`, the running mean
     of the weights (update_ema) after a fifth of the training: it errs in the same places, but more,
-    so w leads away from there. (Karras's are small: 2406.02507, younger; 2312.02696, untold.)"""
+    so w leads away from there. (Karras: small, younger (2406.02507) or untold (2312.02696).)"""
     def answer(z_t, t):
         strong = net(z_t, t, label)
         if w == 1 or t[0] >= below:         # here all t are equal
@@ -870,7 +870,7 @@ def guided(net, guide, label, w, below):
 # ------------------------------------------------------------------------------------------------
 # 10. Stage 2: training
 # The frozen encoder writes each image as its grid of code numbers, once: these are stage 2's data
-# (fast, but nothing is turned here). ours: codes are diffused, just what the decoder reads (LDM
+# (fast, but without augment). ours: codes are diffused, just what the decoder reads (LDM
 # takes z before quantisation). Diffusion ends in noise of mean 0 and std 1, so codes are brought
 # there too. Look at the samples: most of the loss is what no network can know, and says little.
 # Used before they are shown: load_vqgan and LatentDiffusion (11), load_checkpoint (C).
