@@ -136,11 +136,12 @@ def test_nearest_code_is_that_of_a_float64_search(dtype):
 def test_codes_start_again_on_encoder_outputs_and_only_those_that_shall():
     book, z, e = codebook(64)
     before, dead = e.detach().clone(), torch.arange(64) % 3 == 0
-    book.start_on(100 + z, rng(0), dead)
+    book.wins[~dead] = 1
+    book.restart_unused(100 + z, rng(0))
     far = torch.cdist(e[dead].detach(), flat(100 + z)).amin(1)
     assert torch.equal(e[~dead], before[~dead]) and far.max() < 0.1 * flat(z).std(0).norm()
     assert len(e[dead].unique(dim=0)) == dead.sum()         # no two alike
-    book.start_on(z[:1, :, :1, :1], rng(0))
+    book.restart_unused(z[:1, :, :1, :1], rng(0))
     assert e.isfinite().all()                               # a single vector has no spread
 
 # ---- 6. The losses of stage 1 ------------------------------------------------------------------
@@ -258,7 +259,7 @@ def plain_vq(cfg, lpips, mixed):
                   vqldm.Muon([named[n] for n in inner], 0.0): cfg.muon_lr}
     optimizers_d = {adam(disc.parameters(), (0.5, 0.9)): cfg.d_lr}
     first = train[torch.randperm(len(train), generator=rng(seed, "order", 0))[:64]]
-    book.start_on(net.encoder(images[first]).detach(), rng(seed, "first codes"))
+    book.restart_unused(net.encoder(images[first]).detach(), rng(seed, "first codes"))
     wins, told = torch.zeros(cfg.codes), {}
 
     for i, rows, progress, factor in steps_of(cfg, train):
@@ -281,7 +282,8 @@ def plain_vq(cfg, lpips, mixed):
         wins += torch.bincount(k.flatten(), minlength=cfg.codes)
         if (i + 1) % 50 == 0:
             told["restarted"] = int((wins == 0).sum())
-            book.start_on(z, rng(seed, "restart", i), wins == 0)
+            book.wins.copy_(wins)
+            book.restart_unused(z, rng(seed, "restart", i))
             wins.zero_()
         if joined >= 0:
             with mixed:
@@ -420,9 +422,7 @@ def test_predict_takes_the_noise_away_and_predicting_nothing_costs_1(target):
         assert torch.allclose(got[:800], want[:800], atol=1e-3)
     nothing = d.loss(lambda z_t, t, label: 0 * z_t, z0, t, eps, None)
     assert nothing.shape == (1000,) and abs(nothing.mean() - 1) < 5 * math.sqrt(2 / z0.numel())
-    d.target = "x0"
-    for call in ((d.predict, right, z_t, t), (d.goal, z0, eps, a), (Diffusion, 9, "linear", "x0")):
-        pytest.raises(UserError, *call)
+    pytest.raises(UserError, Diffusion, 9, "linear", "x0")
 
 def test_pairs_are_exactly_S_steps_for_every_S():
     """From T-1 strictly down to -1, in growing strides."""

@@ -38,7 +38,7 @@ from inspect import getsource
 from pathlib import Path
 from signal import SIG_DFL, SIGINT, SIGTERM, default_int_handler, signal
 
-os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")     # torch reads it when it is imported
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")     # what MPS lacks, the CPU does
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -56,7 +56,7 @@ from tqdm import tqdm
 # (New words are explained where they are used.) What you type beats --preset, which beats the
 # default. --resume takes the checkpoint's values: only those in MAY_CHANGE (below) can be retyped.
 
-class UserError(argparse.ArgumentTypeError):        # argparse puts the flag's name before it
+class UserError(argparse.ArgumentTypeError):        # argparse catches it, names the flag
     """What only the user can put right: told as one sentence, exit status 2."""
 def demand(ok, text):                   # if it is not so, the command ends with this sentence
     if not ok:
@@ -103,7 +103,7 @@ class VQConfig(Settings):
     lpips: str = "auto"                 # LPIPS's net: squeeze, alex, vgg; off; auto: squeeze or off
     lpips_weight: amount = 0.1          # weight of LPIPS, a learnt distance of images
     commit_weight: amount = 0.25        # weight of the commitment loss beside the codebook's
-    gan_weight: amount = 0.4            # weight of the GAN, times lam and d_real - d_fake; 0: none
+    gan_weight: amount = 0.4            # weight of the GAN, times lam and D's lead, 0 to 1; 0: none
     gan_start: amount = 0.1             # part of the run after which the GAN joins
     # How fast, how long?
     lr: amount = 1e-3                   # learning rate of all that has none of its own
@@ -196,8 +196,8 @@ def digest(key):                        # anything -> 63 bits, the same on every
     return random.Random(repr(key)).getrandbits(63)
 
 # torchrun starts this program once for each GPU: world says how many there are, rank which one this
-# is. Each takes its share of the batch; all_reduce sums their gradients, and that sum / world() is
-# the gradient of the whole batch. DistributedDataParallel does this too, and hides it.
+# is. Each takes an equal share of a batch; all_reduce sums gradients, and that sum / world() is the
+# gradient of the whole batch. DistributedDataParallel does this too, and hides it.
 def world():
     return dist.get_world_size() if dist.is_initialized() else 1
 def rank():
@@ -218,7 +218,7 @@ def average_gradients(net):
 def say(*words):
     if rank() == 0:
         tqdm.write(" ".join(map(str, words)))
-def bar(items, name, total=None):       # disable=None: shown on a terminal only
+def bar(items, name, total=None):       # rank > 0: none; None: on a terminal only
     return tqdm(items, name, total, leave=False, disable=rank() or None)
 # ------------------------------------------------------------------------------------------------
 # 3. What the loops see of data
@@ -252,7 +252,7 @@ def augment(x, turns):
 # ------------------------------------------------------------------------------------------------
 # 4. Blocks
 # VQGAN and UNet are built from the same bricks. Two things differ: the UNet's ResBlocks hear the
-# noise level (emb), and its UpBlocks see what the DownBlock of the same size put out (skip).
+# noise level (emb), and its UpBlocks see what the DownBlocks had before they halved it (skip).
 
 class Norm(nn.GroupNorm):
     """GroupNorm for any width: brings each group of channels to mean 0 and std 1, then scales and
@@ -263,7 +263,7 @@ class Norm(nn.GroupNorm):
 
 def zero(layer):
     """Zeroed, a layer adds nothing at first: each block starts as its shortcut, not as noise. It
-    does learn: its own gradient, input times error, is not 0. Layers before it follow later."""
+    does learn: its gradient is input times error. Layers before it get theirs once it is not 0."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
@@ -349,7 +349,7 @@ class UpBlock(nn.Module):
         return self.res2(self.res1(y, emb), emb)                          # (B,c_out,2h,2w)
 
 def levels(widths):
-    """(c_in, c_out) of each DownBlock: (16, 64) -> (16, 16), (16, 64). For UpBlocks, reversed."""
+    """(c_in, c_out) of each DownBlock: (16, 64) -> (16, 16), (16, 64); for UpBlocks, backwards."""
     return list(zip([widths[0], *widths], widths))
 # ------------------------------------------------------------------------------------------------
 # 5. Stage 1: the VQGAN
@@ -357,7 +357,7 @@ def levels(widths):
 # discrete? For VQGAN, since its stage 2 predicts code numbers one by one, as a text's words. Here,
 # since what stage 2 gets slightly wrong is then rounded to the nearest code, and does not show.
 # The codebook, K learnt vectors, is delicate: the choice of the nearest has no gradient, and a code
-# that is never chosen never learns. Watch codes used (%), perplexity (e^entropy of use: 1 to K).
+# that is never chosen never learns. Watch codes used (%), perplexity (effectively used, 1 to K).
 
 class Encoder(nn.Module):
     """x -> z: Conv, m DownBlocks, MidBlock, Norm, SiLU, Conv (VQGAN Table 7)."""
@@ -407,8 +407,8 @@ class Codebook(nn.Module):
     def nearest(self, z):                                                 # (B,d,h,w)
         """The number of the nearest code of each vector: k = argmin_j ‖z - e_j‖ (VQ eq. 1)."""
         B, d, h, w = z.shape
-        # trap: distances by products in bf16 choose many codes wrongly: so, fp32. No gradient:
-        # a number comes out. Flat: a batched cdist would repeat the codebook B times in memory.
+        # trap: in bf16 the products in cdist choose many codes wrongly: so, fp32. No gradient: a
+        # number comes out. Flat: a batched cdist would repeat the codebook B times in memory.
         with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
             flat = rearrange(z.float(), "B d h w -> (B h w) d")           # (B·N,d)
             distance = torch.cdist(flat, self.embedding.weight)           # (B·N,K)
@@ -416,7 +416,7 @@ class Codebook(nn.Module):
         return k.view(B, h, w)                                            # (B,h,w)
 
     def lookup(self, k):                                                  # (B,h,w)
-        """z_q = e_k (VQ eq. 2). Contiguous: with d last in memory, GroupNorm in bf16 is slow."""
+        """z_q = e_k (VQ eq. 2). Contiguous: else d stays last, and GroupNorms in bf16 are slow."""
         return rearrange(self.embedding(k), "B h w d -> B d h w").contiguous()        # (B,d,h,w)
 
     def forward(self, z):                                                 # (B,d,h,w)
@@ -427,7 +427,7 @@ class Codebook(nn.Module):
         #   codebook_loss   the codes, to the vectors that they won       weight 1
         #   commit_loss     the encoder's vectors, to their codes         weight commit_weight: 0.25
         # trap: VQGAN's code has the weights swapped: codebook_loss 0.25, commit_loss 1, four times
-        # that here. Both losses have one value, so no curve shows it.
+        # that here. The two losses are equal as numbers: no curve shows it.
         codebook_loss = F.mse_loss(z_q, z.detach())             # ‖sg[z] - e‖², mean over all
         commit_loss = F.mse_loss(z, z_q.detach())               # ‖z - sg[e]‖², likewise
         # Straight through (VQ sec. 3.2): the value of z_q with the gradient of z. Rounding has no
@@ -441,27 +441,25 @@ class Codebook(nn.Module):
     # lie elsewhere, a few codes win everything and the others never get a gradient: the collapse.
     # So they start on outputs of the encoder; unused ones do so again (Jukebox, arXiv 2005.00341).
     @torch.no_grad()
-    def start_on(self, z, generator, which=...):        # [...] means all
-        """Put the codes `which` (a mask (K,), or all) on random vectors of z (B,d,h,w)."""
+    def restart_unused(self, z, generator):
+        """Put each code that has not won since the last restart, so at first every code, on a
+        random vector of z (B,d,h,w)."""
+        unused = self.wins == 0                                           # (K,)
+        n = int(unused.sum())
         flat = rearrange(z, "B d h w -> (B h w) d")                       # (B·N,d)
-        n = len(self.wins[which])
         pick = torch.randint(len(flat), (n,), generator=generator)
         apart = torch.randn(n, flat.shape[1], generator=generator).to(z.device)
         apart *= 0.01 * flat.std(0, correction=0)                         # so that no two are alike
-        self.embedding.weight[which] = flat[pick] + apart
+        self.embedding.weight[unused] = flat[pick] + apart
         self.wins.zero_()
+        if world() > 1:                     # each process has vectors of its own: take the first's
+            dist.broadcast(self.embedding.weight.data, 0)
 
     @torch.no_grad()
     def count(self, k):
         """Note which codes won. What matters is 0 or not, so a mean over processes will do."""
         wins = torch.bincount(k.flatten(), minlength=len(self.wins)).float()
         self.wins += mean_over_processes(wins)
-
-    def restart_unused(self, z, generator):
-        """Start again each code that has not won since the last restart."""
-        self.start_on(z, generator, self.wins == 0)
-        if world() > 1:                     # each process has vectors of its own: take the first's
-            dist.broadcast(self.embedding.weight.data, 0)
 
 class VQGAN(nn.Module):
     """Encoder, codebook and decoder, for images in [-1,1] whose sides are multiples of f = 2^m."""
@@ -495,7 +493,7 @@ class VQGAN(nn.Module):
 
 def load_lpips(wanted, device):
     """LPIPS (Zhang 2018, arXiv 1801.03924) of the lpips package, for images in [-1,1]; None if off,
-    or if auto finds no weights. Called outside of autocast, so in fp32. trap: were it a part of the
+    or if auto fails. Called outside of autocast, so in fp32. trap: were it a part of the
     VQGAN, .train() would switch its dropout on, and checkpoints would carry its weights."""
     if wanted == "off":
         return None
@@ -506,7 +504,7 @@ def load_lpips(wanted, device):
         return net.to(device).eval().requires_grad_(False)
     except Exception as e:              # URLError, OSError, a damaged file, an unknown name
         demand(wanted == "auto", f"--lpips: {e}; there are squeeze, alex, vgg, and off, with blur")
-        say("WARNING no LPIPS, as loss or as measure: no weights (5 MB) in", torch.hub.get_dir(), e)
+        say("WARNING no LPIPS, as loss or as measure:", e, "- weights go to", torch.hub.get_dir())
 
 class PatchDiscriminator(nn.Module):
     """D: a logit, real or fake, for each place of the latent grid. At f = 4 its kernels span 18×18
@@ -514,7 +512,7 @@ class PatchDiscriminator(nn.Module):
     hinge_loss wants raw logits. Norm, not BatchNorm: no image shall depend on its batch."""
     def __init__(self, widths):                                           # the VQGAN's
         super().__init__()
-        c = max(32, widths[0] // 2)
+        c = max(32, widths[0] // 2)             # half as wide, but 32 at least
         layers = [nn.Conv2d(3, c, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         for _ in widths[1:]:                                              # f = 4: 3 → 32 → 64 → 1
             layers += [nn.Conv2d(c, 2 * c, 4, stride=2, padding=1), Norm(2 * c), nn.LeakyReLU(0.2)]
@@ -530,7 +528,7 @@ def hinge_loss(real, fake):
     return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
 
 def adaptive_weight(rec, adversarial, last):
-    """lam = ‖∇_L rec‖ / (‖∇_L adversarial‖ + δ), L: the last layer, rec: mse + LPIPS (VQGAN eq. 7).
+    """lam = ‖∇_L rec‖ / (‖∇_L adversarial‖ + δ), VQGAN eq. 7; L: last layer, rec: mse + LPIPS.
     D's gradient can be a thousand times stronger or weaker than the reconstruction's, and changes
     as D learns. Times lam, both push L equally. (All layers would cost too much.)"""
     # Without create_graph, what comes out has no graph: to the loss, lam is a plain number.
@@ -547,7 +545,7 @@ def adaptive_weight(rec, adversarial, last):
 # Used before they are shown: Images (B), Run (C), draw_rows (D), reconstruct (E), Muon (F).
 
 def rate(step, progress):
-    """Factor of all learning rates: up in the first 50 steps, down in the last 60 % of the run."""
+    """Factor of all learning rates: up in 50 steps, down in the last 60 % (VQGAN, DDPM: none)."""
     up = (step + 1) / 50
     down = (1 - progress) / 0.6
     return max(0.01, min(1, up, down))
@@ -558,7 +556,7 @@ def set_learning_rate(optimizer, factor):
 
 def vq_optimizers(vqgan, cfg):
     """-> Adam, Muon. Kernels of the blocks go by Muon (F says why; with Adam the error after
-    as many steps is 1.5 times as large). All else by Adam: first and last layers, attention too."""
+    as many steps is 1.5 times as large). All else, attention too, by Adam (VQGAN: β 0.5, 0.9)."""
     enc, dec = vqgan.encoder, vqgan.decoder
     blocks = nn.ModuleList([enc.down, enc.mid, dec.mid, dec.up])
     kernels = [p for p in blocks.parameters() if p.dim() == 4 and cfg.muon_lr > 0]
@@ -601,7 +599,7 @@ def train_vq(cfg, state=None):
         with torch.no_grad():                   # the codes start on encoder outputs
             some = images.train[shuffled(n, cfg.seed, 0)[:64]]
             z = vqgan.encoder(to_float(images.rows(some)).to(device))
-            vqgan.codebook.start_on(z, rng(cfg.seed, "first codes"))
+            vqgan.codebook.restart_unused(z, rng(cfg.seed, "first codes"))
 
     for step in run:
         for optimizer in (adam, muon, adam_d):
@@ -616,7 +614,7 @@ def train_vq(cfg, state=None):
             x_hat, z, k, codebook_loss, commit_loss = vqgan(x)
         mse = F.mse_loss(x_hat, x)
         perceptual = lpips(x_hat, x).mean() if lpips else torch.zeros_like(mse)
-        rec = mse + cfg.lpips_weight * perceptual       # VQGAN's code has L1 for mse
+        rec = mse + cfg.lpips_weight * perceptual       # VQGAN's code: L1, not mse
         loss = rec + codebook_loss + cfg.commit_weight * commit_loss   # VQGAN eq. 4, VQ eq. 3
         losses = {"mse": mse, "lpips": perceptual, "codebook": codebook_loss}
 
@@ -627,7 +625,7 @@ def train_vq(cfg, state=None):
             adversarial = -fake.mean()          # D is fooled if its logits are high (VQGAN's code)
             lam = adaptive_weight(rec, adversarial, vqgan.decoder.last.weight)
             # ours: D is heard as far as it tells real from fake. A blind D's gradient says nothing;
-            # lam would make it loud, the fakes would run about, and D could never catch up.
+            # lam would make it loud, x_hat would jump about, and D could never catch up.
             gap = (real.mean() - fake.mean()).detach()
             sees = mean_over_processes(gap).clamp(0, 1)
             loss = loss + cfg.gan_weight * sees * lam * adversarial           # VQGAN eq. 6
@@ -635,7 +633,7 @@ def train_vq(cfg, state=None):
         vqgan.zero_grad()
         loss.backward()
         average_gradients(vqgan)
-        norm = clip_grad_norm_(vqgan.parameters(), 1.0)         # no batch may throw it far off
+        norm = clip_grad_norm_(vqgan.parameters(), 1.0)         # Adam reacts late to a wild batch
         if run.skips(norm):             # not finite; one bad batch must not end a night
             continue
         adam.step()
@@ -647,8 +645,8 @@ def train_vq(cfg, state=None):
         # ---- the discriminator, on the same images ----
         if gan_on:
             with mixed:
-                # trap: without detach, D's loss would teach the generator to look fake. (Here torch
-                # raises: loss.backward() freed x_hat's graph, but not real's, as gap is detached.)
+                # trap: without detach, D's loss leaves a gradient in the generator, towards looking
+                # fake. (Here torch would raise: loss.backward() has freed the graph of x_hat.)
                 fake = disc(x_hat.detach())
             d_loss = hinge_loss(real, fake)
             # trap: the generator's backward has left gradients in D; a step by them raises D(fake).
@@ -674,21 +672,22 @@ def train_vq(cfg, state=None):
 # 8. Stage 2: diffusion
 # Noise is added to a latent in T small steps until nothing is left of it; a network learns to say
 # what was added; sampling walks back. Levels t count from 0, and level 0 has some noise already:
-# the clean z0 is not z_t at t = 0 but one below, level -1, where ᾱ = 1. With normal noise ε:
+# z0 itself, the clean one, is level -1, where ᾱ = 1. With normal noise ε:
 #   one step further     z_t = √α_t z_(t-1) + √β_t ε     α_t + β_t = 1: so variance 1 stays 1
-#   all steps at once    z_t = √ᾱ_t z0 + √(1-ᾱ_t) ε      ᾱ_t = α_0 · … · α_t: how much of z0 is left
-#     (one ε: put in z_(t-1); normal noises add, to variance α_t (1-ᾱ_(t-1)) + β_t = 1-ᾱ_t)
+#   all steps at once    z_t = √ᾱ_t z0 + √(1-ᾱ_t) ε      ᾱ_t = α_0 · … · α_t, z0's share of z_t
+#     (z_(t-1) put in: two noises, together one ε of variance α_t (1-ᾱ_(t-1)) + β_t = 1-ᾱ_t)
 #   the network answers  ε, or v = √ᾱ_t ε - √(1-ᾱ_t) z0
 #   predict()            turns either answer into two guesses, z0_hat and eps_hat
 #   one step back        is made from these, by ddim or by ddpm
 # Why many steps, if z0_hat is there after the first? In much noise many z0 fit, and the best answer
 # by squared error is their mean, a blur. So we go a little way towards it and ask again: fewer fit.
-# Why v: at much noise ε is nearly z_t itself, so knowing it tells little about z0; v is then ≈ -z0,
-# and at little noise ≈ ε: always what z_t hides.
+# Why v: at much noise ε is nearly z_t itself, so a good guess of it says little of z0; v is then
+# ≈ -z0, and at little noise ≈ ε: always what z_t hides.
 
 class Diffusion:
     """A noise schedule, the loss of DDPM (Algorithm 1) and two samplers (Algorithm 2, DDIM)."""
     def __init__(self, T=1000, schedule="cosine", target="v"):
+        demand(target in ("v", "eps"), "--target: must be v or eps")
         self.T, self.target = T, target
         if schedule == "linear":
             # trap: 1e-4 and 0.02 belong to T = 1000. Unscaled, T = 50 ends at ᾱ = 0.60, and
@@ -697,16 +696,15 @@ class Diffusion:
         elif schedule == "cosine":              # Nichol & Dhariwal 2021, arXiv 2102.09672, eq. 17
             part = torch.arange(T + 1, dtype=torch.float64) / T              # 0…1
             # curve: the ᾱ wanted. It falls more evenly; linear's last third is nearly all noise.
-            # Without 0.008, level 0 of 1000 had 17 times less noise: too little to learn from.
+            # Without 0.008, level 0 of 1000 would have 1/17 of its noise: too little to learn.
             curve = torch.cos((part + 0.008) / 1.008 * math.pi / 2) ** 2
-            beta = 1 - curve[1:] / curve[:-1]       # α is the quotient of two neighbouring ᾱ
+            beta = 1 - curve[1:] / curve[:-1]       # 1 - α; α: the quotient of neighbouring ᾱ
         else:
             raise UserError("--schedule: must be linear or cosine")
         alpha = 1 - beta.clamp(max=0.999)           # β = 1 would end at ᾱ = 0; eps divides by √ᾱ
         alpha_bar = alpha.cumprod(0)                # in float64: rounded once, not T times
         # A 1 behind the last: alpha_bar[-1] is that of z0 itself, level -1, where sampling ends.
         self.alpha_bar = F.pad(alpha_bar, (0, 1), value=1).float()            # (T+1,)
-        self.predict(alpha, alpha, 0)               # dummies: to raise at an unknown target
 
     def alpha_bar_at(self, t, z):
         """ᾱ_t, shaped to multiply z, for t (B,) or one t."""
@@ -721,7 +719,6 @@ class Diffusion:
         """What the network shall answer."""
         if self.target == "eps":
             return eps
-        demand(self.target == "v", "--target: must be v or eps")
         return a.sqrt() * eps - (1 - a).sqrt() * z0     # Salimans app. D: v = √ᾱ ε - √(1-ᾱ) z0
 
     def predict(self, out, z_t, t):
@@ -732,7 +729,6 @@ class Diffusion:
         a = self.alpha_bar_at(t, z_t)
         if self.target == "eps":                    # DDPM eq. 4, solved for z0
             return (z_t - (1 - a).sqrt() * out) / a.sqrt(), out
-        demand(self.target == "v", "--target: must be v or eps")
         # With √ᾱ = cos φ and √(1-ᾱ) = sin φ: z_t = cos φ z0 + sin φ ε, v = cos φ ε - sin φ z0. That
         # is a rotation, and here it is turned back.
         z0_hat = a.sqrt() * z_t - (1 - a).sqrt() * out                        # Salimans app. D
@@ -740,7 +736,7 @@ class Diffusion:
         return z0_hat, eps_hat
 
     def loss(self, net, z0, t, eps, label):
-        """Algorithm 1, DDPM eq. 14: mean of (goal - net(z_t, t))², (B,); 1 if the net says 0."""
+        """Algorithm 1, DDPM eq. 14: mean of (goal - net(z_t, t))², (B,). The answer 0 costs 1."""
         out = net(self.add_noise(z0, t, eps), t, label)
         goal = self.goal(z0, eps, self.alpha_bar_at(t, z0))
         return F.mse_loss(out, goal, reduction="none").flatten(1).mean(1)     # (B,)
@@ -782,18 +778,16 @@ class Diffusion:
             z0_hat, eps_hat = self.predict(net(z, t_all), z, t_all)
 
             if sampler == "ddim":
-                # z0_hat, noised again up to t_prev, where the noise has variance 1-ᾱ_prev: σ² of it
-                # is fresh, the rest is eps_hat again. The sum is as in training for any split.
-                # η = 0: none fresh. η = 1: the variance of z_prev given z0 and z_t (DDPM eq. 7).
-                # Two hints at z_prev, √ᾱ_prev z0 of variance 1-ᾱ_prev, z_t/√α of (1-α)/α, join by
-                # adding 1/variance: 1/σ² = 1/(1-ᾱ_prev) + α/(1-α). Invert that; α ᾱ_prev = ᾱ.
+                # z0_hat, noised again up to level t_prev, where the noise has variance 1-ᾱ_prev: σ²
+                # of it is fresh, the rest is eps_hat again. Variances add: any split ends there.
+                # η = 0: none fresh. η = 1: the variance of z_prev, given z_t and z0 (DDPM eq. 7;
+                # the notebook derives the σ of both samplers).
                 sigma = eta * ((1 - a_prev) / (1 - a) * (1 - alpha)).sqrt()           # DDIM eq. 16
-                seen = (1 - a_prev - sigma**2).clamp(min=0).sqrt()
-                z = a_prev.sqrt() * z0_hat + seen * eps_hat               # DDIM eq. 12, its α is ᾱ
+                rest = (1 - a_prev - sigma**2).clamp(min=0).sqrt()
+                z = a_prev.sqrt() * z0_hat + rest * eps_hat               # DDIM eq. 12, its α is ᾱ
             elif sampler == "ddpm":
-                # DDPM Algorithm 2, line 4: ddim at η = 1, z0_hat = (z - √(1-ᾱ) eps_hat)/√ᾱ put in
-                # (and seen = √α (1-ᾱ_prev)/√(1-ᾱ)). But σ² is that of z_prev given z_t alone, for
-                # z0 ~ N(0,1). (For one known z0 it is ddim's; the truth lies between: sec. 3.2.)
+                # DDPM Algorithm 2, line 4: ddim's mean at η = 1, but more noise: σ² = β = 1-α is
+                # right for data like N(0,1), ddim's for a single z0; the truth lies between (3.2).
                 sigma = (1 - alpha).sqrt()
                 z = (z - (1 - alpha) / (1 - a).sqrt() * eps_hat) / alpha.sqrt()
             else:
@@ -806,7 +800,7 @@ class Diffusion:
 # ------------------------------------------------------------------------------------------------
 # 9. Stage 2: the UNet
 # The same bricks as the VQGAN. New are the time (how noisy is z_t?), heard by every ResBlock, and
-# the skips, which carry what no bottleneck can: z_t is full of noise, all of it fine detail.
+# the skips, which carry what no bottleneck can: the noise, another number at each place.
 
 def time_embedding(t, dim):
     """t (B,) -> (B,dim): sines and cosines of growing period (Vaswani 2017, arXiv 1706.03762). The
@@ -828,8 +822,8 @@ class UNet(nn.Module):
         there = levels(widths)                                            # 64 → 64 → 128
         self.down = nn.ModuleList([DownBlock(c_in, c_out, E) for c_in, c_out in there])
         self.mid = MidBlock(widths[-1], E)
-        # Each UpBlock mirrors a DownBlock, so (out, in) again. The skip has as many
-        # channels as what comes from below: 128 + 128 → 64, then 64 + 64 → 64.
+        # Each UpBlock mirrors a DownBlock, so (out, in) again. The skip (DDPM: one per ResBlock)
+        # has as many channels as what comes from below: 128 + 128 → 64, then 64 + 64 → 64.
         back = reversed(there)
         self.up = nn.ModuleList([UpBlock(c_in, c_out, E, c_skip=c_in) for c_out, c_in in back])
         self.norm = Norm(widths[0])
@@ -839,7 +833,7 @@ class UNet(nn.Module):
         if label is None:
             label = torch.full_like(t, self.n_classes)
         emb = self.time(time_embedding(t, self.label.embedding_dim))      # (B,E)
-        emb = emb + self.label(label)       # the class joins the time: blocks need not know of it
+        emb = emb + self.label(label)       # blocks need not know of it (LDM: by cross-attention)
         y = self.first(z_t)
         skips = []
         for block in self.down:
@@ -855,11 +849,11 @@ def guided(net, guide, label, w, below):
 
         out = weak + w (strong - weak)          strong is told the class, weak is not
     w = 1 is strong alone; more goes further in the direction in which the class pulls. (CFG's own w
-    is this - 1.) At t >= below, where noise prevails, there is no guidance: it would cost variety
+    is this - 1.) At t >= below (0.8 T), in much noise, there is no guidance: it would cost variety
     (Kynkäänniemi 2024, arXiv 2404.07724, has none at little noise either).
-    ours: weak is not told the class, so w leads towards it; and weak is `guide`, the running mean
-    of the weights (update_ema) after a fifth of the training: it errs in the same places, but more,
-    so w leads away from there. (Karras: small, younger (2406.02507) or untold (2312.02696).)"""
+    ours: weak lacks two things: the class, as in CFG, so w leads towards it; and training. It is
+    `guide`, the running mean of the weights (update_ema) after a fifth of the run: it errs where
+    strong does, but more. (Karras: smaller, younger, 2406.02507; smaller, untold, 2312.02696.)"""
     def answer(z_t, t):
         strong = net(z_t, t, label)
         if w == 1 or t[0] >= below:         # here all t are equal
@@ -910,7 +904,7 @@ def unstandardise(z0, scale):
 def update_ema(ema, net, step, decay):
     """The running mean of the weights, to sample with: ema <- decay·ema + (1-decay)·net. Steps
     jump about the goal, as no batch is like another; the mean lies closer to it. trap: without the
-    min below, after 1,000 steps at 0.9999 the mean is 90 % first weights, samples are noise."""
+    min (0.1, then up to 1), 1,000 steps at 0.9999 are 90 % first weights: samples are noise."""
     decay = min(decay, (1 + step) / (10 + step))
     for mean, p in zip(ema.parameters(), net.parameters()):
         mean.lerp_(p, 1 - decay)
@@ -938,10 +932,10 @@ def train_ldm(cfg, state=None):
     side = vq_cfg.side
     demand(side % 2 ** len(cfg.widths) == 0, "--widths: codes cannot be halved so often")
     images = Images(vq_cfg.data, vq_cfg, cfg.folder.parent / "cache")
+    demand(not state or state.get("classes") == images.classes, "--resume: other classes now")
     grids = encode_images(vqgan, images, device, mixed)                   # (images,h,w)
     scale = measure_scale(grids[images.train], vqgan.codebook.embedding.weight)           # (2,d)
     n, n_classes = len(images.train), len(images.classes)
-    demand(not state or state.get("classes") == images.classes, "--resume: other classes now")
     class_counts = torch.bincount(images.labels[images.train], minlength=n_classes)
     def latents(rows):                                                    # (B,) -> z0 (B,d,h,w)
         return standardise(vqgan.codebook.lookup(grids[rows].to(device)), scale)
@@ -961,8 +955,8 @@ def train_ldm(cfg, state=None):
         draw = rng(cfg.seed, "step", step)
         rows = images.train[next_rows(n, step, cfg.batch_size, cfg.seed)]                 # (B,)
         if cfg.balance:
-            chance = 1 / class_counts[images.labels[images.train]]
-            rows = images.train[chance.multinomial(cfg.batch_size, True, generator=draw)]
+            p = 1 / class_counts[images.labels[images.train]]
+            rows = images.train[p.multinomial(cfg.batch_size, replacement=True, generator=draw)]
         # trap: 0…T-2 would never train pure noise, where sampling starts; 1…T-1 not the cleanest.
         t = torch.randint(cfg.T, (cfg.batch_size,), generator=draw)           # (B,) in 0…T-1
         eps = torch.randn(cfg.batch_size, vq_cfg.z_dim, side, side, generator=draw)
@@ -1012,8 +1006,8 @@ class LatentDiffusion:
     """All that makes images: UNet (its running mean), guide, Diffusion, VQGAN, scale, classes."""
     def __init__(self, state, device, mixed):
         self.device, self.mixed = device, mixed
+        self.vqgan, self.vq_cfg = load_vqgan(state.get("vq"), device)
         with reading("the UNet"):
-            self.vqgan, self.vq_cfg = load_vqgan(state["vq"], device)
             self.cfg = LDMConfig(**state["config"])
             self.diffusion = Diffusion(self.cfg.T, self.cfg.schedule, self.cfg.target)
             self.classes, self.class_counts = state["classes"], state["class_counts"].float()
@@ -1032,10 +1026,10 @@ class LatentDiffusion:
 
     def walk(self, cfg, numbers, label):
         """From noise: yields (z_t, z0_hat) after each step. Call it inside `mixed`."""
-        noise = self.noise(cfg.seed, numbers)
+        draw = self.noise(cfg.seed, numbers)
         net = guided(self.net, self.guide, label.to(self.device), cfg.guidance, 0.8 * self.cfg.T)
         steps = min(cfg.steps, self.cfg.T)
-        return self.diffusion.sample(net, noise(), steps, cfg.sampler, cfg.eta, noise)
+        return self.diffusion.sample(net, draw(), steps, cfg.sampler, cfg.eta, draw)
 
     @torch.no_grad()
     def decode(self, z0):
@@ -1058,7 +1052,7 @@ class LatentDiffusion:
 def sample(cfg):
     """New images as PNGs in a folder for each class, grid.png, trajectory.png."""
     state = load_checkpoint(cfg.ckpt, "--ckpt", "ldm")
-    demand(not list(cfg.folder.glob("*")), f"--out {cfg.folder}: is not empty; name a new folder")
+    demand(not any(cfg.folder.glob("*")), f"--out {cfg.folder}: is not empty; name a new folder")
     model = LatentDiffusion(state, *pick_device(cfg))
     label = torch.arange(cfg.n) % len(model.classes)                      # (n,) each in turn
     if cfg.class_:
@@ -1119,19 +1113,21 @@ def synthetic(i, size, seed=0):
 
     # Texture: 40 points make cells; where two are equally near is a dark or pale wall. Then dots.
     first, second = distance(40, .8).topk(2, dim=0, largest=False).values
-    body = body * (1 - network * torch.exp(-((second - first) / (2.4 / size + .03)) ** 2))
+    wall = torch.exp(-((second - first) / (2.4 / size + .03)) ** 2)       # (H,W), 1 on it
+    body = body * (1 - network * wall)
     spots = torch.sigmoid((span(.01, .08, 9, 1, 1) - distance(9, .4)) * size)     # (9,H,W)
     spots = spots * (span(0, 1, 9, 1, 1) < dots)
     body = body * (1 - .8 * spots.amax(0))
     image = torch.lerp(image, body, lesion * span(.85, 1))
 
     # Hairs on three of ten images: lines in turned coordinates, from a random start on.
-    for _ in range(int(span(2, 10)) if span(0, 1) < .3 else 0):
-        turn = span(0, 6.3)
-        along = x * turn.cos() + y * turn.sin()
-        across = y * turn.cos() - x * turn.sin() + span(-.8, .8)
-        hair = torch.sigmoid((span(.006, .014) - across.abs()) * size) * (along > span(-1.5, 0))
-        image = image * (1 - span(.6, .9) * hair)
+    if span(0, 1) < .3:
+        for _ in range(int(span(2, 10))):
+            turn = span(0, 6.3)
+            along = x * turn.cos() + y * turn.sin()
+            across = y * turn.cos() - x * turn.sin() + span(-.8, .8)
+            hair = torch.sigmoid((span(.006, .014) - across.abs()) * size) * (along > span(-1.5, 0))
+            image = image * (1 - span(.6, .9) * hair)
 
     # On some the dark round edge of the dermatoscope.
     if span(0, 1) < .18:
@@ -1196,13 +1192,13 @@ class Images:
             kinds = list(LESIONS)
             # name, class, lot (so, a tenth of each class), what else the pixels depend on
             found = [(i, kinds[i % 4], i // 4, cfg.seed) for i in range(cfg.n_images)]
+            def read(i):
+                return synthetic(i, cfg.size, cfg.seed).numpy()
         else:
             found = find_images(folder)
+            def read(name):
+                return read_image(folder / name, cfg.size)
         demand(found, f"--data {source}: no images are there; give a folder, or 'synthetic'")
-        def read(name):
-            if source == "synthetic":
-                return synthetic(name, cfg.size, cfg.seed).numpy()
-            return read_image(folder / name, cfg.size)
         self.size = cfg.size
         self.path = cache / f"{folder.name}-{self.size}-{digest((folder, found)):x}.u8"
         index = self.path.with_suffix(".pt")
@@ -1222,7 +1218,8 @@ class Images:
     def rows(self, rows):
         """uint8 (B,3,H,W). Opened anew each time: a memmap keeps what it has read in memory."""
         shape = len(self.names), 3, self.size, self.size
-        return torch.from_numpy(np.memmap(self.path, np.uint8, "r", 0, shape)[rows.numpy()])
+        pixels = np.memmap(self.path, np.uint8, "r", shape=shape)
+        return torch.from_numpy(pixels[rows.numpy()])
 
 def fill_cache(path, found, read):                      # all into one file -> the good ones
     bad = {}
@@ -1324,7 +1321,7 @@ class Run:
                 for old in cfg.folder.glob(mine):
                     old.unlink(missing_ok=True)         # another process may be faster
         self.steps_per_epoch = n / cfg.batch_size
-        self.steps = math.ceil(cfg.epochs * self.steps_per_epoch)
+        self.steps = math.ceil(cfg.epochs * n / cfg.batch_size)
         self.look_due()             # sets self.looks, so that a resumed run repeats none
         weights = len(parameters_to_vector(parts["model"].parameters()))
         say(f"{weights:,} weights, {n} images to train on, from step {self.step}")
@@ -1385,8 +1382,10 @@ class Run:
         self.log.append({"step": self.step, **row})
         words = [f"{name} {value:.4g}" for name, value in held.items()]
         say(f"{min(1, self.now()):4.0%} held out:", *words)
-        if held.get("codes_used_percent", 100) < 25 or not 0.7 < held.get("latent_std", 1) < 1.4:
-            say("WARNING few codes are used, or the latents' std is far from 1: normal early only")
+        if held.get("codes_used_percent", 100) < 25:
+            say("WARNING few codes are used: normal early only")
+        if not 0.7 < held.get("latent_std", 1) < 1.4:
+            say("WARNING the latents' std is far from 1: normal early only")
         self.save()
 
     def checkpoint(self):                               # all that is kept of a run
@@ -1423,7 +1422,7 @@ def figure(path, width, height, rows):                  # with … as axes: draw
     write_whole(path, lambda f: fig.savefig(f, format="png"))
 
 def draw_rows(path, rows):                              # {label: uint8 images}: 16 of each, a strip
-    columns = max(len(images[:16]) for images in rows.values())
+    columns = min(16, max(map(len, rows.values())))
     with figure(path, columns, 1.3 * len(rows), len(rows)) as axes:
         for ax, (label, images) in zip(axes, rows.items()):
             strip = make_grid(list(images[:16]), columns, pad_value=255)
@@ -1499,14 +1498,14 @@ def kernel_distance(a, b):
 
 def unseen_images(cfg, vq_cfg, cache):                  # -> two sets of uint8 (n,3,H,W)
     data = cfg.data or vq_cfg.data
+    overlap = Path(vq_cfg.data) in Path(data).parents or Path(data) in Path(vq_cfg.data).parents
+    demand(not overlap, "--data has images that were trained on; without it, unseen ones are used")
     # Of a foreign folder, all; of the one trained on, val; of drawn images, another seed's.
     vq_cfg = replace(vq_cfg, seed=vq_cfg.seed + 1, n_images=2 * cfg.n)
     images = Images(data, vq_cfg, cache)
     rows = torch.randperm(len(images.names), generator=rng(cfg.seed, "unseen"))
-    if data == vq_cfg.data != "synthetic":
+    if data == vq_cfg.data and data != "synthetic":
         rows = images.val
-    overlap = Path(vq_cfg.data) in Path(data).parents or Path(data) in Path(vq_cfg.data).parents
-    demand(not overlap, "--data has images that were trained on; without it, unseen ones are used")
     n = min(cfg.n, len(rows) // 2)
     demand(n > 1, "--data: too few unseen images to measure on")
     return images.rows(rows[:2 * n]).split(n)
@@ -1556,7 +1555,7 @@ def orthogonal(g):
     return x
 
 class Muon(torch.optim.Optimizer):
-    """Steps of lr along orthogonal(running mean of the gradient); Jordan's, × √(r/n) if r > n."""
+    """Steps of lr along orthogonal(running mean of the gradient). Jordan's: × √(r/n) if r > n."""
     def __init__(self, kernels, lr):
         super().__init__([{"params": kernels}], {"lr": lr})
 
@@ -1640,7 +1639,8 @@ def main(argv):
         elif not isinstance(cause, OSError):
             raise
         print("vqldm:", cause, file=sys.stderr)
-    signal(SIGINT, default_int_handler)         # as before a training, for notebooks
+    finally:
+        signal(SIGINT, default_int_handler)     # as before a training, for notebooks
     if status:
         raise SystemExit(status)
     if dist.is_initialized():
