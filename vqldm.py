@@ -103,7 +103,7 @@ class VQConfig(Settings):
     lpips: str = "auto"                 # LPIPS's net: squeeze, alex, vgg; off; auto: squeeze or off
     lpips_weight: amount = 0.1          # weight of LPIPS, a learnt distance of images
     commit_weight: amount = 0.25        # weight of the commitment loss beside the codebook's
-    gan_weight: amount = 0.4            # weight of the GAN, times lam and D's lead, 0 to 1; 0: none
+    gan_weight: amount = 0.4            # weight of the GAN, times lam and D's lead (0 to 1); 0: off
     gan_start: amount = 0.1             # part of the run after which the GAN joins
     # How fast, how long?
     lr: amount = 1e-3                   # learning rate of all that has none of its own
@@ -262,8 +262,8 @@ class Norm(nn.GroupNorm):
         super().__init__(groups, c)
 
 def zero(layer):
-    """Zeroed, a layer adds nothing at first: each block starts as its shortcut, not as noise. It
-    does learn: its gradient is input times error. Layers before it get theirs once it is not 0."""
+    """A zeroed layer adds nothing at first: each block starts as its shortcut, not as noise. It
+    still learns: its gradient is input times error. Those before it follow once it is not 0."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
@@ -354,8 +354,8 @@ def levels(widths):
 # ------------------------------------------------------------------------------------------------
 # 5. Stage 1: the VQGAN
 # The encoder makes the grid small, the codebook makes it discrete, the decoder undoes both. Why
-# discrete? For VQGAN, since its stage 2 predicts code numbers one by one, as a text's words. Here,
-# since what stage 2 gets slightly wrong is then rounded to the nearest code, and does not show.
+# discrete? In the VQGAN paper, because its stage 2 predicts code numbers one by one, like words of
+# a text. Here, because what stage 2 gets slightly wrong is rounded away, to the nearest code.
 # The codebook, K learnt vectors, is delicate: the choice of the nearest has no gradient, and a code
 # that is never chosen never learns. Watch codes used (%), perplexity (effectively used, 1 to K).
 
@@ -407,8 +407,8 @@ class Codebook(nn.Module):
     def nearest(self, z):                                                 # (B,d,h,w)
         """The number of the nearest code of each vector: k = argmin_j ‖z - e_j‖ (VQ eq. 1)."""
         B, d, h, w = z.shape
-        # trap: in bf16 the products in cdist choose many codes wrongly: so, fp32. No gradient: a
-        # number comes out. Flat: a batched cdist would repeat the codebook B times in memory.
+        # trap: with products in bf16, cdist chooses many wrong codes; hence fp32. No gradient: k is
+        # a whole number. Flat, since a batched cdist would hold B copies of the codebook in memory.
         with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
             flat = rearrange(z.float(), "B d h w -> (B h w) d")           # (B·N,d)
             distance = torch.cdist(flat, self.embedding.weight)           # (B·N,K)
@@ -509,7 +509,7 @@ def load_lpips(wanted, device):
 class PatchDiscriminator(nn.Module):
     """D: a logit, real or fake, for each place of the latent grid. At f = 4 its kernels span 18×18
     pixels (pix2pix, arXiv 1611.07004: 70×70): enough to judge the grain. No sigmoid at the end:
-    hinge_loss wants raw logits. Norm, not BatchNorm: no image shall depend on its batch."""
+    hinge_loss wants raw logits. Norm, not BatchNorm: no image may depend on its batch."""
     def __init__(self, widths):                                           # the VQGAN's
         super().__init__()
         c = max(32, widths[0] // 2)             # half as wide, but 32 at least
@@ -539,13 +539,13 @@ def adaptive_weight(rec, adversarial, last):
     return (norm_rec / (norm_adv + 1e-4)).clamp(max=1e4)    # ∇ may be ~0; as VQGAN's code
 # ------------------------------------------------------------------------------------------------
 # 7. Stage 1: training
-# The generator steps first, then D on the same images. D joins after a tenth: from first blobs it
+# The generator steps first, then D on the same images. D joins after a tenth: from early blobs it
 # would learn only that blur is fake. What to look at: mse and lpips fall, codes used and perplexity
 # rise. With the GAN, D's mean logits: d_real 0 to 0.5, d_fake -0.5 to 0; equal: D is blind.
 # Used before they are shown: Images (B), Run (C), draw_rows (D), reconstruct (E), Muon (F).
 
 def rate(step, progress):
-    """Factor of all learning rates: up in 50 steps, down in the last 60 % (VQGAN, DDPM: none)."""
+    """Factor of all rates: up in 50 steps, down in the last 60 % (DDPM's code: up, in 5,000)."""
     up = (step + 1) / 50
     down = (1 - progress) / 0.6
     return max(0.01, min(1, up, down))
@@ -567,13 +567,6 @@ def vq_optimizers(vqgan, cfg):
     groups = [{"params": rest}, {"params": [codes], "lr": cfg.codes_lr}]
     adam = torch.optim.Adam(groups, cfg.lr, betas=(0.9, 0.99), fused=True)
     return adam, Muon(kernels, cfg.muon_lr)
-
-def look_vq(vqgan, images, lpips, path, mixed):
-    """Measure and draw held-out images. -> numbers by name."""
-    x = images.rows(images.val[:256])
-    numbers, x_hat = reconstruct(vqgan, x, lpips, mixed)
-    draw_rows(path, {"original": x, "reconstruction": x_hat})
-    return numbers
 
 def train_vq(cfg, state=None):
     """Stage 1, from images to a checkpoint. state: one to go on from. -> exit status."""
@@ -662,7 +655,9 @@ def train_vq(cfg, state=None):
         # ---- tell, measure, draw, save ----
         run.tell(losses)
         if run.look_due():
-            held = look_vq(vqgan, images, lpips, run.picture("recon"), mixed)
+            some = images.rows(images.val[:256])                              # held-out images
+            held, copies = reconstruct(vqgan, some, lpips, mixed)
+            draw_rows(run.picture("recon"), {"original": some, "reconstruction": copies})
             run.tell_look(held)
 
     if not lpips:
@@ -716,7 +711,7 @@ class Diffusion:
         return a.sqrt() * z0 + (1 - a).sqrt() * eps                           # (B,d,h,w)
 
     def goal(self, z0, eps, a):
-        """What the network shall answer."""
+        """What the network should answer."""
         if self.target == "eps":
             return eps
         return a.sqrt() * eps - (1 - a).sqrt() * z0     # Salimans app. D: v = √ᾱ ε - √(1-ᾱ) z0
@@ -746,7 +741,7 @@ class Diffusion:
         ours: this curve for v, 1 in the middle (ᾱ = 1/2), 1/4 at both ends. In little noise an
         error of v hardly counts: predict() multiplies it by √(1-ᾱ), nearly 0, and the nearest code
         rounds away the rest. In much noise the loss stays large whatever the network does. Neither
-        end shall drown the middle; neither may go untaught. (EDM, 2206.00364, argues alike.)"""
+        end should drown the middle, or go untaught. (EDM, 2206.00364, argues alike.)"""
         a = self.alpha_bar.to(t.device)[t]
         if self.target != "v":                      # all equal, as in DDPM
             return torch.ones_like(a)
@@ -1011,7 +1006,7 @@ class LatentDiffusion:
             self.cfg = LDMConfig(**state["config"])
             self.diffusion = Diffusion(self.cfg.T, self.cfg.schedule, self.cfg.target)
             self.classes, self.class_counts = state["classes"], state["class_counts"].float()
-            self.scale = state["scale"].view(2, self.vq_cfg.z_dim).to(device)
+            self.scale = state["scale"].view(2, self.vq_cfg.z_dim).to(device)     # (2,d)
             net = UNet(self.vq_cfg.z_dim, self.cfg.widths, len(self.classes))
             self.guide = frozen(deepcopy(net), state["guide"], device)
             self.net = frozen(net, state["ema"], device)
@@ -1070,9 +1065,9 @@ def sample(cfg):
     say(f"latents have std {latents.std():.2f} (healthy: 1); look at", cfg.folder / "grid.png")
 # ------------------------------------------------------------------------------------------------
 # A. Drawn lesions
-# To run tonight without a download. (Drawn images are kept: after a change here, clear runs/cache.)
+# Images to begin with, without a download. (They are cached: after a change here clear runs/cache.)
 
-LESIONS = {             # four colours; how ragged, how soft the border; dark net (or pale); dots
+LESIONS = {             # four colours; border: ragged, soft; network: dark (below 0: pale); dots
     "keratosis-like": ("b89970 997a57 ccb894 8c7866", .09, .08, .05, .6),
     "melanoma-like": ("42261c 734a33 545c78 8c4545", .20, .12, .20, .5),
     "nevus-like": ("854f38 9e6647 613829 ad6b57", .04, .17, .24, .25),
@@ -1111,7 +1106,7 @@ def synthetic(i, size, seed=0):
     # Colour: patches of the four of its class; the more ragged, the harder their borders.
     body = mixture(colours, (3 + 40 * ragged) * noise(4, 4)) + .05 * noise(16)
 
-    # Texture: 40 points make cells; where two are equally near is a dark or pale wall. Then dots.
+    # Texture: cells around 40 points; where two are equally near, a dark or pale wall. Then dots.
     first, second = distance(40, .8).topk(2, dim=0, largest=False).values
     wall = torch.exp(-((second - first) / (2.4 / size + .03)) ** 2)       # (H,W), 1 on it
     body = body * (1 - network * wall)
@@ -1129,20 +1124,21 @@ def synthetic(i, size, seed=0):
             hair = torch.sigmoid((span(.006, .014) - across.abs()) * size) * (along > span(-1.5, 0))
             image = image * (1 - span(.6, .9) * hair)
 
-    # On some the dark round edge of the dermatoscope.
+    # On some, the dark round edge of the dermatoscope.
     if span(0, 1) < .18:
-        image = image * torch.sigmoid((span(.9, 1.05) - plane.norm(dim=0)) * size / 2.4)
+        inside = torch.sigmoid((span(.9, 1.05) - plane.norm(dim=0)) * size / 2.4)
+        image = image * inside
     return torch.round(255 * image.clamp(0, 1)).byte()
 # ------------------------------------------------------------------------------------------------
 # B. A folder of images
-# Hours are lost to one bad image in a folder, and most of a laptop's time to decoding JPEGs. So
-# each image is opened once, before training, and written as bytes into one file.
+# One bad image can end a run after hours, and decoding JPEGs would take most of a laptop's time.
+# So each image is opened once, before training, and its pixels are written into one file.
 
-PHOTO = r"(?i).*\.(bmp|gif|jpe?g|png|tiff?|webp)$"      # but no mask, not hidden, not our own:
-NO_PHOTO = (r"(?i)(_segmentation|_superpixels|_expert|-partial)[^/]*$|_mask\.\w+$|(^|/)\.|^runs/"
+PHOTO = r"(?i).*\.(bmp|gif|jpe?g|png|tiff?|webp)$"      # but no mask, nothing of our own:
+NO_PHOTO = (r"(?i)(_segmentation|_superpixels|_expert|-partial)[^/]*$|_mask\.\w+$|(^|/)runs/"
             r"|(^|/)(grid|trajectory|curves|evaluate|data_preview|\w+_epoch_[\d.]+)\.png$")
 HELD_OUT = r"(?i)(?<![^/])(val(id(ation)?)?|test(ing)?)/"   # (?<![^/]): at a name's start
-# Folders that are no class are cut out of a path: train/nevus/1.jpg is of class nevus.
+# Folders that are no class are cut out of a path: nevus/train/1.jpg is of class nevus.
 NO_CLASS = HELD_OUT + r"|(?<![^/])(train(ing)?|(HAM10000_)?images(_part_\d)?)/"
 
 def read_image(path, size):                             # -> uint8 (3,size,size)
@@ -1159,18 +1155,18 @@ def read_image(path, size):                             # -> uint8 (3,size,size)
     return np.asarray(im.convert("RGB")).transpose(2, 0, 1)
 
 def find_images(folder):
-    """-> for each photograph under a folder: name, class, lot, when was it changed?
-    The innermost folder tells the class, else ISIC's or HAM10000's table. A lot is a number; if
-    it ends in 0, it is held out. With a folder val or test: 0 in there, 1 elsewhere. Else: a hash.
-    trap: several photographs show one lesion. Split by photograph, a network is measured on lesions
-    that it was trained on. So the hash is one of lesion_id, where that is known."""
+    """-> name, class, lot and time of change of each photograph under a folder.
+    The class is the innermost folder's name, else what ISIC's or HAM10000's table says. The lot is
+    a number: where it ends in 0, the photograph is held out. If there are folders val or test, it
+    is 0 in them and 1 elsewhere; if not, a hash of lesion_id where that is known, else of the name.
+    trap: split by photograph, a network is measured on lesions that it saw in other photographs."""
     table, named, hashed = {}, [], []
-    # metadata.csv, HAM10000_metadata.csv or manifest.csv, in the folder or beside it
+    # every *m*a*.csv in the folder or beside it: metadata, HAM10000_metadata, manifest
     for path in [*folder.parent.glob("*m*a*.csv"), *folder.glob("*m*a*.csv")]:
         with suppress(csv.Error, OSError):
             for row in csv.DictReader(path.open(encoding="utf-8-sig", errors="replace")):
                 table.setdefault(row.get("isic_id") or row.get("image_id"), {}).update(row)
-    everything = glob.glob("**", root_dir=folder, recursive=True)       # what links point to, too
+    everything = glob.glob("**", root_dir=folder, recursive=True)     # links too, nothing hidden
     for path in sorted(folder / name for name in everything):
         name = path.relative_to(folder).as_posix()
         if re.match(PHOTO, name) and not re.search(NO_PHOTO, name) and path.is_file():
@@ -1179,13 +1175,14 @@ def find_images(folder):
             kind = Path(re.sub(NO_CLASS, "", name)).parent.name or told
             lesion = row.get("lesion_id") or path.stem
             stamp = path.stat().st_mtime_ns     # of what a link points to
-            named.append((name, kind, int(not re.search(HELD_OUT, name)), stamp))
+            held = re.search(HELD_OUT, name)
+            named.append((name, kind, 0 if held else 1, stamp))
             hashed.append((name, kind, digest(lesion), stamp))
     return hashed if all(lot for _, _, lot, _ in named) else named      # no 0: no such folder
 
 class Images:
-    """Images at --size, drawn or decoded once, then read from the cache. labels: the number of each
-    one's class. train, val: row numbers. Raises UserError."""
+    """Images at --size, drawn or decoded once, then read from the cache. labels: the class number
+    of each. train, val: the row numbers of those to train on and of those held out."""
     def __init__(self, source, cfg, cache):
         folder = Path(source)
         if source == "synthetic":
@@ -1265,15 +1262,15 @@ def write_whole(path, write):
         tmp.unlink(missing_ok=True)
 
 @contextmanager
-def reading(what):                                      # whatever is wrong in here: one sentence
+def reading(what):                                      # any error in here becomes one sentence
     try:
         yield
     except Exception as e:
-        raise UserError(f"{what}: not a whole checkpoint of this version ({e!r:.100})") from None
+        raise UserError(f"{what}: cannot be loaded by this version ({e!r:.100})") from None
 
 def load_checkpoint(where, name, *kinds):
     """The checkpoint, or last.pt of a run folder -> its dict. name: the flag that asked for it.
-    trap: weights_only=False, the default before torch 2.6, runs what code a stranger put in."""
+    trap: weights_only=False, the default before torch 2.6, runs any code in the file."""
     path = Path(where).expanduser()
     path = path / "last.pt" if path.is_dir() else path
     demand(path.is_file(), f"{name} {where}: no checkpoint is there")
@@ -1295,7 +1292,7 @@ def open_run(cfg, typed, resume, overwrite):
     differ = [f"{flag(name)} was {getattr(old, name)}" for name, value in typed.items()
               if name not in MAY_CHANGE and value != getattr(old, name)]
     demand(not differ, f"--resume goes on with the recorded settings: {differ}")
-    if "epochs" in typed:                               # it went by --minutes? no longer
+    if "epochs" in typed:                               # these replace recorded --minutes
         old = replace(old, minutes=0.0)
     return replace(old, **{**typed, "out": cfg.out}), state     # out: where it lies now
 
@@ -1316,8 +1313,9 @@ class Run:
                     part.load_state_dict(state[name])
                 self.step, self.log = state["step"], state["log"]
                 self.began -= state["seconds"]
-        else:                                           # a new run; if it overwrites one: goodbye
-            for mine in "recon_epoch_*.png", "samples_epoch_*.png", "evaluate.png", "metrics.json":
+        else:                                   # a new run: what an overwritten one showed must go
+            for mine in ("recon_epoch_*.png", "samples_epoch_*.png", "curves.png",
+                         "evaluate.png", "metrics.json"):
                 for old in cfg.folder.glob(mine):
                     old.unlink(missing_ok=True)         # another process may be faster
         self.steps_per_epoch = n / cfg.batch_size
@@ -1343,7 +1341,7 @@ class Run:
             signal(SIGINT, SIG_DFL)             # not SIGTERM: torchrun may send several
         signal(SIGINT, ask)
         signal(SIGTERM, ask)
-        if not self.log:                        # what cannot be saved, shall fail before the work
+        if not self.log:                        # if it cannot be saved, fail before the work
             self.save()
         left = None if self.cfg.minutes else self.steps - self.step
         with bar(None, "training", left) as self.line:
@@ -1415,23 +1413,23 @@ class Run:
 # D. Pictures
 
 @contextmanager
-def figure(path, width, height, rows):                  # with … as axes: draw, one below the other
+def figure(path, width, rows):                          # with … as axes: draw, one below the other
     from matplotlib.figure import Figure                # not pyplot: needs no window
-    fig = Figure(figsize=(width, height), layout="constrained")
+    fig = Figure(figsize=(width, 1.3 * rows), layout="constrained")
     yield fig.subplots(rows, squeeze=False).flatten()
     write_whole(path, lambda f: fig.savefig(f, format="png"))
 
-def draw_rows(path, rows):                              # {label: uint8 images}: 16 of each, a strip
+def draw_rows(path, rows):                              # {label: uint8 images}: a strip each, of 16
     columns = min(16, max(map(len, rows.values())))
-    with figure(path, columns, 1.3 * len(rows), len(rows)) as axes:
+    with figure(path, columns, len(rows)) as axes:
         for ax, (label, images) in zip(axes, rows.items()):
-            strip = make_grid(list(images[:16]), columns, pad_value=255)
+            strip = make_grid(images[:16], columns, pad_value=255)
             ax.imshow(strip.permute(1, 2, 0).numpy())
             ax.set_title(label, fontsize=9, loc="left", parse_math=False)
             ax.axis("off")
 
 def draw_curves(path, log, names):                      # a panel for each column of the log
-    with figure(path, 8, 1.3 * len(names), len(names)) as axes:
+    with figure(path, 8, len(names)) as axes:
         for ax, name in zip(axes, names):
             rows = [row for row in log if name in row]
             ax.plot([row["step"] for row in rows], [row[name] for row in rows])
@@ -1477,7 +1475,7 @@ def reconstruct(vqgan, images, lpips, mixed):
     return numbers, torch.cat(copies)
 
 def features(lpips, images):
-    """uint8 (n,3,H,W) -> (n,512): resized to 224×224, the mean of LPIPS's network's last map."""
+    """uint8 (n,3,H,W) -> (n,512): last map of LPIPS's network, at 224×224, averaged over places."""
     found = []
     for part in images.split(32):
         x = to_float(part).to(lpips.scaling_layer.shift.device)
@@ -1500,7 +1498,7 @@ def unseen_images(cfg, vq_cfg, cache):                  # -> two sets of uint8 (
     data = cfg.data or vq_cfg.data
     overlap = Path(vq_cfg.data) in Path(data).parents or Path(data) in Path(vq_cfg.data).parents
     demand(not overlap, "--data has images that were trained on; without it, unseen ones are used")
-    # Of a foreign folder, all; of the one trained on, val; of drawn images, another seed's.
+    # Another folder: all of it. The one trained on: its val. Drawn images: another seed's.
     vq_cfg = replace(vq_cfg, seed=vq_cfg.seed + 1, n_images=2 * cfg.n)
     images = Images(data, vq_cfg, cache)
     rows = torch.randperm(len(images.names), generator=rng(cfg.seed, "unseen"))
@@ -1510,8 +1508,7 @@ def unseen_images(cfg, vq_cfg, cache):                  # -> two sets of uint8 (
     demand(n > 1, "--data: too few unseen images to measure on")
     return images.rows(rows[:2 * n]).split(n)
 
-def evaluate(cfg):
-    """Measure a checkpoint of either stage on images that it never saw."""
+def evaluate(cfg):                                      # -> metrics.json, evaluate.png
     state = load_checkpoint(cfg.ckpt, "--ckpt", "ldm", "vq")
     device, mixed = pick_device(cfg)
     lpips = load_lpips("auto", device)
@@ -1524,10 +1521,10 @@ def evaluate(cfg):
         label = model.class_counts.multinomial(len(real), True, generator=rng(cfg.seed, "classes"))
         made, z0 = model.images(SampleConfig(seed=cfg.seed), range(len(real)), label)
         pictures["samples"] = made
-        # To compare with: others, decoded (a perfect stage 2); real, decoded; others as they are.
-        perfect = reconstruct(vqgan, other, lpips, mixed)[1]
-        sets = {"": made, "_perfect": perfect, "_recon": recon, "_real": other}
         if lpips:
+            # References: others, decoded (a perfect stage 2); real, decoded; others as they are.
+            perfect = reconstruct(vqgan, other, lpips, mixed)[1]
+            sets = {"": made, "_perfect": perfect, "_recon": recon, "_real": other}
             a = features(lpips, real)
             for name, images in sets.items():
                 numbers["kernel" + name] = kernel_distance(a, features(lpips, images))
@@ -1541,8 +1538,8 @@ def evaluate(cfg):
 # ------------------------------------------------------------------------------------------------
 # F. Muon
 # A matrix is a sum of directions u vᵀ, each with a strength s (the SVD). In a kernel's gradient, as
-# a matrix (first axis, rest), a few are far stronger. Adam evens out entries, not directions: the
-# strong lead, others hardly learn. Muon (kellerjordan.github.io/posts/muon) steps alike along all.
+# a matrix (first axis, rest), a few are far stronger than the others. Adam evens out entries, not
+# directions, so the weak hardly learn. Muon (kellerjordan.github.io/posts/muon) evens out these.
 
 def orthogonal(g):
     """g (r,n) = U S Vᵀ -> about U Vᵀ: g's singular values, but for the tiniest, become 0.7 to 1.2.
@@ -1555,7 +1552,7 @@ def orthogonal(g):
     return x
 
 class Muon(torch.optim.Optimizer):
-    """Steps of lr along orthogonal(running mean of the gradient). Jordan's: × √(r/n) if r > n."""
+    """Steps of lr · orthogonal(running mean of the gradient); Jordan's also × √(r/n) if r > n."""
     def __init__(self, kernels, lr):
         super().__init__([{"params": kernels}], {"lr": lr})
 
@@ -1563,11 +1560,9 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             for p in group["params"]:
-                state = self.state[p]
-                if not state:
-                    state["mean"] = torch.zeros_like(p)
-                state["mean"].lerp_(p.grad, 0.05)
-                g = p.grad.lerp(state["mean"], 0.95).flatten(1)    # Nesterov: newest counts more
+                mean = self.state[p].setdefault("mean", torch.zeros_like(p))
+                mean.lerp_(p.grad, 0.05)
+                g = p.grad.lerp(mean, 0.95).flatten(1)      # Nesterov: the newest counts more
                 p.sub_(group["lr"] * orthogonal(g).view_as(p))
 # ------------------------------------------------------------------------------------------------
 # G. Commands
@@ -1607,11 +1602,13 @@ def run_command(argv):                                  # -> exit status; None i
     cls, function = COMMANDS[command]
     parser = build_parser(command, cls)
     typed = vars(parser.parse_args(rest))
-    resume, overwrite = typed.pop("resume", False), typed.pop("overwrite", False)
+    resume = typed.pop("resume", False)
+    overwrite = typed.pop("overwrite", False)
     preset = typed.get("preset", "default")
     demand(preset in PRESETS, f"--preset: must be one of {list(PRESETS)}")
     words = PRESETS[preset].get(command, "").split()
-    cfg = cls(**{**vars(parser.parse_args(words)), **typed})
+    given = {**vars(parser.parse_args(words)), **typed}         # what was typed beats the preset
+    cfg = cls(**given)
     if command.startswith("train"):
         return function(*open_run(cfg, typed, resume, overwrite))
     return function(cfg)
@@ -1635,12 +1632,13 @@ def main(argv):
     except (MemoryError, OSError, RuntimeError) as e:
         cause = e.__context__ or e      # torch.save raises its own; the full disk is its context
         if re.search("out of memory|allocate|MemoryError", repr(e)):
-            cause = "out of memory: a smaller --batch-size or --size helps"
+            cause = "out of memory: in training a smaller --batch-size or --size helps"
         elif not isinstance(cause, OSError):
             raise
         print("vqldm:", cause, file=sys.stderr)
     finally:
         signal(SIGINT, default_int_handler)     # as before a training, for notebooks
+        signal(SIGTERM, SIG_DFL)
     if status:
         raise SystemExit(status)
     if dist.is_initialized():
