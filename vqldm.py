@@ -29,12 +29,12 @@ Contents  1. Settings                       7. Stage 1: training      To be look
 Run it    python vqldm.py train-vq, then train-ldm, then sample; evaluate measures.
           "trap" marks a frequent mistake, "ours" what no paper here has (small choices apart).
 """
-import argparse, csv, functools, glob, json, math, os, random, re, sys, time, warnings
-from concurrent.futures import ThreadPoolExecutor
+import argparse, csv, functools, glob, json, math, os, random, re, shlex, sys, time, warnings
 from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass, fields, replace
 from inspect import getsource
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from signal import SIG_DFL, SIGINT, SIGTERM, default_int_handler, signal
 
@@ -1053,13 +1053,13 @@ def sample(cfg):
     if cfg.class_:
         demand(cfg.class_ in model.classes, f"--class: must be one of {model.classes}")
         label = torch.full_like(label, model.classes.index(cfg.class_))
+    cfg.folder.mkdir(parents=True, exist_ok=True)       # if it cannot be made, fail before the work
     pictures, latents = model.images(cfg, range(cfg.n), label)
+    for i, image in enumerate(pictures):
+        folder = cfg.folder / re.sub(r"[^\w ,+-]", "_", model.classes[label[i]])
+        folder.mkdir(exist_ok=True)
+        write_png(image, f"{folder}/{i:05d}.png")
     rows = {model.classes[k]: pictures[label == k] for k in label.unique()}
-    for name, images in rows.items():
-        folder = cfg.folder / re.sub(r"[^\w ,+-]", "_", name)
-        folder.mkdir(parents=True)
-        for i, image in enumerate(images):
-            write_png(image, f"{folder}/{i:05d}.png")
     draw_rows(cfg.folder / "grid.png", rows)
     draw_trajectory(cfg.folder / "trajectory.png", model, cfg, label[:1])
     say(f"latents have std {latents.std():.2f} (healthy: 1); look at", cfg.folder / "grid.png")
@@ -1135,7 +1135,7 @@ def synthetic(i, size, seed=0):
 # So each image is opened once, before training, and its pixels are written into one file.
 
 PHOTO = r"(?i).*\.(bmp|gif|jpe?g|png|tiff?|webp)$"      # but no mask, nothing of our own:
-NO_PHOTO = (r"(?i)(_segmentation|_superpixels|_expert|-partial)[^/]*$|_mask\.\w+$|(^|/)runs/"
+NO_PHOTO = (r"(?i)(_seg|_superpixels|_expert|-partial)[^/]*$|[_-]mask\.\w+$|(^|/)(masks|runs)/"
             r"|(^|/)(grid|trajectory|curves|evaluate|data_preview|\w+_epoch_[\d.]+)\.png$")
 HELD_OUT = r"(?i)(?<![^/])(val(id(ation)?)?|test(ing)?)/"   # (?<![^/]): at a name's start
 # Folders that are no class are cut out of a path: nevus/train/1.jpg is of class nevus.
@@ -1145,6 +1145,7 @@ def read_image(path, size):                             # -> uint8 (3,size,size)
     # Whatever its suffix, PIL would open 40 kinds of files, and start Ghostscript for one of them.
     with Image.open(path, formats=["BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP"]) as im:
         im.draft("RGB", (size, size))           # JPEG at 1/2, 1/4 or 1/8 of its size: faster
+        demand(im.mode != "F", "pixels are floats: save them in 8 or 16 bits")
         im = ImageOps.exif_transpose(im)        # cameras store "turn me" beside the pixels
         if im.mode[0] == "I":                   # 16 bits: PIL would clip them at 255, to white
             im = Image.fromarray((np.asarray(im) // 257).astype(np.uint8))      # 65535 = 255·257
@@ -1160,7 +1161,7 @@ def find_images(folder):
     a number: where it ends in 0, the photograph is held out. If there are folders val or test, it
     is 0 in them and 1 elsewhere; if not, a hash of lesion_id where that is known, else of the name.
     trap: split by photograph, a network is measured on lesions that it saw in other photographs."""
-    table, named, hashed = {}, [], []
+    table, named, hashed, known = {}, [], [], 0
     # every *m*a*.csv in the folder or beside it: metadata, HAM10000_metadata, manifest
     for path in [*folder.parent.glob("*m*a*.csv"), *folder.glob("*m*a*.csv")]:
         with suppress(csv.Error, OSError):
@@ -1171,6 +1172,7 @@ def find_images(folder):
         name = path.relative_to(folder).as_posix()
         if re.match(PHOTO, name) and not re.search(NO_PHOTO, name) and path.is_file():
             row = table.get(path.stem, {})
+            known += bool(row)
             told = row.get("diagnosis_3") or row.get("diagnosis_1") or row.get("dx") or "images"
             kind = Path(re.sub(NO_CLASS, "", name)).parent.name or told
             lesion = row.get("lesion_id") or path.stem
@@ -1178,6 +1180,7 @@ def find_images(folder):
             held = re.search(HELD_OUT, name)
             named.append((name, kind, 0 if held else 1, stamp))
             hashed.append((name, kind, digest(lesion), stamp))
+    say("named in a table of classes or lesions:", known, "images")
     return hashed if all(lot for _, _, lot, _ in named) else named      # no 0: no such folder
 
 class Images:
@@ -1195,7 +1198,7 @@ class Images:
             found = find_images(folder)
             def read(name):
                 return read_image(folder / name, cfg.size)
-        demand(found, f"--data {source}: no images are there; give a folder, or 'synthetic'")
+        demand(found, f"--data {source}: no images there; name another folder, or put a link there")
         self.size = cfg.size
         self.path = cache / f"{folder.name}-{self.size}-{digest((folder, found)):x}.u8"
         index = self.path.with_suffix(".pt")
@@ -1227,8 +1230,8 @@ def fill_cache(path, found, read):                      # all into one file -> t
             bad[row[0]] = repr(e)               # not e: that would hold the image in memory
             return b""
     def write(f):
-        with ThreadPoolExecutor() as pool:
-            for image in bar(pool.map(attempt, found), "preparing images", len(found)):
+        with ThreadPool() as pool:              # one that Ctrl-C ends at once
+            for image in bar(pool.imap(attempt, found), "preparing images", len(found)):
                 f.write(image)
         if bad:
             say("skipped", len(bad), "images that cannot be read:", *list(bad.items())[:5])
@@ -1313,10 +1316,9 @@ class Run:
                     part.load_state_dict(state[name])
                 self.step, self.log = state["step"], state["log"]
                 self.began -= state["seconds"]
-        else:                                   # a new run: what an overwritten one showed must go
-            for mine in ("recon_epoch_*.png", "samples_epoch_*.png", "curves.png",
-                         "evaluate.png", "metrics.json"):
-                for old in cfg.folder.glob(mine):
+        elif (cfg.folder / "last.pt").exists():         # overwritten: what it showed must go, too
+            for own in "recon_epoch*", "samples_epoch*", "curves.png", "evaluate.png", "metrics.*":
+                for old in cfg.folder.glob(own):
                     old.unlink(missing_ok=True)         # another process may be faster
         self.steps_per_epoch = n / cfg.batch_size
         self.steps = math.ceil(cfg.epochs * n / cfg.batch_size)
@@ -1407,7 +1409,7 @@ class Run:
         self.save()
         mean_over_processes(torch.zeros(1))             # a barrier: all wait for that save
         then = "to go on, add --resume;" if self.status else then
-        say("saved at step", self.step, "--", then, self.cfg.folder)
+        say("saved at step", self.step, "--", then, shlex.quote(str(self.cfg.folder)))
         return self.status
 # ------------------------------------------------------------------------------------------------
 # D. Pictures
@@ -1497,7 +1499,7 @@ def kernel_distance(a, b):
 def unseen_images(cfg, vq_cfg, cache):                  # -> two sets of uint8 (n,3,H,W)
     data = cfg.data or vq_cfg.data
     overlap = Path(vq_cfg.data) in Path(data).parents or Path(data) in Path(vq_cfg.data).parents
-    demand(not overlap, "--data has images that were trained on; without it, unseen ones are used")
+    demand(not overlap, "--data: the training folder is in it, or around it; leave it out")
     # Another folder: all of it. The one trained on: its val. Drawn images: another seed's.
     vq_cfg = replace(vq_cfg, seed=vq_cfg.seed + 1, n_images=2 * cfg.n)
     images = Images(data, vq_cfg, cache)
@@ -1510,10 +1512,11 @@ def unseen_images(cfg, vq_cfg, cache):                  # -> two sets of uint8 (
 
 def evaluate(cfg):                                      # -> metrics.json, evaluate.png
     state = load_checkpoint(cfg.ckpt, "--ckpt", "ldm", "vq")
+    folder = cfg.folder if cfg.out else state["folder"]
     device, mixed = pick_device(cfg)
     lpips = load_lpips("auto", device)
     vqgan, vq_cfg = load_vqgan(state.get("vq", state), device)
-    real, other = unseen_images(cfg, vq_cfg, state["folder"].parent / "cache")
+    real, other = unseen_images(cfg, vq_cfg, folder.parent / "cache")
     numbers, recon = reconstruct(vqgan, real, lpips, mixed)
     pictures = {"real": real, "recon": recon}
     if state["kind"] == "ldm":
@@ -1528,11 +1531,10 @@ def evaluate(cfg):                                      # -> metrics.json, evalu
             a = features(lpips, real)
             for name, images in sets.items():
                 numbers["kernel" + name] = kernel_distance(a, features(lpips, images))
-        numbers.update(latent_mean=float(z0.mean()), latent_std=float(z0.std()))
+        numbers["latent_std"] = float(z0.std())
     numbers["n"] = len(real)
     for name, value in numbers.items():
         say(f"{name:20}{value:10.4g}")
-    folder = cfg.folder if cfg.out else state["folder"]
     draw_rows(folder / "evaluate.png", pictures)
     (folder / "metrics.json").write_text(json.dumps(numbers, indent=1))
 # ------------------------------------------------------------------------------------------------
