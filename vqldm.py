@@ -3,8 +3,8 @@
 
 Stage 1, the VQGAN, learns to write an image as a small grid of code numbers and to read it back.
 Stage 2, latent diffusion, learns to make new grids out of noise, and stage 1 reads these back as
-images. The second stage works on few numbers, and that is why all of this fits on a laptop.
-The images: skin lesions through a dermatoscope, drawn or real (ISIC, HAM10000), or any of yours.
+images. Stage 2 works on few numbers, and that is why all of this fits on a laptop.
+The images are skin lesions seen through a dermatoscope, drawn or real (ISIC, HAM10000), or yours.
 
   x ───Enc───► z ───nearest code───► z_q ───Dec───► x_hat       stage 1: VQGAN        (train-vq)
   (B,3,H,W)    (B,d,h,w)  │          (B,d,h,w)      (B,3,H,W)
@@ -20,7 +20,7 @@ Letters   B batch · C channels · H W pixels · h w latent grid · d length of 
 Papers    VQ van den Oord 2017 (arXiv 1711.00937) · VQGAN Esser 2021 (2012.09841) · DDPM Ho 2020
           (2006.11239) · DDIM Song 2021 (2010.02502) · LDM Rombach 2022 (2112.10752)
           v Salimans 2022 (2202.00512) · CFG (classifier-free guidance) Ho 2022 (2207.12598)
-Contents  1. Settings                       7. Stage 1: training      To be looked up:
+Contents  1. Settings                       7. Stage 1: training      For reference:
           2. Device, precision, seeds       8. Stage 2: diffusion     A. Drawn lesions  E. Measuring
           3. What the loops see of data     9. Stage 2: the UNet      B. A folder of images
           4. Blocks                        10. Stage 2: training      C. Keeping a run  F. Muon
@@ -57,8 +57,8 @@ from tqdm import tqdm
 # default. --resume takes the checkpoint's values: only those in MAY_CHANGE (below) can be retyped.
 
 class UserError(argparse.ArgumentTypeError):        # argparse catches it, names the flag
-    """What only the user can put right: told as one sentence, exit status 2."""
-def demand(ok, text):                   # if it is not so, the command ends with this sentence
+    """A mistake that only the user can put right: reported in one sentence; exit status 2."""
+def demand(ok, text):                   # unless ok, the command ends with this sentence
     if not ok:
         raise UserError(text)
 
@@ -106,7 +106,7 @@ class VQConfig(Settings):
     gan_weight: amount = 0.4            # weight of the GAN, times lam and D's lead (0 to 1); 0: off
     gan_start: amount = 0.1             # part of the run after which the GAN joins
     # How fast, how long?
-    lr: amount = 1e-3                   # learning rate of all that has none of its own
+    lr: amount = 1e-3                   # learning rate of everything that has none of its own
     muon_lr: amount = 0.02              # learning rate of inner kernels, by Muon; 0: Adam at --lr
     codes_lr: amount = 0.02             # learning rate of the codes, which must keep up with z
     d_lr: amount = 4e-4                 # learning rate of the discriminator
@@ -169,11 +169,11 @@ PRESETS = {"default": {},           # a preset is a row of flags, which yours ov
 MAY_CHANGE = {"device", "out", "lpips", "epochs", "minutes"}        # on --resume
 # ------------------------------------------------------------------------------------------------
 # 2. Device, precision, seeds
-# On what do we compute, how many processes are we, and where does randomness come from?
+# What do we compute on, how many processes are there, and where does randomness come from?
 
 def pick_device(cfg):
-    """-> device, and a context (autocast) in which matrix products go in bf16, if the device can:
-    16-bit floats with the range of fp32 and two or three digits, at twice the speed or more."""
+    """-> device, and a context (autocast) in which matrix products run in bf16, where supported.
+    bf16: 16-bit floats with fp32's range and two or three digits, at twice the speed or more."""
     name = cfg.device
     if name == "auto":
         name = torch.accelerator.current_accelerator(check_available=True) or "cpu"
@@ -190,7 +190,7 @@ def pick_device(cfg):
 def rng(*key):
     """The random numbers that belong to a key, such as (seed, "turns", step).
     Randomness is looked up, never carried along: step 700 draws the same numbers whether the run
-    went there at once or was killed and resumed; a checkpoint has no random state to forget."""
+    got there in one go or was killed and resumed; a checkpoint has no random state to forget."""
     return torch.Generator().manual_seed(digest(key))
 def digest(key):                        # anything -> 63 bits, the same on every machine
     return random.Random(repr(key)).getrandbits(63)
@@ -218,11 +218,11 @@ def average_gradients(net):
 def say(*words):
     if rank() == 0:
         tqdm.write(" ".join(map(str, words)))
-def bar(items, name, total=None):       # rank > 0: none; None: on a terminal only
+def bar(items, name, total=None):       # rank > 0: off; 0: on a terminal only
     return tqdm(items, name, total, leave=False, disable=rank() or None)
 # ------------------------------------------------------------------------------------------------
 # 3. What the loops see of data
-# Which images come next, as floats in [-1,1], and turned: a skin lesion has no up.
+# Here the next images are chosen, made floats in [-1,1] and turned: a skin lesion has no up.
 
 def to_float(x):
     """uint8 0…255 -> [-1,1], the range of all images here (only x_hat can leave it)."""
@@ -262,8 +262,8 @@ class Norm(nn.GroupNorm):
         super().__init__(groups, c)
 
 def zero(layer):
-    """A zeroed layer adds nothing at first: each block starts as its shortcut, not as noise. It
-    still learns: its gradient is input times error. Those before it follow once it is not 0."""
+    """A zeroed layer adds nothing at first, so each block starts as its shortcut, not as noise. It
+    still learns: its gradient is input times error. The layers before it learn once it is not 0."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
@@ -292,9 +292,9 @@ class ResBlock(nn.Module):
 
 class AttentionBlock(nn.Module):
     """Every position looks at every other (VQGAN Table 7); a convolution sees only what is near.
-    Linear maps give each a query, a key and a value. What it puts out is the mean of all values,
-    weighted by how well their keys fit its query (softmax of q·k/√C, Vaswani 2017). Cost grows with
-    (h·w)²: nothing on 16×16, much on 64×64; so, in the middle only (the papers: on more grids)."""
+    Linear maps give each a query, a key and a value. The output at a position is the mean of all
+    values, weighted by how well their keys fit its query (softmax of q·k/√C, Vaswani 2017). Cost
+    grows as (h·w)²: little on 16×16, much on 64×64; so only in the middle (papers: more grids)."""
     def __init__(self, c):
         super().__init__()
         self.norm = Norm(c)
@@ -355,9 +355,9 @@ def levels(widths):
 # 5. Stage 1: the VQGAN
 # The encoder makes the grid small, the codebook makes it discrete, the decoder undoes both. Why
 # discrete? In the VQGAN paper, because its stage 2 predicts code numbers one by one, like words of
-# a text. Here, because what stage 2 gets slightly wrong is rounded away, to the nearest code.
-# The codebook, K learnt vectors, is delicate: the choice of the nearest has no gradient, and a code
-# that is never chosen never learns. Watch codes used (%), perplexity (effectively used, 1 to K).
+# a text. Here, because rounding to the nearest code corrects what stage 2 gets slightly wrong.
+# The codebook, K learnt vectors, is delicate: choosing the nearest has no gradient, and a code that
+# is never chosen never learns. Watch codes used (%) and perplexity (how many in effect, 1 to K).
 
 class Encoder(nn.Module):
     """x -> z: Conv, m DownBlocks, MidBlock, Norm, SiLU, Conv (VQGAN Table 7)."""
@@ -407,7 +407,7 @@ class Codebook(nn.Module):
     def nearest(self, z):                                                 # (B,d,h,w)
         """The number of the nearest code of each vector: k = argmin_j ‖z - e_j‖ (VQ eq. 1)."""
         B, d, h, w = z.shape
-        # trap: with products in bf16, cdist chooses many wrong codes; hence fp32. No gradient: k is
+        # trap: distances computed in bf16 choose many wrong codes; hence fp32. No gradient: k is
         # a whole number. Flat, since a batched cdist would hold B copies of the codebook in memory.
         with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
             flat = rearrange(z.float(), "B d h w -> (B h w) d")           # (B·N,d)
@@ -416,7 +416,7 @@ class Codebook(nn.Module):
         return k.view(B, h, w)                                            # (B,h,w)
 
     def lookup(self, k):                                                  # (B,h,w)
-        """z_q = e_k (VQ eq. 2). Contiguous: else d stays last, and GroupNorms in bf16 are slow."""
+        """z_q = e_k (VQ eq. 2). Contiguous: with d last in memory, GroupNorms in bf16 are slow."""
         return rearrange(self.embedding(k), "B h w d -> B d h w").contiguous()        # (B,d,h,w)
 
     def forward(self, z):                                                 # (B,d,h,w)
@@ -426,24 +426,24 @@ class Codebook(nn.Module):
         # One distance, two losses; sg[] decides who moves:
         #   codebook_loss   the codes, to the vectors that they won       weight 1
         #   commit_loss     the encoder's vectors, to their codes         weight commit_weight: 0.25
-        # trap: VQGAN's code has the weights swapped: codebook_loss 0.25, commit_loss 1, four times
-        # that here. The two losses are equal as numbers: no curve shows it.
+        # trap: VQGAN's code has these weights swapped: codebook_loss 0.25, commit_loss 1, four
+        # times the weight here. The two losses have the same value, so no curve shows the swap.
         codebook_loss = F.mse_loss(z_q, z.detach())             # ‖sg[z] - e‖², mean over all
         commit_loss = F.mse_loss(z, z_q.detach())               # ‖z - sg[e]‖², likewise
-        # Straight through (VQ sec. 3.2): the value of z_q with the gradient of z. Rounding has no
-        # slope, so what the decoder wants of z_q is passed on to z unchanged: a lie, but one that
-        # points downhill while z and z_q are close, which is what the two losses see to.
-        # trap: were codebook_loss computed after this line, from the new z_q, no code would learn.
+        # Straight through (VQ sec. 3.2): the value is z_q, but the gradient goes to z. Rounding has
+        # no slope, so z gets the gradient that the decoder has for z_q, unchanged: a lie, but one
+        # that points downhill while z and z_q are close, and the two losses keep them close.
+        # trap: if codebook_loss came after this line, from the new z_q, no code would ever learn.
         z_q = z + (z_q - z).detach()
         return z_q, k, codebook_loss, commit_loss
 
-    # trap: the usual start, uniform in ±1/K, puts all codes at the origin. If the encoder's outputs
-    # lie elsewhere, a few codes win everything and the others never get a gradient: the collapse.
-    # So they start on outputs of the encoder; unused ones do so again (Jukebox, arXiv 2005.00341).
+    # trap: the usual start, uniform in ±1/K, puts all codes near the origin. If encoder outputs lie
+    # elsewhere, a few codes win everything and the rest never get a gradient: codebook collapse.
+    # So codes start on encoder outputs, and unused ones restart there (Jukebox, arXiv 2005.00341).
     @torch.no_grad()
     def restart_unused(self, z, generator):
-        """Put each code that has not won since the last restart, so at first every code, on a
-        random vector of z (B,d,h,w)."""
+        """Move every code that has not won since the last restart (at first, that is every code) to
+        a random vector of z (B,d,h,w)."""
         unused = self.wins == 0                                           # (K,)
         n = int(unused.sum())
         flat = rearrange(z, "B d h w -> (B h w) d")                       # (B·N,d)
@@ -487,14 +487,14 @@ class VQGAN(nn.Module):
 # 6. Stage 1: the losses
 # The squared error alone gives blur: the mean of all sharp images that fit. LPIPS sends both images
 # through a frozen network that was trained to name photographs, and adds up how its feature maps
-# differ: blurred hair has other features. What still gives a reconstruction away is left to a GAN,
-# two networks that compete: the discriminator D learns to give real images high numbers (logits),
-# reconstructions low ones; the VQGAN, the generator, learns to get high ones for reconstructions.
+# differ: blurred hair has other features. What still gives a reconstruction away is left to a
+# GAN, two networks that compete: the discriminator D learns to give high numbers (logits) to real
+# images, low ones to reconstructions; the VQGAN, the generator, learns to get high ones for them.
 
 def load_lpips(wanted, device):
     """LPIPS (Zhang 2018, arXiv 1801.03924) of the lpips package, for images in [-1,1]; None if off,
-    or if auto fails. Called outside of autocast, so in fp32. trap: were it a part of the
-    VQGAN, .train() would switch its dropout on, and checkpoints would carry its weights."""
+    or if auto fails. It is called outside autocast, so it runs in fp32. trap: if it were part of
+    the VQGAN, .train() would switch its dropout on, and checkpoints would carry its weights."""
     if wanted == "off":
         return None
     try:
@@ -528,9 +528,9 @@ def hinge_loss(real, fake):
     return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
 
 def adaptive_weight(rec, adversarial, last):
-    """lam = ‖∇_L rec‖ / (‖∇_L adversarial‖ + δ), VQGAN eq. 7; L: last layer, rec: mse + LPIPS.
-    D's gradient can be a thousand times stronger or weaker than the reconstruction's, and changes
-    as D learns. Times lam, both push L equally. (All layers would cost too much.)"""
+    """lam = ‖∇_L rec‖ / (‖∇_L adversarial‖ + δ), VQGAN eq. 7; L: last layer, rec: mse + LPIPS,
+    adversarial: -D(x_hat). Its gradient can be a thousand times stronger or weaker than rec's, and
+    changes as D learns; times lam, it pushes L as hard as rec. (All layers would cost too much.)"""
     # Without create_graph, what comes out has no graph: to the loss, lam is a plain number.
     grad_rec, = torch.autograd.grad(rec, last, retain_graph=True)
     grad_adv, = torch.autograd.grad(adversarial, last, retain_graph=True)
@@ -539,9 +539,9 @@ def adaptive_weight(rec, adversarial, last):
     return (norm_rec / (norm_adv + 1e-4)).clamp(max=1e4)    # ∇ may be ~0; as VQGAN's code
 # ------------------------------------------------------------------------------------------------
 # 7. Stage 1: training
-# The generator steps first, then D on the same images. D joins after a tenth: from early blobs it
-# would learn only that blur is fake. What to look at: mse and lpips fall, codes used and perplexity
-# rise. With the GAN, D's mean logits: d_real 0 to 0.5, d_fake -0.5 to 0; equal: D is blind.
+# The generator steps first, then D on the same images. D joins after a tenth of the run: from early
+# blobs it would learn only that blur is fake. Watch: mse and lpips fall, codes used and perplexity
+# rise. With the GAN, look at D's mean logits: d_real 0 to 0.5, d_fake -0.5 to 0; equal: blind.
 # Used before they are shown: Images (B), Run (C), draw_rows (D), reconstruct (E), Muon (F).
 
 def rate(step, progress):
@@ -555,15 +555,15 @@ def set_learning_rate(optimizer, factor):
         group["lr"] = factor * initial
 
 def vq_optimizers(vqgan, cfg):
-    """-> Adam, Muon. Kernels of the blocks go by Muon (F says why; with Adam the error after
-    as many steps is 1.5 times as large). All else, attention too, by Adam (VQGAN: β 0.5, 0.9)."""
+    """-> Adam, Muon. Muon trains the kernels of the blocks (F says why; with Adam, the error after
+    equally many steps is 1.5 to 2 times as large), Adam all else (VQGAN's code: β 0.5, 0.9)."""
     enc, dec = vqgan.encoder, vqgan.decoder
     blocks = nn.ModuleList([enc.down, enc.mid, dec.mid, dec.up])
     kernels = [p for p in blocks.parameters() if p.dim() == 4 and cfg.muon_lr > 0]
     codes = vqgan.codebook.embedding.weight
     rest = [p for p in vqgan.parameters() if p not in {codes, *kernels}]      # a set: by identity
-    # ours: only codebook_loss moves a code, and Adam divides a gradient by its size. So a factor
-    # before that loss would change nothing: to keep up with z, codes need a rate of their own.
+    # ours: only codebook_loss moves a code, and Adam divides a gradient by its size. So a weight on
+    # that loss would change nothing: to keep up with z, codes need a learning rate of their own.
     groups = [{"params": rest}, {"params": [codes], "lr": cfg.codes_lr}]
     adam = torch.optim.Adam(groups, cfg.lr, betas=(0.9, 0.99), fused=True)
     return adam, Muon(kernels, cfg.muon_lr)
@@ -617,8 +617,8 @@ def train_vq(cfg, state=None):
                 real, fake = disc(x), disc(x_hat)
             adversarial = -fake.mean()          # D is fooled if its logits are high (VQGAN's code)
             lam = adaptive_weight(rec, adversarial, vqgan.decoder.last.weight)
-            # ours: D is heard as far as it tells real from fake. A blind D's gradient says nothing;
-            # lam would make it loud, x_hat would jump about, and D could never catch up.
+            # ours: the better D tells real from fake, the more it counts. A blind D's gradient is
+            # meaningless; lam would amplify it, x_hat would jump about, and D could never catch up.
             gap = (real.mean() - fake.mean()).detach()
             sees = mean_over_processes(gap).clamp(0, 1)
             loss = loss + cfg.gan_weight * sees * lam * adversarial           # VQGAN eq. 6
@@ -626,7 +626,7 @@ def train_vq(cfg, state=None):
         vqgan.zero_grad()
         loss.backward()
         average_gradients(vqgan)
-        norm = clip_grad_norm_(vqgan.parameters(), 1.0)         # Adam reacts late to a wild batch
+        norm = clip_grad_norm_(vqgan.parameters(), 1.0)     # no wild batch may throw it far
         if run.skips(norm):             # not finite; one bad batch must not end a night
             continue
         adam.step()
@@ -639,11 +639,11 @@ def train_vq(cfg, state=None):
         if gan_on:
             with mixed:
                 # trap: without detach, D's loss leaves a gradient in the generator, towards looking
-                # fake. (Here torch would raise: loss.backward() has freed the graph of x_hat.)
+                # fake. (Torch would raise: loss.backward() freed x_hat's graph, though not real's.)
                 fake = disc(x_hat.detach())
             d_loss = hinge_loss(real, fake)
-            # trap: the generator's backward has left gradients in D; a step by them raises D(fake).
-            # If not zeroed here, they join D's own.
+            # trap: the generator's backward has left gradients in D, which would push D(fake) up.
+            # If not zeroed here, they would add to D's own.
             disc.zero_grad()
             d_loss.backward()
             average_gradients(disc)
@@ -670,14 +670,14 @@ def train_vq(cfg, state=None):
 # z0 itself, the clean one, is level -1, where ᾱ = 1. With normal noise ε:
 #   one step further     z_t = √α_t z_(t-1) + √β_t ε     α_t + β_t = 1: so variance 1 stays 1
 #   all steps at once    z_t = √ᾱ_t z0 + √(1-ᾱ_t) ε      ᾱ_t = α_0 · … · α_t, z0's share of z_t
-#     (z_(t-1) put in: two noises, together one ε of variance α_t (1-ᾱ_(t-1)) + β_t = 1-ᾱ_t)
+#     (put in z_(t-1): its noise and ε make one noise of variance α_t (1-ᾱ_(t-1)) + β_t = 1-ᾱ_t)
 #   the network answers  ε, or v = √ᾱ_t ε - √(1-ᾱ_t) z0
 #   predict()            turns either answer into two guesses, z0_hat and eps_hat
 #   one step back        is made from these, by ddim or by ddpm
-# Why many steps, if z0_hat is there after the first? In much noise many z0 fit, and the best answer
+# Why many steps, if the first already gives z0_hat? In much noise many z0 fit, and the best answer
 # by squared error is their mean, a blur. So we go a little way towards it and ask again: fewer fit.
-# Why v: at much noise ε is nearly z_t itself, so a good guess of it says little of z0; v is then
-# ≈ -z0, and at little noise ≈ ε: always what z_t hides.
+# Why v? In much noise ε is nearly z_t itself, so a good guess of ε says little about z0; v is then
+# ≈ -z0. In little noise v is ≈ ε. So v is always what z_t hides.
 
 class Diffusion:
     """A noise schedule, the loss of DDPM (Algorithm 1) and two samplers (Algorithm 2, DDIM)."""
@@ -696,9 +696,9 @@ class Diffusion:
             beta = 1 - curve[1:] / curve[:-1]       # 1 - α; α: the quotient of neighbouring ᾱ
         else:
             raise UserError("--schedule: must be linear or cosine")
-        alpha = 1 - beta.clamp(max=0.999)           # β = 1 would end at ᾱ = 0; eps divides by √ᾱ
+        alpha = 1 - beta.clamp(max=0.999)           # β = 1: then ᾱ = 0, and predict divides by √ᾱ
         alpha_bar = alpha.cumprod(0)                # in float64: rounded once, not T times
-        # A 1 behind the last: alpha_bar[-1] is that of z0 itself, level -1, where sampling ends.
+        # A 1 is appended: alpha_bar[-1] belongs to z0 itself, level -1, where sampling ends.
         self.alpha_bar = F.pad(alpha_bar, (0, 1), value=1).float()            # (T+1,)
 
     def alpha_bar_at(self, t, z):
@@ -718,9 +718,9 @@ class Diffusion:
 
     def predict(self, out, z_t, t):
         """The network's answer -> (z0_hat, eps_hat), both (B,d,h,w).
-        trap: from ε, z0_hat multiplies the network's error by 1/√ᾱ, which is 157 (linear) or 20,291
-        (cosine) at t = 999: colours off, latents of std 2 or 3. From v, no factor is above 1.
-        trap: z0_hat clipped to ±1, as for pixels: latents come out with std 0.7."""
+        trap: with ε, z0_hat gets the network's error times 1/√ᾱ, which is 157 (linear) or 20,291
+        (cosine) at t = 999: colours off, latents of std 2 or 3. With v, no factor is above 1.
+        trap: if z0_hat is clipped to ±1, as for pixels, latents come out with std 0.7."""
         a = self.alpha_bar_at(t, z_t)
         if self.target == "eps":                    # DDPM eq. 4, solved for z0
             return (z_t - (1 - a).sqrt() * out) / a.sqrt(), out
@@ -739,9 +739,9 @@ class Diffusion:
     def weight(self, t):
         """How much each t (B,) counts in training.
         ours: this curve for v, 1 in the middle (ᾱ = 1/2), 1/4 at both ends. In little noise an
-        error of v hardly counts: predict() multiplies it by √(1-ᾱ), nearly 0, and the nearest code
-        rounds away the rest. In much noise the loss stays large whatever the network does. Neither
-        end should drown the middle, or go untaught. (EDM, 2206.00364, argues alike.)"""
+        error in v hardly matters: predict() multiplies it by √(1-ᾱ), nearly 0, and rounding to a
+        code removes the rest. In much noise the loss stays large whatever the network does. Neither
+        end should drown out the middle, or go untaught. (EDM, 2206.00364, argues alike.)"""
         a = self.alpha_bar.to(t.device)[t]
         if self.target != "v":                      # all equal, as in DDPM
             return torch.ones_like(a)
@@ -749,10 +749,10 @@ class Diffusion:
 
     def pairs(self, steps):
         """Exactly `steps` pairs (t, t_prev), from T-1 down to -1, for 1 <= steps <= T.
-        ours: not evenly: step i = 0…S-1 starts at t ≈ T-1 - T (i/S)², for T = 1000 and S = 4 at
-        999, 937, 749, 437. (DDIM app. D.2: short ones last.) Short strides first, since the
-        noisiest levels decide the large things of an image.
-        trap: range(0, T, T // steps) gives too many: 1000 levels for 600 steps of T = 1000."""
+        ours: not evenly spaced. Step i = 0…S-1 starts at t ≈ T-1 - T (i/S)². For T = 1000 and S = 4
+        these are 999, 937, 749, 437. Short strides come first (DDIM app. D.2: last), since the
+        noisiest levels decide the large features of an image.
+        trap: range(0, T, T // steps) can give too many: 1000 levels for 600 steps of T = 1000."""
         ts = []
         for i in range(steps):
             behind = round(self.T * (i / steps) ** 2)       # levels that i steps have left behind
@@ -773,16 +773,16 @@ class Diffusion:
             z0_hat, eps_hat = self.predict(net(z, t_all), z, t_all)
 
             if sampler == "ddim":
-                # z0_hat, noised again up to level t_prev, where the noise has variance 1-ᾱ_prev: σ²
-                # of it is fresh, the rest is eps_hat again. Variances add: any split ends there.
-                # η = 0: none fresh. η = 1: the variance of z_prev, given z_t and z0 (DDPM eq. 7;
-                # the notebook derives the σ of both samplers).
+                # z0_hat is noised again, up to level t_prev, where the noise has variance 1-ᾱ_prev:
+                # σ² of it is fresh, the rest is eps_hat. Variances add: any split gives this sum.
+                # η = 0: none is fresh. η = 1: σ² is the variance of z_prev, given z_t and z0 (DDPM
+                # eq. 7): precisions add, 1/σ² = 1/(1-ᾱ_prev) + α/(1-α).
                 sigma = eta * ((1 - a_prev) / (1 - a) * (1 - alpha)).sqrt()           # DDIM eq. 16
                 rest = (1 - a_prev - sigma**2).clamp(min=0).sqrt()
                 z = a_prev.sqrt() * z0_hat + rest * eps_hat               # DDIM eq. 12, its α is ᾱ
             elif sampler == "ddpm":
-                # DDPM Algorithm 2, line 4: ddim's mean at η = 1, but more noise: σ² = β = 1-α is
-                # right for data like N(0,1), ddim's for a single z0; the truth lies between (3.2).
+                # DDPM Algorithm 2, line 4: ddim's mean at η = 1, with z0_hat put in. σ² = β = 1-α
+                # fits data like N(0,1), ddim's smaller one data that are one point (DDPM sec. 3.2).
                 sigma = (1 - alpha).sqrt()
                 z = (z - (1 - alpha) / (1 - a).sqrt() * eps_hat) / alpha.sqrt()
             else:
@@ -795,18 +795,18 @@ class Diffusion:
 # ------------------------------------------------------------------------------------------------
 # 9. Stage 2: the UNet
 # The same bricks as the VQGAN. New are the time (how noisy is z_t?), heard by every ResBlock, and
-# the skips, which carry what no bottleneck can: the noise, another number at each place.
+# the skips, which carry what no bottleneck can: the noise, independent at each place.
 
 def time_embedding(t, dim):
-    """t (B,) -> (B,dim): sines and cosines of growing period (Vaswani 2017, arXiv 1706.03762). The
-    fast ones tell neighbours apart, the slow ones far from near: both are hard from t alone."""
+    """t (B,) -> (B,dim): sines and cosines of growing period (Vaswani 2017, arXiv 1706.03762). Fast
+    ones tell neighbouring levels apart, slow ones distant levels: both are hard from t alone."""
     frequency = 10_000 ** (-torch.arange(dim // 2, device=t.device) / (dim // 2))   # (dim/2,)
     angle = t.float()[:, None] * frequency                                # (B,dim/2)
     return torch.cat([angle.sin(), angle.cos()], dim=1)                   # (B,dim)
 
 class UNet(nn.Module):
     """(z_t, t, class) -> v or ε. Classes are 0…n_classes-1; n_classes itself means: not told.
-    A tenth of all are not told (section 10): so the net learns to answer with and without it."""
+    One latent in ten comes without a class (section 10), so the net learns to answer both ways."""
     def __init__(self, z_dim, widths, n_classes):
         super().__init__()
         E = 4 * widths[0]
@@ -843,12 +843,12 @@ def guided(net, guide, label, w, below):
     """-> a net(z_t, t) that is led towards its class by classifier-free guidance (CFG eq. 6):
 
         out = weak + w (strong - weak)          strong is told the class, weak is not
-    w = 1 is strong alone; more goes further in the direction in which the class pulls. (CFG's own w
-    is this - 1.) At t >= below (0.8 T), in much noise, there is no guidance: it would cost variety
-    (Kynkäänniemi 2024, arXiv 2404.07724, has none at little noise either).
-    ours: weak lacks two things: the class, as in CFG, so w leads towards it; and training. It is
-    `guide`, the running mean of the weights (update_ema) after a fifth of the run: it errs where
-    strong does, but more. (Karras: smaller, younger, 2406.02507; smaller, untold, 2312.02696.)"""
+    w = 1 is strong alone; a larger w goes further in the direction in which the class pulls. (CFG's
+    own w is this w minus 1.) At t >= below (0.8 T), in much noise, there is no guidance: it would
+    cost variety (Kynkäänniemi 2024, arXiv 2404.07724, has none in little noise either).
+    ours: weak lacks the class, as in CFG, so w leads towards it; and it lacks training: it is the
+    `guide`, the running mean of the weights (update_ema) after a fifth of the run. It errs where
+    strong does, but more, so w leads away from there (Karras 2406.02507: smaller, younger)."""
     def answer(z_t, t):
         strong = net(z_t, t, label)
         if w == 1 or t[0] >= below:         # here all t are equal
@@ -858,10 +858,10 @@ def guided(net, guide, label, w, below):
     return answer
 # ------------------------------------------------------------------------------------------------
 # 10. Stage 2: training
-# The frozen encoder writes each image as its grid of code numbers, once: these are stage 2's data
-# (fast, but without augment). ours: codes are diffused, just what the decoder reads (LDM
-# takes z before quantisation). Diffusion ends in noise of mean 0 and std 1, so codes are brought
-# there too. Look at the samples: most of the loss is what no network can know, and says little.
+# The frozen encoder turns each image into its grid of code numbers, once: these are stage 2's data
+# (fast, but without augment). ours: the latents are codes, exactly what the decoder reads (LDM
+# takes z before quantisation). Diffusion ends in noise of mean 0 and std 1, so codes get that mean
+# and std too. Look at the samples: the loss says little, as most of it is what no network can know.
 # Used before they are shown: load_vqgan and LatentDiffusion (11), load_checkpoint (C).
 
 @torch.no_grad()
@@ -897,9 +897,9 @@ def unstandardise(z0, scale):
 
 @torch.no_grad()
 def update_ema(ema, net, step, decay):
-    """The running mean of the weights, to sample with: ema <- decay·ema + (1-decay)·net. Steps
-    jump about the goal, as no batch is like another; the mean lies closer to it. trap: without the
-    min (0.1, then up to 1), 1,000 steps at 0.9999 are 90 % first weights: samples are noise."""
+    """The running mean of the weights, for sampling: ema <- decay·ema + (1-decay)·net. Steps jump
+    about the goal, as no two batches are alike; the mean lies closer to it. trap: with a decay
+    of 0.9999 from the first step on, 1,000 steps keep 90 % first weights: samples are noise."""
     decay = min(decay, (1 + step) / (10 + step))
     for mean, p in zip(ema.parameters(), net.parameters()):
         mean.lerp_(p, 1 - decay)
@@ -918,7 +918,7 @@ def look_ldm(model, z0, label, path):
     return {"loss": float(loss.mean()), "latent_std": float(latents.std())}
 
 def train_ldm(cfg, state=None):
-    """Stage 2, from a stage-1 checkpoint to one that is all that sampling needs. -> exit status."""
+    """Stage 2: from a stage-1 checkpoint to one with all that sampling needs. -> exit status."""
     diffusion = Diffusion(cfg.T, cfg.schedule, cfg.target)
     device, mixed = pick_device(cfg)
     # A resumed run has its VQGAN in its own checkpoint (see facts).
@@ -985,7 +985,7 @@ def train_ldm(cfg, state=None):
     return run.finish("next: python vqldm.py sample --ckpt")
 # ------------------------------------------------------------------------------------------------
 # 11. Sampling
-# From noise S steps back, unstandardise, decode. A checkpoint of stage 2 holds its VQGAN as well.
+# Walk back from noise in S steps, unstandardise, decode. A stage-2 checkpoint holds its VQGAN, too.
 # Used before they are shown: load_checkpoint, reading (C), draw_rows, draw_trajectory (D).
 
 def frozen(net, weights, device):                       # in eval mode, without gradients
@@ -1134,7 +1134,7 @@ def synthetic(i, size, seed=0):
 # One bad image can end a run after hours, and decoding JPEGs would take most of a laptop's time.
 # So each image is opened once, before training, and its pixels are written into one file.
 
-PHOTO = r"(?i).*\.(bmp|gif|jpe?g|png|tiff?|webp)$"      # but no mask, nothing of our own:
+PHOTO = r"(?i).*\.(bmp|gif|jpe?g|png|tiff?|webp)$"      # but no masks, nothing of our own:
 NO_PHOTO = (r"(?i)(_seg|_superpixels|_expert|-partial)[^/]*$|[_-]mask\.\w+$|(^|/)(masks|runs)/"
             r"|(^|/)(grid|trajectory|curves|evaluate|data_preview|\w+_epoch_[\d.]+)\.png$")
 HELD_OUT = r"(?i)(?<![^/])(val(id(ation)?)?|test(ing)?)/"   # (?<![^/]): at a name's start
@@ -1142,7 +1142,7 @@ HELD_OUT = r"(?i)(?<![^/])(val(id(ation)?)?|test(ing)?)/"   # (?<![^/]): at a na
 NO_CLASS = HELD_OUT + r"|(?<![^/])(train(ing)?|(HAM10000_)?images(_part_\d)?)/"
 
 def read_image(path, size):                             # -> uint8 (3,size,size)
-    # Whatever its suffix, PIL would open 40 kinds of files, and start Ghostscript for one of them.
+    # PIL ignores the suffix: it would open 40 kinds of files, and start Ghostscript for one kind.
     with Image.open(path, formats=["BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP"]) as im:
         im.draft("RGB", (size, size))           # JPEG at 1/2, 1/4 or 1/8 of its size: faster
         demand(im.mode != "F", "pixels are floats: save them in 8 or 16 bits")
@@ -1156,11 +1156,11 @@ def read_image(path, size):                             # -> uint8 (3,size,size)
     return np.asarray(im.convert("RGB")).transpose(2, 0, 1)
 
 def find_images(folder):
-    """-> name, class, lot and time of change of each photograph under a folder.
+    """-> name, class, lot and modification time of each photograph under a folder.
     The class is the innermost folder's name, else what ISIC's or HAM10000's table says. The lot is
-    a number: where it ends in 0, the photograph is held out. If there are folders val or test, it
-    is 0 in them and 1 elsewhere; if not, a hash of lesion_id where that is known, else of the name.
-    trap: split by photograph, a network is measured on lesions that it saw in other photographs."""
+    a number; if it ends in 0, the photograph is held out. If there are folders val or test, the lot
+    is 0 there and 1 elsewhere; if not, a hash of lesion_id where that is known, else of the name.
+    trap: in a split by photograph, the network is measured on lesions seen in other photographs."""
     table, named, hashed, known = {}, [], [], 0
     # every *m*a*.csv in the folder or beside it: metadata, HAM10000_metadata, manifest
     for path in [*folder.parent.glob("*m*a*.csv"), *folder.glob("*m*a*.csv")]:
@@ -1209,14 +1209,14 @@ class Images:
         self.classes = sorted(set(kinds))
         self.labels = torch.tensor([self.classes.index(kind) for kind in kinds])
         last = torch.tensor(lots) % 10
-        held = last == last.min()               # if no lot ends in 0: those in 1, and so on
+        held = last == last.min()               # if no lot ends in 0: those that end in 1…
         self.train = (~held).nonzero().flatten()
         val = held.nonzero().flatten()          # in a folder the first are of one class: mix
         self.val = val[torch.randperm(len(val), generator=rng("held out"))]
         say("data", source, len(self.names), "of", len(found), "images:", *self.classes)
 
     def rows(self, rows):
-        """uint8 (B,3,H,W). Opened anew each time: a memmap keeps what it has read in memory."""
+        """uint8 (B,3,H,W). Opened anew each time: a memmap never frees what it has read."""
         shape = len(self.names), 3, self.size, self.size
         pixels = np.memmap(self.path, np.uint8, "r", shape=shape)
         return torch.from_numpy(pixels[rows.numpy()])
@@ -1230,7 +1230,7 @@ def fill_cache(path, found, read):                      # all into one file -> t
             bad[row[0]] = repr(e)               # not e: that would hold the image in memory
             return b""
     def write(f):
-        with ThreadPool() as pool:              # one that Ctrl-C ends at once
+        with ThreadPool() as pool:              # Ctrl-C ends it at once, its queue too
             for image in bar(pool.imap(attempt, found), "preparing images", len(found)):
                 f.write(image)
         if bad:
@@ -1300,9 +1300,9 @@ def open_run(cfg, typed, resume, overwrite):
     return replace(old, **{**typed, "out": cfg.out}), state     # out: where it lies now
 
 class Run:
-    """A training under way: yields steps until --epochs, --minutes or a signal end it; logs, saves.
-    parts: networks and optimisers; facts: what sampling needs beside them; state: a checkpoint to
-    go on from. step: steps done, this one too. progress: the part done, 0…1. status: 128+signal."""
+    """A training run: yields steps until --epochs, --minutes or a signal ends it; logs and saves.
+    parts: networks and optimisers; facts: what else sampling needs; state: a checkpoint to go on
+    from. step: steps done, counting this one. progress: the part done, 0…1. status: 128+signal."""
     def __init__(self, cfg, n, parts, facts, state):
         demand(n, "--data: no images to train on, all are held out")
         demand(cfg.batch_size % world() == 0, "--batch-size: no multiple of torchrun's processes")
@@ -1446,7 +1446,7 @@ def draw_trajectory(path, model, cfg, label):           # from noise to one imag
 # ------------------------------------------------------------------------------------------------
 # E. Measuring
 # A distance means something only beside its references (see evaluate). LPIPS and the kernel
-# distance look through the network that is stage 1's loss by default: they flatter such models.
+# distance use the network of stage 1's default loss, so they flatter models trained with it.
 
 def compare(x_hat, x, lpips):                           # (B,3,H,W) in [-1,1], twice
     """-> {name: (B,)}. One more measure is one more line here. (SSIM would want (x + 1) / 2.)"""
@@ -1488,8 +1488,8 @@ def features(lpips, images):
 
 def kernel_distance(a, b):
     """How far apart two sets of n features lie: squared MMD (Bińkowski 2018, arXiv 1801.01401). A
-    kernel, (u·v/512 + 1)³, says how alike two features are: its mean over the pairs within a, plus
-    that within b, less twice that across. 0 on average for two sets of one kind."""
+    kernel, (u·v/512 + 1)³, says how alike two features are. The distance is its mean over the pairs
+    within a, plus that within b, minus twice that across: 0 on average for two sets of one kind."""
     def kernel(u, v):                                                     # (n,n)
         return (u @ v.T / u.shape[1] + 1) ** 3
     k = kernel(a, a) + kernel(b, b) - 2 * kernel(a, b)
@@ -1499,7 +1499,7 @@ def kernel_distance(a, b):
 def unseen_images(cfg, vq_cfg, cache):                  # -> two sets of uint8 (n,3,H,W)
     data = cfg.data or vq_cfg.data
     overlap = Path(vq_cfg.data) in Path(data).parents or Path(data) in Path(vq_cfg.data).parents
-    demand(not overlap, "--data: the training folder is in it, or around it; leave it out")
+    demand(not overlap, "--data: contains the training folder, or lies in it; omit --data")
     # Another folder: all of it. The one trained on: its val. Drawn images: another seed's.
     vq_cfg = replace(vq_cfg, seed=vq_cfg.seed + 1, n_images=2 * cfg.n)
     images = Images(data, vq_cfg, cache)
@@ -1541,7 +1541,7 @@ def evaluate(cfg):                                      # -> metrics.json, evalu
 # F. Muon
 # A matrix is a sum of directions u vᵀ, each with a strength s (the SVD). In a kernel's gradient, as
 # a matrix (first axis, rest), a few are far stronger than the others. Adam evens out entries, not
-# directions, so the weak hardly learn. Muon (kellerjordan.github.io/posts/muon) evens out these.
+# directions: weak ones hardly learn. Muon (kellerjordan.github.io/posts/muon) evens out directions.
 
 def orthogonal(g):
     """g (r,n) = U S Vᵀ -> about U Vᵀ: g's singular values, but for the tiniest, become 0.7 to 1.2.
@@ -1622,7 +1622,7 @@ def main(argv):
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
         if cuda:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    with suppress(AttributeError):           # a code page without é must not end a run
+    with suppress(AttributeError):           # a console that lacks é must not end a run
         sys.stdout.reconfigure(errors="replace")
     status = 2
     try:
