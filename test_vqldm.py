@@ -199,8 +199,7 @@ def test_lpips_is_frozen_in_eval_mode_and_passes_a_gradient_to_the_image(random_
     assert not any(m.training for m in modules) and any(isinstance(m, nn.Dropout) for m in modules)
     assert not any(p.requires_grad for p in random_lpips.parameters())
     x, x_hat = randn(2, 2, 3, 64, 64).requires_grad_()
-    assert not random_lpips(x, x).any()
-    assert grads(random_lpips(x_hat, x).sum(), (x_hat,))[0].any()
+    assert not random_lpips(x, x).any() and grads(random_lpips(x_hat, x).sum(), (x_hat,))[0].any()
 
 def test_lpips_and_its_features_see_images_from_minus_1_to_1(random_lpips):
     seen, u8 = [], (60 * randn(2, 3, 64, 64).clamp(-2, 2) + 128).byte()
@@ -923,8 +922,10 @@ def test_what_evaluate_and_resume_would_get_wrong_is_refused(calm, monkeypatch, 
     assert "classes" in refused(*STAGES["ldm"], "--resume", "--out", "calm/ldm")
     monkeypatch.setattr(vqldm, "next_rows", None)       # what cannot be written: before any step
     assert "File exists" in refused(*STAGES["vq"], "--out", "photos/train/15.png")
-    monkeypatch.setattr(vqldm, "pick_device", lambda cfg: signal.raise_signal(signal.SIGINT))
-    assert cli("evaluate", "--ckpt", "calm/vq") == 130
+    read, draw = [], vqldm.synthetic    # after Ctrl-C, no more images are prepared
+    monkeypatch.setattr(vqldm, "synthetic", lambda *a: [
+        read.append(a), len(read) == 3 and signal.raise_signal(signal.SIGINT), draw(*a)][-1])
+    assert cli(*"train-vq --n-images 400 --seed 9 --out new".split()) == 130 and len(read) < 200
 
 class Code:                             # pickled, this is an order to make a folder
     def __reduce__(self):
@@ -960,8 +961,7 @@ def test_a_run_is_not_touched_by_one_that_was_not_meant_for_it(trained, refused)
     told = refused(*"train-vq --resume --codes 32 --size 32 --seed 1 --lr .001".split())
     assert "--codes was 64" in told and "--seed was 0" in told and not re.search("size|lr", told)
     assert "runs/samples" in refused(*"sample --out runs/samples".split())
-    cfg, _ = vqldm.open_run(vqldm.VQConfig(out="./runs/vq"), {}, True, False)
-    assert cfg.out == "./runs/vq"           # not where it was when it was recorded
+    assert vqldm.open_run(vqldm.VQConfig(out="./runs/vq"), {}, True, False)[0].out == "./runs/vq"
     assert before == {path: path.read_bytes() for path in Path("runs").glob("*/*.*")}
 
 def same(a, b):                         # bit for bit
@@ -1226,8 +1226,8 @@ def test_minutes_and_steps_of_a_resumed_run_count_on():
     state = {"step": 3, "seconds": 30.0, "log": [], "model": parts["model"].state_dict()}
     run = vqldm.Run(vqldm.VQConfig(minutes=1.0), 100, parts, {}, state)
     assert 0.5 <= run.now() < 0.6 and run.step == 3
-    assert vqldm.Run(vqldm.VQConfig(epochs=2, batch_size=10), 100, parts, {}, state).now() == \
-        pytest.approx(3 / 20)
+    assert vqldm.Run(vqldm.VQConfig(epochs=25, batch_size=10), 22, parts, {}, state).now() == \
+        pytest.approx(3 / 55)                           # 25 · (22 / 10) is 55.00000000000001
 
 # ---- Words -------------------------------------------------------------------------------------
 SOURCE, NODES = (HERE / "vqldm.py").read_text(encoding="utf8"), 8500

@@ -336,8 +336,8 @@ class UpBlock(nn.Module):
     """A transposed convolution (papers: upsample, convolve), the skip beside it, two ResBlocks."""
     def __init__(self, c_in, c_out, emb_dim=None, c_skip=0):
         super().__init__()
-        # trap: kernels of 3 at stride 2 overlap on some pixels only: a checkerboard. Those of 4 cover
-        # each 2×2 times (even and odd ones by different weights: a faint one can still be learnt).
+        # trap: kernels of 3 at stride 2 overlap on some pixels only: a checkerboard. With 4 each is
+        # covered 2×2 times (even and odd ones by other weights: a faint one can still be learnt).
         self.up = nn.ConvTranspose2d(c_in, c_in, 4, stride=2, padding=1)
         self.res1 = ResBlock(c_in + c_skip, c_out, emb_dim)
         self.res2 = ResBlock(c_out, c_out, emb_dim)
