@@ -30,15 +30,15 @@ Run it    python vqldm.py train-vq, then train-ldm, then sample; evaluate measur
           "trap" marks a frequent mistake, "ours" what no paper here has (small choices apart).
 """
 import argparse, csv, functools, glob, json, math, os, random, re, shlex, sys, time, warnings
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass, fields, replace
 from inspect import getsource
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from signal import SIG_DFL, SIGINT, SIGTERM, default_int_handler, signal
 
-os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")     # what MPS lacks, the CPU does
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # before torch: CPU for what MPS lacks
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -103,7 +103,7 @@ class VQConfig(Settings):
     lpips: str = "auto"                 # LPIPS's net: squeeze, alex, vgg; off; auto: squeeze or off
     lpips_weight: amount = 0.1          # weight of LPIPS, a learnt distance of images
     commit_weight: amount = 0.25        # weight of the commitment loss beside the codebook's
-    gan_weight: amount = 0.4            # weight of the GAN, times lam and D's lead (0 to 1); 0: off
+    gan_weight: amount = 0.4            # weight of the GAN, times lam, d_real - d_fake; 0: off
     gan_start: amount = 0.1             # part of the run after which the GAN joins
     # How fast, how long?
     lr: amount = 1e-3                   # learning rate of everything that has none of its own
@@ -336,8 +336,8 @@ class UpBlock(nn.Module):
     """A transposed convolution (papers: upsample, convolve), the skip beside it, two ResBlocks."""
     def __init__(self, c_in, c_out, emb_dim=None, c_skip=0):
         super().__init__()
-        # trap: kernels of 3 at stride 2 overlap on some pixels only: a checkerboard. With 4 each is
-        # covered 2×2 times (even and odd ones by other weights: a faint one can still be learnt).
+        # trap: kernels of 3 at stride 2 overlap on some pixels only: a checkerboard. With 4, inner
+        # ones get 2×2 each (even and odd by other weights: a faint one can still be learnt).
         self.up = nn.ConvTranspose2d(c_in, c_in, 4, stride=2, padding=1)
         self.res1 = ResBlock(c_in + c_skip, c_out, emb_dim)
         self.res2 = ResBlock(c_out, c_out, emb_dim)
@@ -442,8 +442,7 @@ class Codebook(nn.Module):
     # So codes start on encoder outputs, and unused ones restart there (Jukebox, arXiv 2005.00341).
     @torch.no_grad()
     def restart_unused(self, z, generator):
-        """Move every code that has not won since the last restart (at first, that is every code) to
-        a random vector of z (B,d,h,w)."""
+        """Move codes without a win since the last restart (at first all) to random vectors of z."""
         unused = self.wins == 0                                           # (K,)
         n = int(unused.sum())
         flat = rearrange(z, "B d h w -> (B h w) d")                       # (B·N,d)
@@ -642,8 +641,7 @@ def train_vq(cfg, state=None):
                 # fake. (Torch would raise: loss.backward() freed x_hat's graph, though not real's.)
                 fake = disc(x_hat.detach())
             d_loss = hinge_loss(real, fake)
-            # trap: the generator's backward has left gradients in D, which would push D(fake) up.
-            # If not zeroed here, they would add to D's own.
+            # trap: the generator's backward left gradients in D; not zeroed, they push D(fake) up.
             disc.zero_grad()
             d_loss.backward()
             average_gradients(disc)
@@ -669,7 +667,7 @@ def train_vq(cfg, state=None):
 # what was added; sampling walks back. Levels t count from 0, and level 0 has some noise already:
 # z0 itself, the clean one, is level -1, where ᾱ = 1. With normal noise ε:
 #   one step further     z_t = √α_t z_(t-1) + √β_t ε     α_t + β_t = 1: so variance 1 stays 1
-#   all steps at once    z_t = √ᾱ_t z0 + √(1-ᾱ_t) ε      ᾱ_t = α_0 · … · α_t, z0's share of z_t
+#   all steps at once    z_t = √ᾱ_t z0 + √(1-ᾱ_t) ε      ᾱ_t = α_0 · … · α_t: z0's variance in z_t
 #     (put in z_(t-1): its noise and ε make one noise of variance α_t (1-ᾱ_(t-1)) + β_t = 1-ᾱ_t)
 #   the network answers  ε, or v = √ᾱ_t ε - √(1-ᾱ_t) z0
 #   predict()            turns either answer into two guesses, z0_hat and eps_hat
@@ -696,7 +694,7 @@ class Diffusion:
             beta = 1 - curve[1:] / curve[:-1]       # 1 - α; α: the quotient of neighbouring ᾱ
         else:
             raise UserError("--schedule: must be linear or cosine")
-        alpha = 1 - beta.clamp(max=0.999)           # β = 1: then ᾱ = 0, and predict divides by √ᾱ
+        alpha = 1 - beta.clamp(max=0.999)           # β = 1: then ᾱ = 0; for eps, z0_hat has 1/√ᾱ
         alpha_bar = alpha.cumprod(0)                # in float64: rounded once, not T times
         # A 1 is appended: alpha_bar[-1] belongs to z0 itself, level -1, where sampling ends.
         self.alpha_bar = F.pad(alpha_bar, (0, 1), value=1).float()            # (T+1,)
@@ -776,7 +774,7 @@ class Diffusion:
                 # z0_hat is noised again, up to level t_prev, where the noise has variance 1-ᾱ_prev:
                 # σ² of it is fresh, the rest is eps_hat. Variances add: any split gives this sum.
                 # η = 0: none is fresh. η = 1: σ² is the variance of z_prev, given z_t and z0 (DDPM
-                # eq. 7): precisions add, 1/σ² = 1/(1-ᾱ_prev) + α/(1-α).
+                # eq. 7): precisions, 1/variance, add up: 1/σ² = 1/(1-ᾱ_prev) + α/(1-α).
                 sigma = eta * ((1 - a_prev) / (1 - a) * (1 - alpha)).sqrt()           # DDIM eq. 16
                 rest = (1 - a_prev - sigma**2).clamp(min=0).sqrt()
                 z = a_prev.sqrt() * z0_hat + rest * eps_hat               # DDIM eq. 12, its α is ᾱ
@@ -1159,7 +1157,7 @@ def find_images(folder):
     """-> name, class, lot and modification time of each photograph under a folder.
     The class is the innermost folder's name, else what ISIC's or HAM10000's table says. The lot is
     a number; if it ends in 0, the photograph is held out. If there are folders val or test, the lot
-    is 0 there and 1 elsewhere; if not, a hash of lesion_id where that is known, else of the name.
+    is 0 there and 1 elsewhere; if not, a hash of lesion_id where that is known, else of the stem.
     trap: in a split by photograph, the network is measured on lesions seen in other photographs."""
     table, named, hashed, known = {}, [], [], 0
     # every *m*a*.csv in the folder or beside it: metadata, HAM10000_metadata, manifest
@@ -1180,7 +1178,7 @@ def find_images(folder):
             held = re.search(HELD_OUT, name)
             named.append((name, kind, 0 if held else 1, stamp))
             hashed.append((name, kind, digest(lesion), stamp))
-    say("named in a table of classes or lesions:", known, "images")
+    say("images named in a table of classes or lesions:", known)
     return hashed if all(lot for _, _, lot, _ in named) else named      # no 0: no such folder
 
 class Images:
@@ -1216,7 +1214,7 @@ class Images:
         say("data", source, len(self.names), "of", len(found), "images:", *self.classes)
 
     def rows(self, rows):
-        """uint8 (B,3,H,W). Opened anew each time: a memmap never frees what it has read."""
+        """uint8 (B,3,H,W). Opened anew each time: what an open memmap has read counts as memory."""
         shape = len(self.names), 3, self.size, self.size
         pixels = np.memmap(self.path, np.uint8, "r", shape=shape)
         return torch.from_numpy(pixels[rows.numpy()])
@@ -1230,9 +1228,12 @@ def fill_cache(path, found, read):                      # all into one file -> t
             bad[row[0]] = repr(e)               # not e: that would hold the image in memory
             return b""
     def write(f):
-        with ThreadPool() as pool:              # Ctrl-C ends it at once, its queue too
-            for image in bar(pool.imap(attempt, found), "preparing images", len(found)):
+        pool = ThreadPoolExecutor()
+        try:
+            for image in bar(pool.map(attempt, found), "preparing images", len(found)):
                 f.write(image)
+        finally:
+            pool.shutdown(cancel_futures=True)      # on Ctrl-C, too, which drops the queue
         if bad:
             say("skipped", len(bad), "images that cannot be read:", *list(bad.items())[:5])
         demand(len(bad) <= 0.2 * len(found), "--data: that is more than a fifth of all images")
@@ -1243,8 +1244,7 @@ def fill_cache(path, found, read):                      # all into one file -> t
 # A night of training is lost in three ways: a checkpoint half written when the power went, a resume
 # that restores the weights but not the rest, settings that silently differ.
 
-# A file appears complete or not at all: written aside, flushed to the disk, renamed.
-def write_whole(path, write):
+def write_whole(path, write):           # complete or not at all: aside, flushed to disk, renamed
     path.parent.mkdir(parents=True, exist_ok=True)
     for old in path.parent.glob(".*.[0-9]*.tmp"):       # a killed run's, a day old
         with suppress(OSError):
@@ -1317,7 +1317,7 @@ class Run:
                 self.step, self.log = state["step"], state["log"]
                 self.began -= state["seconds"]
         elif (cfg.folder / "last.pt").exists():         # overwritten: what it showed must go, too
-            for own in "recon_epoch*", "samples_epoch*", "curves.png", "evaluate.png", "metrics.*":
+            for own in "*_epoch_[0-9]*.png", "curves.png", "evaluate.png", "metrics.json":
                 for old in cfg.folder.glob(own):
                     old.unlink(missing_ok=True)         # another process may be faster
         self.steps_per_epoch = n / cfg.batch_size
@@ -1409,7 +1409,7 @@ class Run:
         self.save()
         mean_over_processes(torch.zeros(1))             # a barrier: all wait for that save
         then = "to go on, add --resume;" if self.status else then
-        say("saved at step", self.step, "--", then, shlex.quote(str(self.cfg.folder)))
+        say("saved at step", self.step, "--", then, shlex.quote(self.cfg.folder.as_posix()))
         return self.status
 # ------------------------------------------------------------------------------------------------
 # D. Pictures
@@ -1421,7 +1421,7 @@ def figure(path, width, rows):                          # with … as axes: draw
     yield fig.subplots(rows, squeeze=False).flatten()
     write_whole(path, lambda f: fig.savefig(f, format="png"))
 
-def draw_rows(path, rows):                              # {label: uint8 images}: a strip each, of 16
+def draw_rows(path, rows):                              # {label: uint8 images}: a strip each, ≤ 16
     columns = min(16, max(map(len, rows.values())))
     with figure(path, columns, len(rows)) as axes:
         for ax, (label, images) in zip(axes, rows.items()):
@@ -1477,7 +1477,7 @@ def reconstruct(vqgan, images, lpips, mixed):
     return numbers, torch.cat(copies)
 
 def features(lpips, images):
-    """uint8 (n,3,H,W) -> (n,512): last map of LPIPS's network, at 224×224, averaged over places."""
+    """uint8 (n,3,H,W) -> (n,512): at 224×224, LPIPS's network's last map, averaged over places."""
     found = []
     for part in images.split(32):
         x = to_float(part).to(lpips.scaling_layer.shift.device)
