@@ -80,7 +80,7 @@ class Settings:
     """What every command can be told."""
     seed: int = 0                       # what is drawn, trained and sampled is a function of it
     device: str = "auto"                # auto, or a torch device: cpu, cuda:1, mps
-    out: str = ""                       # empty: runs/vq, runs/ldm, runs/samples, or --ckpt's folder
+    out: str = ""                       # empty: runs/<kind>: vq, ldm, samples; or --ckpt's folder
 
     @property
     def folder(self):
@@ -103,7 +103,7 @@ class VQConfig(Settings):
     lpips: str = "auto"                 # LPIPS's net: squeeze, alex, vgg; off; auto: squeeze or off
     lpips_weight: amount = 0.1          # weight of LPIPS, a learnt distance of images
     commit_weight: amount = 0.25        # weight of the commitment loss beside the codebook's
-    gan_weight: amount = 0.4            # weight of the GAN, times lam, d_real - d_fake; 0: off
+    gan_weight: amount = 0.4            # weight of the GAN, × lam × (d_real - d_fake); 0: off
     gan_start: amount = 0.1             # part of the run after which the GAN joins
     # How fast, how long?
     lr: amount = 1e-3                   # learning rate of everything that has none of its own
@@ -337,7 +337,7 @@ class UpBlock(nn.Module):
     def __init__(self, c_in, c_out, emb_dim=None, c_skip=0):
         super().__init__()
         # trap: kernels of 3 at stride 2 overlap on some pixels only: a checkerboard. With 4, inner
-        # ones get 2×2 each (even and odd by other weights: a faint one can still be learnt).
+        # pixels sum 2×2 inputs (even and odd by other weights: a faint one may still come).
         self.up = nn.ConvTranspose2d(c_in, c_in, 4, stride=2, padding=1)
         self.res1 = ResBlock(c_in + c_skip, c_out, emb_dim)
         self.res2 = ResBlock(c_out, c_out, emb_dim)
@@ -540,7 +540,7 @@ def adaptive_weight(rec, adversarial, last):
 # 7. Stage 1: training
 # The generator steps first, then D on the same images. D joins after a tenth of the run: from early
 # blobs it would learn only that blur is fake. Watch: mse and lpips fall, codes used and perplexity
-# rise. With the GAN, look at D's mean logits: d_real 0 to 0.5, d_fake -0.5 to 0; equal: blind.
+# rise. With the GAN, D's healthy mean logits: d_real 0…0.5, d_fake -0.5…0; equal: D is blind.
 # Used before they are shown: Images (B), Run (C), draw_rows (D), reconstruct (E), Muon (F).
 
 def rate(step, progress):
@@ -638,7 +638,7 @@ def train_vq(cfg, state=None):
         if gan_on:
             with mixed:
                 # trap: without detach, D's loss leaves a gradient in the generator, towards looking
-                # fake. (Torch would raise: loss.backward() freed x_hat's graph, though not real's.)
+                # fake. (Torch raises: backward() freed x_hat's graph. real's is not part of loss.)
                 fake = disc(x_hat.detach())
             d_loss = hinge_loss(real, fake)
             # trap: the generator's backward left gradients in D; not zeroed, they push D(fake) up.
@@ -665,7 +665,7 @@ def train_vq(cfg, state=None):
 # 8. Stage 2: diffusion
 # Noise is added to a latent in T small steps until nothing is left of it; a network learns to say
 # what was added; sampling walks back. Levels t count from 0, and level 0 has some noise already:
-# z0 itself, the clean one, is level -1, where ᾱ = 1. With normal noise ε:
+# z0 itself, the clean one, is level -1. With normal noise ε:
 #   one step further     z_t = √α_t z_(t-1) + √β_t ε     α_t + β_t = 1: so variance 1 stays 1
 #   all steps at once    z_t = √ᾱ_t z0 + √(1-ᾱ_t) ε      ᾱ_t = α_0 · … · α_t: z0's variance in z_t
 #     (put in z_(t-1): its noise and ε make one noise of variance α_t (1-ᾱ_(t-1)) + β_t = 1-ᾱ_t)
@@ -694,7 +694,7 @@ class Diffusion:
             beta = 1 - curve[1:] / curve[:-1]       # 1 - α; α: the quotient of neighbouring ᾱ
         else:
             raise UserError("--schedule: must be linear or cosine")
-        alpha = 1 - beta.clamp(max=0.999)           # β = 1: then ᾱ = 0; for eps, z0_hat has 1/√ᾱ
+        alpha = 1 - beta.clamp(max=0.999)           # not 1: ᾱ would be 0; predict() has 1/√ᾱ
         alpha_bar = alpha.cumprod(0)                # in float64: rounded once, not T times
         # A 1 is appended: alpha_bar[-1] belongs to z0 itself, level -1, where sampling ends.
         self.alpha_bar = F.pad(alpha_bar, (0, 1), value=1).float()            # (T+1,)
@@ -774,13 +774,13 @@ class Diffusion:
                 # z0_hat is noised again, up to level t_prev, where the noise has variance 1-ᾱ_prev:
                 # σ² of it is fresh, the rest is eps_hat. Variances add: any split gives this sum.
                 # η = 0: none is fresh. η = 1: σ² is the variance of z_prev, given z_t and z0 (DDPM
-                # eq. 7): precisions, 1/variance, add up: 1/σ² = 1/(1-ᾱ_prev) + α/(1-α).
+                # eq. 7): 1/σ² = 1/(1-ᾱ_prev), from z0, + α/(1-α), from z_t (Bayes).
                 sigma = eta * ((1 - a_prev) / (1 - a) * (1 - alpha)).sqrt()           # DDIM eq. 16
                 rest = (1 - a_prev - sigma**2).clamp(min=0).sqrt()
                 z = a_prev.sqrt() * z0_hat + rest * eps_hat               # DDIM eq. 12, its α is ᾱ
             elif sampler == "ddpm":
-                # DDPM Algorithm 2, line 4: ddim's mean at η = 1, with z0_hat put in. σ² = β = 1-α
-                # fits data like N(0,1), ddim's smaller one data that are one point (DDPM sec. 3.2).
+                # DDPM Algorithm 2, line 4: ddim's mean at η = 1, z0_hat from z, eps_hat. σ² = 1-α
+                # is right for data N(0,1), ddim's (smaller) for data of one point (DDPM sec. 3.2).
                 sigma = (1 - alpha).sqrt()
                 z = (z - (1 - alpha) / (1 - a).sqrt() * eps_hat) / alpha.sqrt()
             else:
@@ -1065,7 +1065,7 @@ def sample(cfg):
 # A. Drawn lesions
 # Images to begin with, without a download. (They are cached: after a change here clear runs/cache.)
 
-LESIONS = {             # four colours; border: ragged, soft; network: dark (below 0: pale); dots
+LESIONS = {             # four colours; border: ragged, soft; pigment net: dark (below 0: pale); dots
     "keratosis-like": ("b89970 997a57 ccb894 8c7866", .09, .08, .05, .6),
     "melanoma-like": ("42261c 734a33 545c78 8c4545", .20, .12, .20, .5),
     "nevus-like": ("854f38 9e6647 613829 ad6b57", .04, .17, .24, .25),
@@ -1085,9 +1085,9 @@ def synthetic(i, size, seed=0):
     def distance(n, reach):             # of each pixel, (x,y) below, to n random points -> (n,H,W)
         at = span(-reach, reach, 2, n, 1, 1)
         return torch.hypot(x - at[0], y - at[1])
-    def mixture(colours, weights):                  # weights (n,H,W) of n colours -> (3,H,W)
+    def mixture(colours, logits):                   # logits (n,H,W) of n colours -> (3,H,W)
         rgb = torch.tensor(list(bytes.fromhex(colours))).view(-1, 3) / 255
-        return torch.einsum("nhw,nc->chw", weights.softmax(0), rgb + span(-.05, .05, len(rgb), 1))
+        return torch.einsum("nhw,nc->chw", logits.softmax(0), rgb + span(-.05, .05, len(rgb), 1))
 
     # A plane that is a little bent: nothing in it is quite straight or round.
     axis = torch.linspace(-1, 1, size)
@@ -1104,7 +1104,7 @@ def synthetic(i, size, seed=0):
     # Colour: patches of the four of its class; the more ragged, the harder their borders.
     body = mixture(colours, (3 + 40 * ragged) * noise(4, 4)) + .05 * noise(16)
 
-    # Texture: cells around 40 points; where two are equally near, a dark or pale wall. Then dots.
+    # Texture: cells around 40 points; where two are equally near, a wall (2/size: a pixel). Dots.
     first, second = distance(40, .8).topk(2, dim=0, largest=False).values
     wall = torch.exp(-((second - first) / (2.4 / size + .03)) ** 2)       # (H,W), 1 on it
     body = body * (1 - network * wall)
@@ -1149,7 +1149,7 @@ def read_image(path, size):                             # -> uint8 (3,size,size)
             im = Image.fromarray((np.asarray(im) // 257).astype(np.uint8))      # 65535 = 255·257
         if im.mode != "RGB":                    # what alpha hides is often junk: put it on white
             im = im.convert("RGBA")
-        im = ImageOps.fit(im, (size, size)).convert("RGBA")
+        im = ImageOps.fit(im, (size, size)).convert("RGBA")       # the middle square, scaled
         im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im)
     return np.asarray(im.convert("RGB")).transpose(2, 0, 1)
 
@@ -1179,7 +1179,7 @@ def find_images(folder):
             named.append((name, kind, 0 if held else 1, stamp))
             hashed.append((name, kind, digest(lesion), stamp))
     say("images named in a table of classes or lesions:", known)
-    return hashed if all(lot for _, _, lot, _ in named) else named      # no 0: no such folder
+    return named if 0 in [lot for _, _, lot, _ in named] else hashed    # 0: a folder val or test
 
 class Images:
     """Images at --size, drawn or decoded once, then read from the cache. labels: the class number
@@ -1188,7 +1188,7 @@ class Images:
         folder = Path(source)
         if source == "synthetic":
             kinds = list(LESIONS)
-            # name, class, lot (so, a tenth of each class), what else the pixels depend on
+            # name, class, lot (…0: a tenth of each class), what else the pixels depend on
             found = [(i, kinds[i % 4], i // 4, cfg.seed) for i in range(cfg.n_images)]
             def read(i):
                 return synthetic(i, cfg.size, cfg.seed).numpy()
@@ -1233,7 +1233,7 @@ def fill_cache(path, found, read):                      # all into one file -> t
             for image in bar(pool.map(attempt, found), "preparing images", len(found)):
                 f.write(image)
         finally:
-            pool.shutdown(cancel_futures=True)      # on Ctrl-C, too, which drops the queue
+            pool.shutdown(cancel_futures=True)      # Ctrl-C: what still waits is dropped
         if bad:
             say("skipped", len(bad), "images that cannot be read:", *list(bad.items())[:5])
         demand(len(bad) <= 0.2 * len(found), "--data: that is more than a fifth of all images")
@@ -1322,13 +1322,13 @@ class Run:
                     old.unlink(missing_ok=True)         # another process may be faster
         self.steps_per_epoch = n / cfg.batch_size
         self.steps = math.ceil(cfg.epochs * n / cfg.batch_size)
-        self.look_due()             # sets self.looks, so that a resumed run repeats none
+        self.look_due()             # looks due so far: a resumed run repeats none
         weights = len(parameters_to_vector(parts["model"].parameters()))
         say(f"{weights:,} weights, {n} images to train on, from step {self.step}")
 
     def seconds(self):
         return time.perf_counter() - self.began
-    def now(self):
+    def now(self):                                      # the part done
         if self.cfg.minutes:
             return self.seconds() / 60 / self.cfg.minutes
         return self.step / self.steps
@@ -1397,7 +1397,7 @@ class Run:
         if rank():                                      # not the first process
             return
         write_whole(self.cfg.folder / "last.pt", lambda f: torch.save(self.checkpoint(), f))
-        names = list(dict.fromkeys(name for row in self.log for name in row))
+        names = list(dict.fromkeys(name for row in self.log for name in row))      # each once
         with open(self.cfg.folder / "log.csv", "w", newline="") as f:
             table = csv.DictWriter(f, names)
             table.writeheader()
@@ -1525,7 +1525,7 @@ def evaluate(cfg):                                      # -> metrics.json, evalu
         made, z0 = model.images(SampleConfig(seed=cfg.seed), range(len(real)), label)
         pictures["samples"] = made
         if lpips:
-            # References: others, decoded (a perfect stage 2); real, decoded; others as they are.
+            # References: a perfect stage 2 (other, decoded); real, decoded; other as it is.
             perfect = reconstruct(vqgan, other, lpips, mixed)[1]
             sets = {"": made, "_perfect": perfect, "_recon": recon, "_real": other}
             a = features(lpips, real)
@@ -1617,12 +1617,12 @@ def run_command(argv):                                  # -> exit status; None i
 
 def main(argv):
     """Run one command. SystemExit 2: user's mistake, full disk or memory; 130, 143: a signal."""
-    if dist.is_torchelastic_launched():                 # by torchrun
+    if dist.is_torchelastic_launched():                 # by torchrun; gloo, nccl: its messengers
         cuda = torch.cuda.is_available()
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
         if cuda:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    with suppress(AttributeError):           # a console that lacks é must not end a run
+    with suppress(AttributeError):           # consoles lack é, notebooks reconfigure
         sys.stdout.reconfigure(errors="replace")
     status = 2
     try:
