@@ -1065,7 +1065,7 @@ def sample(cfg):
 # A. Drawn lesions
 # Images to begin with, without a download. (They are cached: after a change here clear runs/cache.)
 
-LESIONS = {             # four colours; border: ragged, soft; pigment net: dark (below 0: pale); dots
+LESIONS = {             # four colours; border: ragged, soft; pigment net: dark (<0: pale); dots
     "keratosis-like": ("b89970 997a57 ccb894 8c7866", .09, .08, .05, .6),
     "melanoma-like": ("42261c 734a33 545c78 8c4545", .20, .12, .20, .5),
     "nevus-like": ("854f38 9e6647 613829 ad6b57", .04, .17, .24, .25),
@@ -1397,7 +1397,7 @@ class Run:
         if rank():                                      # not the first process
             return
         write_whole(self.cfg.folder / "last.pt", lambda f: torch.save(self.checkpoint(), f))
-        names = list(dict.fromkeys(name for row in self.log for name in row))      # each once
+        names = list(dict.fromkeys(name for row in self.log for name in row))   # each once
         with open(self.cfg.folder / "log.csv", "w", newline="") as f:
             table = csv.DictWriter(f, names)
             table.writeheader()
