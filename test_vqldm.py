@@ -10,12 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 import numpy as np
-from PIL import Image
-import pytest
+import pytest, torch, vqldm
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
-import torch
-import vqldm
 from vqldm import Diffusion, UserError, rng
 
 torch.set_num_threads(1)        # these tensors are small: more threads only wait for each other
@@ -900,7 +898,7 @@ def test_looks_measure_the_held_out_images_and_no_other(calm):
 
 @POSIX
 @pytest.mark.parametrize("words, n", [("", 6), ("--data photos", 6), ("--data ../{}/photos/.", 6), (
-    "--data link", 6), ("--data ~/photos", 6), ("--data photos --n 4", 4), ("--data new", 5)])
+    "--data link", 6), ("--data ~/photos", 6), ("--n 4 --out o/e", 4), ("--data new", 5)])
 def test_evaluate_takes_only_held_out_images_of_the_training_folder(calm, monkeypatch, words, n):
     monkeypatch.setenv("HOME", str(calm[0]))
     blind_lpips(monkeypatch)
@@ -911,6 +909,7 @@ def test_evaluate_takes_only_held_out_images_of_the_training_folder(calm, monkey
     half, other = (words[1] for words, _ in calls)      # one is measured, one is for reference
     assert blue(half) == blue(other) == len(half) == len(other) == n
     assert len(torch.cat([half, other]).unique(dim=0)) == 2 * n
+    assert ("o/e" in words) <= Path("o/cache").is_dir()         # where it may write
 
 def test_what_evaluate_and_resume_would_get_wrong_is_refused(calm, monkeypatch, refused):
     assert "a folder" in refused("evaluate", "--data", "")      # not the folder that we are in
@@ -1111,14 +1110,15 @@ def test_each_process_of_torchrun_takes_its_own_gpu(monkeypatch):
     monkeypatch.setattr(os, "environ", dict(os.environ, TORCHELASTIC_RUN_ID="1", LOCAL_RANK="1"))
     assert cli("--help") == 0 and did == ["cpu:gloo,cuda:nccl", 1]
 
-def test_no_process_leaves_before_the_first_has_saved(calm, tmp_path, monkeypatch):
+def test_no_process_leaves_before_the_first_has_saved(calm, tmp_path, monkeypatch, capsys):
     """torchrun ends all as soon as one has failed: a signal to the second is to lose nothing."""
     did, save, mean = [], vqldm.Run.save, vqldm.mean_over_processes
     monkeypatch.setattr(vqldm.Run, "save", lambda self: [save(self), did.append("save")])
     monkeypatch.setattr(vqldm, "mean_over_processes", lambda x: [mean(x), did.append("meet")][0])
-    assert cli(*STAGES["ldm"], "--out", tmp_path) == 0 and did[-2:] == ["save", "meet"]
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == [
-        signal.default_int_handler, signal.SIG_DFL]                         # Python's again
+    (out := tmp_path / "a b").mkdir(), (out / "metrics.json").touch()       # somebody's
+    assert cli(*STAGES["ldm"], "--out", out) == 0 and did[-2:] == ["save", "meet"]
+    assert (out / "metrics.json").exists() and f"--ckpt '{out}'" in capsys.readouterr().out
+    assert [*map(signal.getsignal, (2, 15))] == [signal.default_int_handler, signal.SIG_DFL]
     assert [monkeypatch.setattr(vqldm, "rank", lambda: 1), save(None)] == [None] * 2    # no write
 
 @pytest.mark.parametrize("stage, name", [("vq", "augment"), ("ldm", "standardise")])
