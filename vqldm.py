@@ -1051,8 +1051,8 @@ def sample(cfg):
     if cfg.class_:
         demand(cfg.class_ in model.classes, f"--class: must be one of {model.classes}")
         label = torch.full_like(label, model.classes.index(cfg.class_))
-    cfg.folder.mkdir(parents=True, exist_ok=True)       # if it cannot be made, fail before the work
     pictures, latents = model.images(cfg, range(cfg.n), label)
+    cfg.folder.mkdir(parents=True, exist_ok=True)
     for i, image in enumerate(pictures):
         folder = cfg.folder / re.sub(r"[^\w ,+-]", "_", model.classes[label[i]])
         folder.mkdir(exist_ok=True)
