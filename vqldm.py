@@ -694,7 +694,7 @@ class Diffusion:
             beta = 1 - curve[1:] / curve[:-1]       # 1 - α; α: the quotient of neighbouring ᾱ
         else:
             raise UserError("--schedule: must be linear or cosine")
-        alpha = 1 - beta.clamp(max=0.999)           # not 1: ᾱ would be 0; predict() has 1/√ᾱ
+        alpha = 1 - beta.clamp(max=0.999)           # β = 1: ᾱ would be 0, and eps divides by √ᾱ
         alpha_bar = alpha.cumprod(0)                # in float64: rounded once, not T times
         # A 1 is appended: alpha_bar[-1] belongs to z0 itself, level -1, where sampling ends.
         self.alpha_bar = F.pad(alpha_bar, (0, 1), value=1).float()            # (T+1,)
@@ -1617,13 +1617,13 @@ def run_command(argv):                                  # -> exit status; None i
 
 def main(argv):
     """Run one command. SystemExit 2: user's mistake, full disk or memory; 130, 143: a signal."""
-    if dist.is_torchelastic_launched():                 # by torchrun; gloo, nccl: its messengers
+    if dist.is_torchelastic_launched():                 # by torchrun; gloo for CPUs, nccl for GPUs
         cuda = torch.cuda.is_available()
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
         if cuda:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    with suppress(AttributeError):           # consoles lack é, notebooks reconfigure
-        sys.stdout.reconfigure(errors="replace")
+    with suppress(AttributeError):                      # a notebook's stdout cannot do this
+        sys.stdout.reconfigure(errors="replace")         # for consoles that lack é
     status = 2
     try:
         status = run_command(argv)
