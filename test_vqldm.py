@@ -88,13 +88,6 @@ def test_attention_is_softmax_of_queries_times_keys_over_all_positions():
     y = own.out_proj((q @ k.transpose(1, 2) / math.sqrt(8)).softmax(2) @ v)
     assert torch.allclose(block(x), x + y.transpose(1, 2).view_as(x), atol=1e-5)
 
-def test_upsampling_paints_every_pixel_equally_often():
-    """From a constant image, with equal weights, comes a constant: no checkerboard of period 2."""
-    up = vqldm.UpBlock(3, 3).up
-    nn.init.ones_(up.weight), nn.init.zeros_(up.bias)
-    y = up(torch.ones(1, 3, 8, 8))
-    assert y.shape[-1] == 16 and y[..., 2:-2, 2:-2].std() < 1e-6 < y.mean()
-
 # ---- 5. The codebook ---------------------------------------------------------------------------
 def codebook(K=32, d=4):
     book = vqldm.Codebook(K, d)
@@ -131,7 +124,7 @@ def test_nearest_code_is_that_of_a_float64_search(dtype):
     excess = d.gather(1, k.flatten()[:, None])[:, 0] - d.amin(1)
     assert torch.equal(k, inside) and k.shape == (4, 16, 16) and excess.max() < 1e-5
 
-def test_codes_start_again_on_encoder_outputs_and_only_those_that_shall():
+def test_codes_start_again_on_encoder_outputs_and_only_those_that_shall(monkeypatch):
     book, z, e = codebook(64)
     before, dead = e.detach().clone(), torch.arange(64) % 3 == 0
     book.wins[~dead] = 1
@@ -141,6 +134,10 @@ def test_codes_start_again_on_encoder_outputs_and_only_those_that_shall():
     assert len(e[dead].unique(dim=0)) == dead.sum() and not book.wins.any()     # no two alike
     book.restart_unused(z[:1, :, :1, :1], rng(0))
     assert e.isfinite().all()                               # a single vector has no spread
+    monkeypatch.setattr(vqldm, "world", lambda: 2)          # all processes take the first's
+    monkeypatch.setattr("torch.distributed.broadcast", lambda codes, source: codes.fill_(source))
+    book.restart_unused(z, rng(0))
+    assert not e.any()
 
 # ---- 6. The losses of stage 1 ------------------------------------------------------------------
 def test_hinge_loss_by_hand():
@@ -469,7 +466,7 @@ def test_oracle_every_sampler_draws_the_data_from_the_perfect_network(
 # ---- 9. The UNet -------------------------------------------------------------------------------
 def test_unet_is_down_middle_and_up_with_skips_of_the_same_size_and_hears_time_and_class():
     """Written out: what each DownBlock has before it halves stands beside what the UpBlock of that
-    size has doubled; emb is time, in sines of periods from 2π towards 2π·10,000, plus class."""
+    size doubled, cell by cell; emb is time, in sines of periods 2π to 2π·10,000, plus class."""
     net, z, label = rough(vqldm.UNet(3, (8, 12), 3)), randn(3, 3, 8, 8), torch.arange(3)
     t, y, skips = torch.tensor([5, 50, 999]), net.first(z), []
     angle = t.double()[:, None] / 10_000 ** (torch.arange(16).double() / 16)
@@ -479,7 +476,7 @@ def test_unet_is_down_middle_and_up_with_skips_of_the_same_size_and_hears_time_a
         y = block.down(skips[-1])
     y = net.mid.res2(net.mid.attention(net.mid.res1(y, emb)), emb)
     for block in net.up:
-        y = torch.cat([block.up(y), skips.pop()], 1)
+        y = torch.cat([y.repeat_interleave(2, 2).repeat_interleave(2, 3), skips.pop()], 1)
         y = block.res2(block.res1(y, emb), emb)
     y = net.last(F.silu(net.norm(y)))
     assert torch.allclose(net(z, t, label), y, atol=1e-3) and y.shape == z.shape
@@ -882,7 +879,7 @@ def calm(tmp_path_factory):
 def blue(images):                       # uint8 (n,3,H,W): how many of them?
     return int((images[:, 2].float().mean((1, 2)) > images[:, 0].float().mean((1, 2))).sum())
 
-def test_looks_measure_the_held_out_images_and_no_other(calm):
+def test_looks_measure_the_held_out_images_and_no_other(calm, capsys):
     assert len(calm[1]) == 10 and all(blue(words[1]) == 12 for words, _ in calm[1])
     state = state_of("calm/ldm/last.pt")
     model = vqldm.LatentDiffusion(state, CPU, nullcontext())
@@ -893,8 +890,11 @@ def test_looks_measure_the_held_out_images_and_no_other(calm):
         assert (z0 - want).abs().mean() < 0.1 * want.abs().mean() and len(z0) == 12
     net = calm[2][-1][1].state_dict()
     assert same(net, state["ema"]) and not same(net, state["model"])    # what samples is measured
-    late = types.SimpleNamespace(looks=0, now=lambda: 0.0, seconds=lambda: 601.0)
+    late = types.SimpleNamespace(looks=0, log=[], step=0, save=list, now=float, seconds=lambda: 601)
     assert vqldm.Run.look_due(late) and not vqldm.Run.look_due(late)    # each ten minutes, too
+    for name, bad in ("latent_std", 2), ("latent_std", 0.5), ("codes_used_percent", 9), ("psnr", 9):
+        vqldm.Run.tell_look(late, {name: bad})
+    assert capsys.readouterr().out.count("WARNING") == 3
 
 @POSIX
 @pytest.mark.parametrize("words, n", [("", 6), ("--data photos", 6), ("--data ../{}/photos/.", 6), (

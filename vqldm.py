@@ -333,17 +333,16 @@ class MidBlock(nn.Module):
         return self.res2(y, emb)                                          # (B,C,h,w)
 
 class UpBlock(nn.Module):
-    """A transposed convolution (papers: upsample, convolve), the skip beside it, two ResBlocks."""
+    """Cells double (VQGAN's code: and are convolved), the skip comes beside; two ResBlocks."""
     def __init__(self, c_in, c_out, emb_dim=None, c_skip=0):
         super().__init__()
-        # trap: kernels of 3 at stride 2 overlap on some pixels only: a checkerboard. With 4, inner
-        # pixels sum 2×2 inputs (even and odd by other weights: a faint one may still come).
-        self.up = nn.ConvTranspose2d(c_in, c_in, 4, stride=2, padding=1)
         self.res1 = ResBlock(c_in + c_skip, c_out, emb_dim)
         self.res2 = ResBlock(c_out, c_out, emb_dim)
 
     def forward(self, x, emb=None, skip=None):                            # (B,c_in,h,w)
-        y = self.up(x)                                                    # (B,c_in,2h,2w)
+        # trap: a transposed convolution paints even and odd pixels by different weights: m of them
+        # leave a mesh of 2^m pixels, by which D knows every fake (Odena 2016, distill.pub).
+        y = F.interpolate(x, scale_factor=2, mode="nearest")              # (B,c_in,2h,2w)
         if skip is not None:
             y = torch.cat([y, skip], dim=1)                               # (B,c_in+c_skip,2h,2w)
         return self.res2(self.res1(y, emb), emb)                          # (B,c_out,2h,2w)
@@ -667,8 +666,8 @@ def train_vq(cfg, state=None):
 # what was added; sampling walks back. Levels t count from 0, and level 0 has some noise already:
 # z0 itself, the clean one, is level -1. With normal noise ε:
 #   one step further     z_t = √α_t z_(t-1) + √β_t ε     α_t + β_t = 1: so variance 1 stays 1
-#   all steps at once    z_t = √ᾱ_t z0 + √(1-ᾱ_t) ε      ᾱ_t = α_0 · … · α_t: z0's variance in z_t
-#     (put in z_(t-1): its noise and ε make one noise of variance α_t (1-ᾱ_(t-1)) + β_t = 1-ᾱ_t)
+#   all steps at once    z_t = √ᾱ_t z0 + √(1-ᾱ_t) ε      ᾱ_t = α_0 · … · α_t: z0's share of it
+#     (put z_(t-1) in: its noise and ε, as variances add, are one noise of α_t (1-ᾱ_(t-1)) + β_t)
 #   the network answers  ε, or v = √ᾱ_t ε - √(1-ᾱ_t) z0
 #   predict()            turns either answer into two guesses, z0_hat and eps_hat
 #   one step back        is made from these, by ddim or by ddpm
@@ -722,8 +721,7 @@ class Diffusion:
         a = self.alpha_bar_at(t, z_t)
         if self.target == "eps":                    # DDPM eq. 4, solved for z0
             return (z_t - (1 - a).sqrt() * out) / a.sqrt(), out
-        # With √ᾱ = cos φ and √(1-ᾱ) = sin φ: z_t = cos φ z0 + sin φ ε, v = cos φ ε - sin φ z0. That
-        # is a rotation, and here it is turned back.
+        # √ᾱ = cos φ, √(1-ᾱ) = sin φ: z0 and ε, turned by φ, are z_t and v. This turns them back.
         z0_hat = a.sqrt() * z_t - (1 - a).sqrt() * out                        # Salimans app. D
         eps_hat = (1 - a).sqrt() * z_t + a.sqrt() * out
         return z0_hat, eps_hat
@@ -747,9 +745,8 @@ class Diffusion:
 
     def pairs(self, steps):
         """Exactly `steps` pairs (t, t_prev), from T-1 down to -1, for 1 <= steps <= T.
-        ours: not evenly spaced. Step i = 0…S-1 starts at t ≈ T-1 - T (i/S)². For T = 1000 and S = 4
-        these are 999, 937, 749, 437. Short strides come first (DDIM app. D.2: last), since the
-        noisiest levels decide the large features of an image.
+        ours: step i = 0…S-1 starts at t ≈ T-1 - T (i/S)². For T = 1000 and S = 4: 999, 937, 749,
+        437. Strides are short in much noise, which decides the large features (DDIM D.2: long).
         trap: range(0, T, T // steps) can give too many: 1000 levels for 600 steps of T = 1000."""
         ts = []
         for i in range(steps):
@@ -771,16 +768,16 @@ class Diffusion:
             z0_hat, eps_hat = self.predict(net(z, t_all), z, t_all)
 
             if sampler == "ddim":
-                # z0_hat is noised again, up to level t_prev, where the noise has variance 1-ᾱ_prev:
-                # σ² of it is fresh, the rest is eps_hat. Variances add: any split gives this sum.
-                # η = 0: none is fresh. η = 1: σ² is the variance of z_prev, given z_t and z0 (DDPM
-                # eq. 7): 1/σ² = 1/(1-ᾱ_prev), from z0, + α/(1-α), from z_t (Bayes).
+                # z0_hat is noised again, up to level t_prev, where the noise has variance 1-ᾱ_prev.
+                # σ² of it is fresh, the rest is eps_hat, the noise that was found. With η = 0 none
+                # is fresh, so the first z decides everything. With η = 1 as large a share is fresh
+                # as of z_t's noise came after t_prev: (1-α) of (1-ᾱ) (derived: DDPM eq. 7).
                 sigma = eta * ((1 - a_prev) / (1 - a) * (1 - alpha)).sqrt()           # DDIM eq. 16
                 rest = (1 - a_prev - sigma**2).clamp(min=0).sqrt()
                 z = a_prev.sqrt() * z0_hat + rest * eps_hat               # DDIM eq. 12, its α is ᾱ
             elif sampler == "ddpm":
-                # DDPM Algorithm 2, line 4: ddim's mean at η = 1, z0_hat from z, eps_hat. σ² = 1-α
-                # is right for data N(0,1), ddim's (smaller) for data of one point (DDPM sec. 3.2).
+                # DDPM Algorithm 2, line 4: ddim's line with η = 1, if z0_hat in it is written out,
+                # (z - √(1-ᾱ) eps_hat)/√ᾱ; but with a larger σ² (DDPM sec. 3.2 allows both).
                 sigma = (1 - alpha).sqrt()
                 z = (z - (1 - alpha) / (1 - a).sqrt() * eps_hat) / alpha.sqrt()
             else:
@@ -797,7 +794,7 @@ class Diffusion:
 
 def time_embedding(t, dim):
     """t (B,) -> (B,dim): sines and cosines of growing period (Vaswani 2017, arXiv 1706.03762). Fast
-    ones tell neighbouring levels apart, slow ones distant levels: both are hard from t alone."""
+    ones tell neighbouring levels apart, slow ones distant ones; one number t does not do both."""
     frequency = 10_000 ** (-torch.arange(dim // 2, device=t.device) / (dim // 2))   # (dim/2,)
     angle = t.float()[:, None] * frequency                                # (B,dim/2)
     return torch.cat([angle.sin(), angle.cos()], dim=1)                   # (B,dim)
@@ -996,7 +993,8 @@ def load_vqgan(state, device):                          # -> VQGAN of a checkpoi
         return frozen(vqgan, state["model"], device), cfg
 
 class LatentDiffusion:
-    """All that makes images: UNet (its running mean), guide, Diffusion, VQGAN, scale, classes."""
+    """All that makes images: UNet (running mean), guide, Diffusion, VQGAN, scale, classes; and how
+    many of each class were trained on (E draws as many)."""
     def __init__(self, state, device, mixed):
         self.device, self.mixed = device, mixed
         self.vqgan, self.vq_cfg = load_vqgan(state.get("vq"), device)
@@ -1164,7 +1162,8 @@ def find_images(folder):
     for path in [*folder.parent.glob("*m*a*.csv"), *folder.glob("*m*a*.csv")]:
         with suppress(csv.Error, OSError):
             for row in csv.DictReader(path.open(encoding="utf-8-sig", errors="replace")):
-                table.setdefault(row.get("isic_id") or row.get("image_id"), {}).update(row)
+                stem = row.get("isic_id") or row.get("image_id")
+                table.setdefault(stem, {}).update(row)              # tables add to each other
     everything = glob.glob("**", root_dir=folder, recursive=True)     # links too, nothing hidden
     for path in sorted(folder / name for name in everything):
         name = path.relative_to(folder).as_posix()
@@ -1297,7 +1296,8 @@ def open_run(cfg, typed, resume, overwrite):
     demand(not differ, f"--resume goes on with the recorded settings: {differ}")
     if "epochs" in typed:                               # these replace recorded --minutes
         old = replace(old, minutes=0.0)
-    return replace(old, **{**typed, "out": cfg.out}), state     # out: where it lies now
+    typed["out"] = cfg.out                              # where the run lies now
+    return replace(old, **typed), state
 
 class Run:
     """A training run: yields steps until --epochs, --minutes or a signal ends it; logs and saves.
