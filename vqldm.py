@@ -333,15 +333,15 @@ class MidBlock(nn.Module):
         return self.res2(y, emb)                                          # (B,C,h,w)
 
 class UpBlock(nn.Module):
-    """Cells double (VQGAN's code: and are convolved), the skip comes beside; two ResBlocks."""
+    """Each cell becomes 2×2 alike, the skip's channels come beside them, two ResBlocks follow."""
     def __init__(self, c_in, c_out, emb_dim=None, c_skip=0):
         super().__init__()
         self.res1 = ResBlock(c_in + c_skip, c_out, emb_dim)
         self.res2 = ResBlock(c_out, c_out, emb_dim)
 
     def forward(self, x, emb=None, skip=None):                            # (B,c_in,h,w)
-        # trap: a transposed convolution paints even and odd pixels by different weights: m of them
-        # leave a mesh of 2^m pixels, by which D knows every fake (Odena 2016, distill.pub).
+        # trap: a transposed convolution paints even and odd pixels by different weights. The mesh
+        # tells D what is fake (Odena 2016, distill.pub). VQGAN's code: a convolution after this.
         y = F.interpolate(x, scale_factor=2, mode="nearest")              # (B,c_in,2h,2w)
         if skip is not None:
             y = torch.cat([y, skip], dim=1)                               # (B,c_in+c_skip,2h,2w)
@@ -666,8 +666,8 @@ def train_vq(cfg, state=None):
 # what was added; sampling walks back. Levels t count from 0, and level 0 has some noise already:
 # z0 itself, the clean one, is level -1. With normal noise ε:
 #   one step further     z_t = √α_t z_(t-1) + √β_t ε     α_t + β_t = 1: so variance 1 stays 1
-#   all steps at once    z_t = √ᾱ_t z0 + √(1-ᾱ_t) ε      ᾱ_t = α_0 · … · α_t: z0's share of it
-#     (put z_(t-1) in: its noise and ε, as variances add, are one noise of α_t (1-ᾱ_(t-1)) + β_t)
+#   all steps at once    z_t = √ᾱ_t z0 + √(1-ᾱ_t) ε      ᾱ_t = α_0 · … · α_t: z0's share
+#     (z_(t-1) put in: two noises, which make one, of variance α_t (1-ᾱ_(t-1)) + β_t = 1-ᾱ_t)
 #   the network answers  ε, or v = √ᾱ_t ε - √(1-ᾱ_t) z0
 #   predict()            turns either answer into two guesses, z0_hat and eps_hat
 #   one step back        is made from these, by ddim or by ddpm
@@ -688,7 +688,7 @@ class Diffusion:
         elif schedule == "cosine":              # Nichol & Dhariwal 2021, arXiv 2102.09672, eq. 17
             part = torch.arange(T + 1, dtype=torch.float64) / T              # 0…1
             # curve: the ᾱ wanted. It falls more evenly; linear's last third is nearly all noise.
-            # Without 0.008, level 0 of 1000 would have 1/17 of its noise: too little to learn.
+            # Without 0.008, level 0 of 1000 would have 1/17 of its noise's variance: too little.
             curve = torch.cos((part + 0.008) / 1.008 * math.pi / 2) ** 2
             beta = 1 - curve[1:] / curve[:-1]       # 1 - α; α: the quotient of neighbouring ᾱ
         else:
@@ -746,7 +746,7 @@ class Diffusion:
     def pairs(self, steps):
         """Exactly `steps` pairs (t, t_prev), from T-1 down to -1, for 1 <= steps <= T.
         ours: step i = 0…S-1 starts at t ≈ T-1 - T (i/S)². For T = 1000 and S = 4: 999, 937, 749,
-        437. Strides are short in much noise, which decides the large features (DDIM D.2: long).
+        437. Strides are short in much noise, which decides the large features (DDIM: even or long).
         trap: range(0, T, T // steps) can give too many: 1000 levels for 600 steps of T = 1000."""
         ts = []
         for i in range(steps):
@@ -761,7 +761,7 @@ class Diffusion:
         for t, t_prev in self.pairs(steps):
             a = self.alpha_bar_at(t, z)
             a_prev = self.alpha_bar_at(t_prev, z)
-            # trap: these levels are further apart than the trained ones, so α is made anew from
+            # trap: these levels may be further apart than the trained ones: α is made anew from
             # them. With the trained α_t, ddpm takes too little away in each step and ends in noise.
             alpha = a / a_prev
             t_all = torch.full((len(z),), t, device=z.device)                 # (B,)
@@ -770,14 +770,14 @@ class Diffusion:
             if sampler == "ddim":
                 # z0_hat is noised again, up to level t_prev, where the noise has variance 1-ᾱ_prev.
                 # σ² of it is fresh, the rest is eps_hat, the noise that was found. With η = 0 none
-                # is fresh, so the first z decides everything. With η = 1 as large a share is fresh
-                # as of z_t's noise came after t_prev: (1-α) of (1-ᾱ) (derived: DDPM eq. 7).
+                # is fresh, so the first z decides everything. With η = 1 the fresh share is
+                # (1-α)/(1-ᾱ), the share of z_t's noise that came after t_prev (DDPM eq. 7).
                 sigma = eta * ((1 - a_prev) / (1 - a) * (1 - alpha)).sqrt()           # DDIM eq. 16
                 rest = (1 - a_prev - sigma**2).clamp(min=0).sqrt()
                 z = a_prev.sqrt() * z0_hat + rest * eps_hat               # DDIM eq. 12, its α is ᾱ
             elif sampler == "ddpm":
                 # DDPM Algorithm 2, line 4: ddim's line with η = 1, if z0_hat in it is written out,
-                # (z - √(1-ᾱ) eps_hat)/√ᾱ; but with a larger σ² (DDPM sec. 3.2 allows both).
+                # (z - √(1-ᾱ) eps_hat)/√ᾱ. But σ² is larger: right if z0, too, is normal (sec. 3.2).
                 sigma = (1 - alpha).sqrt()
                 z = (z - (1 - alpha) / (1 - a).sqrt() * eps_hat) / alpha.sqrt()
             else:
@@ -794,7 +794,7 @@ class Diffusion:
 
 def time_embedding(t, dim):
     """t (B,) -> (B,dim): sines and cosines of growing period (Vaswani 2017, arXiv 1706.03762). Fast
-    ones tell neighbouring levels apart, slow ones distant ones; one number t does not do both."""
+    ones tell neighbouring levels apart, slow ones distant ones; t alone serves a net badly."""
     frequency = 10_000 ** (-torch.arange(dim // 2, device=t.device) / (dim // 2))   # (dim/2,)
     angle = t.float()[:, None] * frequency                                # (B,dim/2)
     return torch.cat([angle.sin(), angle.cos()], dim=1)                   # (B,dim)
