@@ -916,8 +916,7 @@ def train_ldm(cfg, state=None):
     """Stage 2: from a stage-1 checkpoint to one with all that sampling needs. -> exit status."""
     diffusion = Diffusion(cfg.T, cfg.schedule, cfg.target)
     device, mixed = pick_device(cfg)
-    # A resumed run has its VQGAN in its own checkpoint (see facts).
-    vq = state.get("vq") if state else load_checkpoint(cfg.vq, "--vq", "vq")
+    vq = state.get("vq") if state else load_checkpoint(cfg.vq, "--vq", "vq")  # kept by facts, below
     vqgan, vq_cfg = load_vqgan(vq, device)
     side = vq_cfg.side
     demand(side % 2 ** len(cfg.widths) == 0, "--widths: codes cannot be halved so often")
@@ -1084,8 +1083,9 @@ def synthetic(i, size, seed=0):
         at = span(-reach, reach, 2, n, 1, 1)
         return torch.hypot(x - at[0], y - at[1])
     def mixture(colours, logits):                   # logits (n,H,W) of n colours -> (3,H,W)
-        rgb = torch.tensor(list(bytes.fromhex(colours))).view(-1, 3) / 255
-        return torch.einsum("nhw,nc->chw", logits.softmax(0), rgb + span(-.05, .05, len(rgb), 1))
+        rgb = torch.tensor(list(bytes.fromhex(colours))).view(-1, 3) / 255              # (n,3)
+        rgb += span(-.05, .05, len(rgb), 1)             # each a little lighter or darker
+        return torch.einsum("nhw,nc->chw", logits.softmax(0), rgb)
 
     # A plane that is a little bent: nothing in it is quite straight or round.
     axis = torch.linspace(-1, 1, size)
