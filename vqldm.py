@@ -103,7 +103,7 @@ class VQConfig(Settings):
     lpips: str = "auto"                 # LPIPS's net: squeeze, alex, vgg; off; auto: squeeze or off
     lpips_weight: amount = 0.1          # weight of LPIPS, a learnt distance of images
     commit_weight: amount = 0.25        # weight of the commitment loss beside the codebook's
-    gan_weight: amount = 0.4            # weight of the GAN, × lam × (d_real - d_fake); 0: off
+    gan_weight: amount = 0.4            # weight of the GAN, × lam × D's lead (section 7); 0: off
     gan_start: amount = 0.1             # part of the run after which the GAN joins
     # How fast, how long?
     lr: amount = 1e-3                   # learning rate of everything that has none of its own
@@ -340,8 +340,8 @@ class UpBlock(nn.Module):
         self.res2 = ResBlock(c_out, c_out, emb_dim)
 
     def forward(self, x, emb=None, skip=None):                            # (B,c_in,h,w)
-        # trap: a transposed convolution paints even and odd pixels by different weights. The mesh
-        # tells D what is fake (Odena 2016, distill.pub). VQGAN's code: a convolution after this.
+        # trap: a transposed convolution weights even and odd pixels differently: a mesh, which
+        # gives fakes away (Odena 2016, distill.pub). VQGAN's code: a convolution after this.
         y = F.interpolate(x, scale_factor=2, mode="nearest")              # (B,c_in,2h,2w)
         if skip is not None:
             y = torch.cat([y, skip], dim=1)                               # (B,c_in+c_skip,2h,2w)
@@ -539,7 +539,7 @@ def adaptive_weight(rec, adversarial, last):
 # 7. Stage 1: training
 # The generator steps first, then D on the same images. D joins after a tenth of the run: from early
 # blobs it would learn only that blur is fake. Watch: mse and lpips fall, codes used and perplexity
-# rise. With the GAN, D's healthy mean logits: d_real 0…0.5, d_fake -0.5…0; equal: D is blind.
+# rise. D's mean logits: d_real 0…0.5, d_fake -0.5…0 is healthy; 1, -1: D wins; equal: it is blind.
 # Used before they are shown: Images (B), Run (C), draw_rows (D), reconstruct (E), Muon (F).
 
 def rate(step, progress):
@@ -560,8 +560,8 @@ def vq_optimizers(vqgan, cfg):
     kernels = [p for p in blocks.parameters() if p.dim() == 4 and cfg.muon_lr > 0]
     codes = vqgan.codebook.embedding.weight
     rest = [p for p in vqgan.parameters() if p not in {codes, *kernels}]      # a set: by identity
-    # ours: only codebook_loss moves a code, and Adam divides a gradient by its size. So a weight on
-    # that loss would change nothing: to keep up with z, codes need a learning rate of their own.
+    # ours: a code's gradient comes from codebook_loss only, and Adam divides it by its size. So a
+    # weight on that loss would change nothing: to keep up with z, codes need a rate of their own.
     groups = [{"params": rest}, {"params": [codes], "lr": cfg.codes_lr}]
     adam = torch.optim.Adam(groups, cfg.lr, betas=(0.9, 0.99), fused=True)
     return adam, Muon(kernels, cfg.muon_lr)
@@ -637,7 +637,7 @@ def train_vq(cfg, state=None):
         if gan_on:
             with mixed:
                 # trap: without detach, D's loss leaves a gradient in the generator, towards looking
-                # fake. (Torch raises: backward() freed x_hat's graph. real's is not part of loss.)
+                # fake. (Torch raises: backward() freed x_hat's graph; real's it did not pass.)
                 fake = disc(x_hat.detach())
             d_loss = hinge_loss(real, fake)
             # trap: the generator's backward left gradients in D; not zeroed, they push D(fake) up.
@@ -663,8 +663,8 @@ def train_vq(cfg, state=None):
 # ------------------------------------------------------------------------------------------------
 # 8. Stage 2: diffusion
 # Noise is added to a latent in T small steps until nothing is left of it; a network learns to say
-# what was added; sampling walks back. Levels t count from 0, and level 0 has some noise already:
-# z0 itself, the clean one, is level -1. With normal noise ε:
+# what was added; sampling walks back. Levels t count from 0, and level 0 has some noise already.
+# So z0, the clean one, is not z_t at t = 0: it is level -1. With normal noise ε:
 #   one step further     z_t = √α_t z_(t-1) + √β_t ε     α_t + β_t = 1: so variance 1 stays 1
 #   all steps at once    z_t = √ᾱ_t z0 + √(1-ᾱ_t) ε      ᾱ_t = α_0 · … · α_t: z0's share
 #     (z_(t-1) put in: two noises, which make one, of variance α_t (1-ᾱ_(t-1)) + β_t = 1-ᾱ_t)
@@ -688,7 +688,7 @@ class Diffusion:
         elif schedule == "cosine":              # Nichol & Dhariwal 2021, arXiv 2102.09672, eq. 17
             part = torch.arange(T + 1, dtype=torch.float64) / T              # 0…1
             # curve: the ᾱ wanted. It falls more evenly; linear's last third is nearly all noise.
-            # Without 0.008, level 0 of 1000 would have 1/17 of its noise's variance: too little.
+            # Without 0.008, level 0's noise would have 1/17 of its variance: nothing to learn by.
             curve = torch.cos((part + 0.008) / 1.008 * math.pi / 2) ** 2
             beta = 1 - curve[1:] / curve[:-1]       # 1 - α; α: the quotient of neighbouring ᾱ
         else:
@@ -717,7 +717,7 @@ class Diffusion:
         """The network's answer -> (z0_hat, eps_hat), both (B,d,h,w).
         trap: with ε, z0_hat gets the network's error times 1/√ᾱ, which is 157 (linear) or 20,291
         (cosine) at t = 999: colours off, latents of std 2 or 3. With v, no factor is above 1.
-        trap: if z0_hat is clipped to ±1, as for pixels, latents come out with std 0.7."""
+        trap: clipped to ±1, as pixels may be, z0_hat has std 0.7: z0 has std 1 and no bounds."""
         a = self.alpha_bar_at(t, z_t)
         if self.target == "eps":                    # DDPM eq. 4, solved for z0
             return (z_t - (1 - a).sqrt() * out) / a.sqrt(), out
@@ -736,8 +736,8 @@ class Diffusion:
         """How much each t (B,) counts in training.
         ours: this curve for v, 1 in the middle (ᾱ = 1/2), 1/4 at both ends. In little noise an
         error in v hardly matters: predict() multiplies it by √(1-ᾱ), nearly 0, and rounding to a
-        code removes the rest. In much noise the loss stays large whatever the network does. Neither
-        end should drown out the middle, or go untaught. (EDM, 2206.00364, argues alike.)"""
+        code removes the rest. In much noise v is ≈ -z0, which none can know: the loss stays large.
+        Neither should drown out the middle, or go untaught. (EDM, 2206.00364, argues alike.)"""
         a = self.alpha_bar.to(t.device)[t]
         if self.target != "v":                      # all equal, as in DDPM
             return torch.ones_like(a)
@@ -746,7 +746,7 @@ class Diffusion:
     def pairs(self, steps):
         """Exactly `steps` pairs (t, t_prev), from T-1 down to -1, for 1 <= steps <= T.
         ours: step i = 0…S-1 starts at t ≈ T-1 - T (i/S)². For T = 1000 and S = 4: 999, 937, 749,
-        437. Strides are short in much noise, which decides the large features (DDIM: even or long).
+        437. Strides are short in much noise, which decides the large features (DDIM: same or long).
         trap: range(0, T, T // steps) can give too many: 1000 levels for 600 steps of T = 1000."""
         ts = []
         for i in range(steps):
@@ -776,8 +776,8 @@ class Diffusion:
                 rest = (1 - a_prev - sigma**2).clamp(min=0).sqrt()
                 z = a_prev.sqrt() * z0_hat + rest * eps_hat               # DDIM eq. 12, its α is ᾱ
             elif sampler == "ddpm":
-                # DDPM Algorithm 2, line 4: ddim's line with η = 1, if z0_hat in it is written out,
-                # (z - √(1-ᾱ) eps_hat)/√ᾱ. But σ² is larger: right if z0, too, is normal (sec. 3.2).
+                # DDPM Algorithm 2, line 4: the mean is that of ddim's line with η = 1, z0_hat in
+                # it written out: (z - √(1-ᾱ) eps_hat)/√ᾱ. σ² is larger: 1-α (sec. 3.2 has both).
                 sigma = (1 - alpha).sqrt()
                 z = (z - (1 - alpha) / (1 - a).sqrt() * eps_hat) / alpha.sqrt()
             else:
@@ -841,9 +841,9 @@ def guided(net, guide, label, w, below):
     w = 1 is strong alone; a larger w goes further in the direction in which the class pulls. (CFG's
     own w is this w minus 1.) At t >= below (0.8 T), in much noise, there is no guidance: it would
     cost variety (Kynkäänniemi 2024, arXiv 2404.07724, has none in little noise either).
-    ours: weak lacks the class, as in CFG, so w leads towards it; and it lacks training: it is the
-    `guide`, the running mean of the weights (update_ema) after a fifth of the run. It errs where
-    strong does, but more, so w leads away from there (Karras 2406.02507: smaller, younger)."""
+    ours: weak lacks the class, as in CFG, so w leads towards the class. And weak is less trained:
+    it is `guide`, what the running mean (update_ema) was after a fifth of the run. It errs where
+    strong does, but more: w leads away from these errors (Karras 2406.02507: smaller, younger)."""
     def answer(z_t, t):
         strong = net(z_t, t, label)
         if w == 1 or t[0] >= below:         # here all t are equal
