@@ -27,7 +27,7 @@ Contents  1. Settings                       7. Stage 1: training      For refere
           5. Stage 1: the VQGAN            11. Sampling               D. Pictures       G. Commands
           6. Stage 1: the losses
 Run it    python vqldm.py train-vq, then train-ldm, then sample; evaluate measures.
-          "trap" marks a frequent mistake, "ours" what no paper here has (small choices apart).
+          "trap" marks a frequent mistake, "ours" an idea of no paper here (small ones: unmarked).
 """
 import argparse, csv, functools, glob, json, math, os, random, re, shlex, sys, time, warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -83,7 +83,7 @@ class Settings:
     out: str = ""                       # empty: runs/<kind>: vq, ldm, samples; or --ckpt's folder
 
     @property
-    def folder(self):
+    def folder(self):                   # (evaluate has no kind: it asks only if --out is given)
         return Path(self.out or f"runs/{self.kind}").expanduser()
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class SampleConfig(Settings):
     class_: str = ""                    # only this class; empty: all, in turn
     steps: count = 50                   # S, steps from noise to image, at most T
     sampler: str = "ddim"               # ddim, or ddpm, which wants many more steps
-    eta: amount = 0.0                   # fresh noise in a ddim step: 0 none, 1 most (ddpm has more)
+    eta: amount = 0.0                   # fresh noise in a ddim step: 0 none … 1 much (ddpm: more)
     guidance: amount = 2.2              # 1: plain; more: more typical, less varied
 
 @dataclass(frozen=True)
@@ -340,8 +340,8 @@ class UpBlock(nn.Module):
         self.res2 = ResBlock(c_out, c_out, emb_dim)
 
     def forward(self, x, emb=None, skip=None):                            # (B,c_in,h,w)
-        # trap: a transposed convolution weights even and odd pixels differently: a mesh, which
-        # gives fakes away (Odena 2016, distill.pub). VQGAN's code: a convolution after this.
+        # trap: a transposed convolution weights even and odd pixels differently: a mesh over the
+        # image (Odena 2016, distill.pub). VQGAN's code: as here, then a convolution.
         y = F.interpolate(x, scale_factor=2, mode="nearest")              # (B,c_in,2h,2w)
         if skip is not None:
             y = torch.cat([y, skip], dim=1)                               # (B,c_in+c_skip,2h,2w)
@@ -349,14 +349,14 @@ class UpBlock(nn.Module):
 
 def levels(widths):
     """(c_in, c_out) of each DownBlock: (16, 64) -> (16, 16), (16, 64); for UpBlocks, backwards."""
-    return list(zip([widths[0], *widths], widths))
+    return list(zip([widths[0], *widths[:-1]], widths))
 # ------------------------------------------------------------------------------------------------
 # 5. Stage 1: the VQGAN
 # The encoder makes the grid small, the codebook makes it discrete, the decoder undoes both. Why
 # discrete? In the VQGAN paper, because its stage 2 predicts code numbers one by one, like words of
 # a text. Here, because rounding to the nearest code corrects what stage 2 gets slightly wrong.
 # The codebook, K learnt vectors, is delicate: choosing the nearest has no gradient, and a code that
-# is never chosen never learns. Watch codes used (%) and perplexity (how many in effect, 1 to K).
+# is never chosen never learns. Watch codes used (%), perplexity (e^entropy; K: all equally often).
 
 class Encoder(nn.Module):
     """x -> z: Conv, m DownBlocks, MidBlock, Norm, SiLU, Conv (VQGAN Table 7)."""
@@ -415,7 +415,7 @@ class Codebook(nn.Module):
         return k.view(B, h, w)                                            # (B,h,w)
 
     def lookup(self, k):                                                  # (B,h,w)
-        """z_q = e_k (VQ eq. 2). Contiguous: with d last in memory, GroupNorms in bf16 are slow."""
+        """z_q = e_k (VQ eq. 2). Contiguous: convolutions keep d last, slow for Norms in bf16."""
         return rearrange(self.embedding(k), "B h w d -> B d h w").contiguous()        # (B,d,h,w)
 
     def forward(self, z):                                                 # (B,d,h,w)
@@ -453,7 +453,6 @@ class Codebook(nn.Module):
         if world() > 1:                     # each process has vectors of its own: take the first's
             dist.broadcast(self.embedding.weight.data, 0)
 
-    @torch.no_grad()
     def count(self, k):
         """Note which codes won. What matters is 0 or not, so a mean over processes will do."""
         wins = torch.bincount(k.flatten(), minlength=len(self.wins)).float()
@@ -526,15 +525,15 @@ def hinge_loss(real, fake):
     return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
 
 def adaptive_weight(rec, adversarial, last):
-    """lam = ‖∇_L rec‖ / (‖∇_L adversarial‖ + δ), VQGAN eq. 7; L: last layer, rec: mse + LPIPS,
-    adversarial: -D(x_hat). Its gradient can be a thousand times stronger or weaker than rec's, and
+    """lam = ‖∇_L rec‖ / (‖∇_L adversarial‖ + δ), VQGAN eq. 7; L: last layer, rec: mse + weighted
+    LPIPS, adversarial: -D(x_hat), whose gradient can be a thousand times stronger or weaker, and
     changes as D learns; times lam, it pushes L as hard as rec. (All layers would cost too much.)"""
-    # Without create_graph, what comes out has no graph: to the loss, lam is a plain number.
-    grad_rec, = torch.autograd.grad(rec, last, retain_graph=True)
-    grad_adv, = torch.autograd.grad(adversarial, last, retain_graph=True)
-    norm_rec = mean_over_processes(grad_rec).norm()
-    norm_adv = mean_over_processes(grad_adv).norm()
-    return (norm_rec / (norm_adv + 1e-4)).clamp(max=1e4)    # ∇ may be ~0; as VQGAN's code
+    # To loss.backward() lam is a constant. retain_graph: it still needs the graph used here.
+    def push(loss):                                         # ‖∇_L loss‖
+        gradient, = torch.autograd.grad(loss, last, retain_graph=True)
+        return mean_over_processes(gradient).norm()
+    lam = push(rec) / (push(adversarial) + 1e-4)
+    return lam.clamp(max=1e4)                               # ∇ may be ~0; as VQGAN's code
 # ------------------------------------------------------------------------------------------------
 # 7. Stage 1: training
 # The generator steps first, then D on the same images. D joins after a tenth of the run: from early
@@ -543,7 +542,7 @@ def adaptive_weight(rec, adversarial, last):
 # Used before they are shown: Images (B), Run (C), draw_rows (D), reconstruct (E), Muon (F).
 
 def rate(step, progress):
-    """Factor of all rates: up in 50 steps, down in the last 60 % (DDPM's code: up, in 5,000)."""
+    """Rates' factor: up in 50 steps, down to 0.01 in the last 60 % (DDPM's code: up, in 5,000)."""
     up = (step + 1) / 50
     down = (1 - progress) / 0.6
     return max(0.01, min(1, up, down))
@@ -554,12 +553,12 @@ def set_learning_rate(optimizer, factor):
 
 def vq_optimizers(vqgan, cfg):
     """-> Adam, Muon. Muon trains the kernels of the blocks (F says why; with Adam, the error after
-    equally many steps is 1.5 to 2 times as large), Adam all else (VQGAN's code: β 0.5, 0.9)."""
+    equally many steps is 1.5 to 2 times as large), Adam all else (VQGAN's code: betas 0.5, 0.9)."""
     enc, dec = vqgan.encoder, vqgan.decoder
     blocks = nn.ModuleList([enc.down, enc.mid, dec.mid, dec.up])
-    kernels = [p for p in blocks.parameters() if p.dim() == 4 and cfg.muon_lr > 0]
+    kernels = [p for p in blocks.parameters() if p.dim() == 4] if cfg.muon_lr > 0 else []
     codes = vqgan.codebook.embedding.weight
-    rest = [p for p in vqgan.parameters() if p not in {codes, *kernels}]      # a set: by identity
+    rest = [p for p in vqgan.parameters() if p not in {codes, *kernels}]  # set: same object, no ==
     # ours: a code's gradient comes from codebook_loss only, and Adam divides it by its size. So a
     # weight on that loss would change nothing: to keep up with z, codes need a rate of their own.
     groups = [{"params": rest}, {"params": [codes], "lr": cfg.codes_lr}]
@@ -581,11 +580,11 @@ def train_vq(cfg, state=None):
     adam, muon = vq_optimizers(vqgan, cfg)
     adam_d = torch.optim.Adam(disc.parameters(), cfg.d_lr, betas=(0.5, 0.9), fused=True)
     parts = {"model": vqgan, "disc": disc, "adam": adam, "muon": muon, "adam_d": adam_d}
-    run = Run(cfg, n, parts, facts={}, state=state)     # yields steps, logs, saves; progress: 0…1
+    run = Run(cfg, n, parts, facts={}, state=state)     # yields steps, logs; a look: each tenth
     if not state:
         label = images.labels[images.train]
         preview = {images.classes[i]: images.rows(images.train[label == i][:16])
-                   for i in label.unique()}
+                   for i in label.unique()[:16]}
         draw_rows(cfg.folder / "data_preview.png", preview)
         with torch.no_grad():                   # the codes start on encoder outputs
             some = images.train[shuffled(n, cfg.seed, 0)[:64]]
@@ -604,10 +603,12 @@ def train_vq(cfg, state=None):
         with mixed:
             x_hat, z, k, codebook_loss, commit_loss = vqgan(x)
         mse = F.mse_loss(x_hat, x)
-        perceptual = lpips(x_hat, x).mean() if lpips else torch.zeros_like(mse)
-        rec = mse + cfg.lpips_weight * perceptual       # VQGAN's code: L1, not mse
+        losses = {"mse": mse, "codebook": codebook_loss}
+        rec = mse                                       # VQGAN's code: L1, not mse
+        if lpips:
+            losses["lpips"] = lpips(x_hat, x).mean()
+            rec = mse + cfg.lpips_weight * losses["lpips"]
         loss = rec + codebook_loss + cfg.commit_weight * commit_loss   # VQGAN eq. 4, VQ eq. 3
-        losses = {"mse": mse, "lpips": perceptual, "codebook": codebook_loss}
 
         gan_on = cfg.gan_weight > 0 and run.progress >= cfg.gan_start
         if gan_on:
@@ -615,11 +616,11 @@ def train_vq(cfg, state=None):
                 real, fake = disc(x), disc(x_hat)
             adversarial = -fake.mean()          # D is fooled if its logits are high (VQGAN's code)
             lam = adaptive_weight(rec, adversarial, vqgan.decoder.last.weight)
-            # ours: the better D tells real from fake, the more it counts. A blind D's gradient is
+            # ours: D's lead, how well it tells real from fake, is a factor. A blind D's gradient is
             # meaningless; lam would amplify it, x_hat would jump about, and D could never catch up.
             gap = (real.mean() - fake.mean()).detach()
-            sees = mean_over_processes(gap).clamp(0, 1)
-            loss = loss + cfg.gan_weight * sees * lam * adversarial           # VQGAN eq. 6
+            lead = mean_over_processes(gap).clamp(0, 1)
+            loss = loss + cfg.gan_weight * lead * lam * adversarial           # VQGAN eq. 6
 
         vqgan.zero_grad()
         loss.backward()
@@ -636,8 +637,8 @@ def train_vq(cfg, state=None):
         # ---- the discriminator, on the same images ----
         if gan_on:
             with mixed:
-                # trap: without detach, D's loss leaves a gradient in the generator, towards looking
-                # fake. (Torch raises: backward() freed x_hat's graph; real's it did not pass.)
+                # trap: without detach, d_loss would push x_hat towards fake. (Torch raises instead:
+                # loss.backward() freed x_hat's graph; it never passed real's, as gap is detached.)
                 fake = disc(x_hat.detach())
             d_loss = hinge_loss(real, fake)
             # trap: the generator's backward left gradients in D; not zeroed, they push D(fake) up.
@@ -652,8 +653,8 @@ def train_vq(cfg, state=None):
         # ---- tell, measure, draw, save ----
         run.tell(losses)
         if run.look_due():
-            some = images.rows(images.val[:256])                              # held-out images
-            held, copies = reconstruct(vqgan, some, lpips, mixed)
+            some = images.rows(images.val[:256])                              # never trained on
+            held, copies = reconstruct(vqgan, some, lpips, mixed)             # measures, x_hats
             draw_rows(run.picture("recon"), {"original": some, "reconstruction": copies})
             run.tell_look(held)
 
@@ -666,7 +667,7 @@ def train_vq(cfg, state=None):
 # what was added; sampling walks back. Levels t count from 0, and level 0 has some noise already.
 # So z0, the clean one, is not z_t at t = 0: it is level -1. With normal noise ε:
 #   one step further     z_t = √α_t z_(t-1) + √β_t ε     α_t + β_t = 1: so variance 1 stays 1
-#   all steps at once    z_t = √ᾱ_t z0 + √(1-ᾱ_t) ε      ᾱ_t = α_0 · … · α_t: z0's share
+#   all steps at once    z_t = √ᾱ_t z0 + √(1-ᾱ_t) ε      ᾱ_t = α_0 · … · α_t: variance from z0
 #     (z_(t-1) put in: two noises, which make one, of variance α_t (1-ᾱ_(t-1)) + β_t = 1-ᾱ_t)
 #   the network answers  ε, or v = √ᾱ_t ε - √(1-ᾱ_t) z0
 #   predict()            turns either answer into two guesses, z0_hat and eps_hat
@@ -699,8 +700,9 @@ class Diffusion:
         self.alpha_bar = F.pad(alpha_bar, (0, 1), value=1).float()            # (T+1,)
 
     def alpha_bar_at(self, t, z):
-        """ᾱ_t, shaped to multiply z, for t (B,) or one t."""
-        return self.alpha_bar.to(z.device)[t].view(-1, 1, 1, 1)               # (B,1,1,1)
+        """ᾱ_t, called a from here on (alpha is α), shaped to multiply z; t: (B,) or one number."""
+        a = self.alpha_bar.to(z.device)[t]                                    # (B,)
+        return a.view(-1, 1, 1, 1)                                        # (B,1,1,1); one t: B = 1
 
     def add_noise(self, z0, t, eps):                                          # (B,d,h,w), (B,)
         """DDPM eq. 4: z_t = √ᾱ z0 + √(1-ᾱ) ε, all steps at once; the variances add up to 1."""
@@ -746,7 +748,7 @@ class Diffusion:
     def pairs(self, steps):
         """Exactly `steps` pairs (t, t_prev), from T-1 down to -1, for 1 <= steps <= T.
         ours: step i = 0…S-1 starts at t ≈ T-1 - T (i/S)². For T = 1000 and S = 4: 999, 937, 749,
-        437. Strides are short in much noise, which decides the large features (DDIM: same or long).
+        437. Short strides in much noise, where large features arise (DDIM: equal, or long there).
         trap: range(0, T, T // steps) can give too many: 1000 levels for 600 steps of T = 1000."""
         ts = []
         for i in range(steps):
@@ -776,8 +778,8 @@ class Diffusion:
                 rest = (1 - a_prev - sigma**2).clamp(min=0).sqrt()
                 z = a_prev.sqrt() * z0_hat + rest * eps_hat               # DDIM eq. 12, its α is ᾱ
             elif sampler == "ddpm":
-                # DDPM Algorithm 2, line 4: the mean is that of ddim's line with η = 1, z0_hat in
-                # it written out: (z - √(1-ᾱ) eps_hat)/√ᾱ. σ² is larger: 1-α (sec. 3.2 has both).
+                # DDPM Algorithm 2, line 4. Same mean as ddim's line with η = 1: put in z0_hat =
+                # (z - √(1-ᾱ) eps_hat)/√ᾱ, sum eps_hat's factors. σ²: 1-α, more (sec. 3.2: both).
                 sigma = (1 - alpha).sqrt()
                 z = (z - (1 - alpha) / (1 - a).sqrt() * eps_hat) / alpha.sqrt()
             else:
@@ -837,7 +839,7 @@ class UNet(nn.Module):
 def guided(net, guide, label, w, below):
     """-> a net(z_t, t) that is led towards its class by classifier-free guidance (CFG eq. 6):
 
-        out = weak + w (strong - weak)          strong is told the class, weak is not
+        out = weak + w (strong - weak)    w: --guidance. strong is told the class, weak is not
     w = 1 is strong alone; a larger w goes further in the direction in which the class pulls. (CFG's
     own w is this w minus 1.) At t >= below (0.8 T), in much noise, there is no guidance: it would
     cost variety (Kynkäänniemi 2024, arXiv 2404.07724, has none in little noise either).
@@ -859,7 +861,6 @@ def guided(net, guide, label, w, below):
 # and std too. Look at the samples: the loss says little, as most of it is what no network can know.
 # Used before they are shown: load_vqgan and LatentDiffusion (11), load_checkpoint (C).
 
-@torch.no_grad()
 def encode_images(vqgan, images, device, mixed):
     """All images -> their code numbers (n,h,w): 4 MB for 4,096 images in 16×16 codes."""
     grids = []
@@ -884,10 +885,10 @@ def measure_scale(k, e):
 def standardise(z, scale):
     """z (B,d,h,w) -> z0; unstandardise goes back. Nothing is scaled anywhere else.
     trap: a std copied from another model, or unstandardise forgotten: wrong colours, contrast."""
-    mean, std = scale.view(2, 1, -1, 1, 1)                                # (1,d,1,1) each
+    mean, std = scale.view(2, -1, 1, 1)                                   # (d,1,1) each
     return (z - mean) / std
 def unstandardise(z0, scale):
-    mean, std = scale.view(2, 1, -1, 1, 1)
+    mean, std = scale.view(2, -1, 1, 1)
     return z0 * std + mean
 
 @torch.no_grad()
@@ -895,28 +896,26 @@ def update_ema(ema, net, step, decay):
     """The running mean of the weights, for sampling: ema <- decay·ema + (1-decay)·net. Steps jump
     about the goal, as no two batches are alike; the mean lies closer to it. trap: with a decay
     of 0.9999 from the first step on, 1,000 steps keep 90 % first weights: samples are noise."""
-    decay = min(decay, (1 + step) / (10 + step))
+    decay = min(decay, (1 + step) / (10 + step))        # 0.1 at step 0, 0.9 at 80, 0.99 at 890
     for mean, p in zip(ema.parameters(), net.parameters()):
         mean.lerp_(p, 1 - decay)
 
-@torch.no_grad()
 def look_ldm(model, z0, label, path):
     """A LatentDiffusion's held-out loss, at each look with the same noise; draws 16 samples."""
-    t = torch.arange(len(z0)) * model.cfg.T // len(z0)                    # (n,) evenly over 0…T-1
-    eps = torch.randn(z0.shape, generator=rng("held-out noise"))
-    t, eps, label = [a.to(z0.device) for a in (t, eps, label)]
+    t = torch.arange(len(z0), device=z0.device) * model.cfg.T // len(z0)    # (n,) evenly over 0…T-1
+    eps = torch.randn(z0.shape, generator=rng("held-out noise")).to(z0.device)
     with model.mixed:
-        loss = model.diffusion.loss(model.net, z0, t, eps, label)         # (n,)
-    classes = torch.arange(16) * len(model.classes) // 16
+        loss = model.diffusion.loss(model.net, z0, t, eps, label.to(z0.device))           # (n,)
+    classes = model.trained[torch.arange(16) * len(model.trained) // 16]
     pictures, latents = model.images(SampleConfig(), range(16), classes)
     draw_rows(path, {"samples": pictures})
     return {"loss": float(loss.mean()), "latent_std": float(latents.std())}
 
 def train_ldm(cfg, state=None):
-    """Stage 2: from a stage-1 checkpoint to one with all that sampling needs. -> exit status."""
+    """Stage 2: from a stage-1 checkpoint to one that holds it, too (facts). -> exit status."""
     diffusion = Diffusion(cfg.T, cfg.schedule, cfg.target)
     device, mixed = pick_device(cfg)
-    vq = state.get("vq") if state else load_checkpoint(cfg.vq, "--vq", "vq")  # kept by facts, below
+    vq = state.get("vq") if state else load_checkpoint(cfg.vq, "--vq", "vq")
     vqgan, vq_cfg = load_vqgan(vq, device)
     side = vq_cfg.side
     demand(side % 2 ** len(cfg.widths) == 0, "--widths: codes cannot be halved so often")
@@ -942,10 +941,11 @@ def train_ldm(cfg, state=None):
     for step in run:
         set_learning_rate(adam, rate(step, run.progress))
         draw = rng(cfg.seed, "step", step)
-        rows = images.train[next_rows(n, step, cfg.batch_size, cfg.seed)]                 # (B,)
+        chosen = next_rows(n, step, cfg.batch_size, cfg.seed)                 # (B,)
         if cfg.balance:
-            p = 1 / class_counts[images.labels[images.train]]
-            rows = images.train[p.multinomial(cfg.batch_size, replacement=True, generator=draw)]
+            p = 1 / class_counts[images.labels[images.train]]             # (n,) up to a factor
+            chosen = p.multinomial(cfg.batch_size, replacement=True, generator=draw)
+        rows = images.train[chosen]                                           # (B,)
         # trap: 0…T-2 would never train pure noise, where sampling starts; 1…T-1 not the cleanest.
         t = torch.randint(cfg.T, (cfg.batch_size,), generator=draw)           # (B,) in 0…T-1
         eps = torch.randn(cfg.batch_size, vq_cfg.z_dim, side, side, generator=draw)
@@ -1001,6 +1001,7 @@ class LatentDiffusion:
             self.cfg = LDMConfig(**state["config"])
             self.diffusion = Diffusion(self.cfg.T, self.cfg.schedule, self.cfg.target)
             self.classes, self.class_counts = state["classes"], state["class_counts"].float()
+            self.trained = self.class_counts.nonzero().flatten()    # a class may be held out whole
             self.scale = state["scale"].view(2, self.vq_cfg.z_dim).to(device)     # (2,d)
             net = UNet(self.vq_cfg.z_dim, self.cfg.widths, len(self.classes))
             self.guide = frozen(deepcopy(net), state["guide"], device)
@@ -1015,13 +1016,12 @@ class LatentDiffusion:
         return draw
 
     def walk(self, cfg, numbers, label):
-        """From noise: yields (z_t, z0_hat) after each step. Call it inside `mixed`."""
+        """Yields (z_t, z0_hat) after each step, computed when asked for: so ask inside `mixed`."""
         draw = self.noise(cfg.seed, numbers)
         net = guided(self.net, self.guide, label.to(self.device), cfg.guidance, 0.8 * self.cfg.T)
         steps = min(cfg.steps, self.cfg.T)
         return self.diffusion.sample(net, draw(), steps, cfg.sampler, cfg.eta, draw)
 
-    @torch.no_grad()
     def decode(self, z0):
         """Latents z0 (B,d,h,w) -> uint8 images (B,3,H,W)."""
         with self.mixed:
@@ -1044,15 +1044,15 @@ def sample(cfg):
     state = load_checkpoint(cfg.ckpt, "--ckpt", "ldm")
     demand(not any(cfg.folder.glob("*")), f"--out {cfg.folder}: is not empty; name a new folder")
     model = LatentDiffusion(state, *pick_device(cfg))
-    label = torch.arange(cfg.n) % len(model.classes)                      # (n,) each in turn
+    classes = model.trained
     if cfg.class_:
         demand(cfg.class_ in model.classes, f"--class: must be one of {model.classes}")
-        label = torch.full_like(label, model.classes.index(cfg.class_))
+        classes = torch.tensor([model.classes.index(cfg.class_)])
+    label = classes[torch.arange(cfg.n) % len(classes)]                   # (n,) each in turn
     pictures, latents = model.images(cfg, range(cfg.n), label)
-    cfg.folder.mkdir(parents=True, exist_ok=True)
     for i, image in enumerate(pictures):
         folder = cfg.folder / re.sub(r"[^\w ,+-]", "_", model.classes[label[i]])
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         write_png(image, f"{folder}/{i:05d}.png")
     rows = {model.classes[k]: pictures[label == k] for k in label.unique()}
     draw_rows(cfg.folder / "grid.png", rows)
@@ -1076,10 +1076,10 @@ def synthetic(i, size, seed=0):
 
     def span(lo, hi, *shape):                       # the next random numbers, uniform in lo…hi
         return lo + (hi - lo) * torch.rand(shape, generator=tape)
-    def noise(cells, channels=1):                   # smooth, about -1…1; more cells: a finer grain
+    def noise(cells, channels=1):       # a grid of random numbers in about -1…1, smoothly enlarged
         coarse = span(-1, 1, 1, channels, cells, cells)
         return F.interpolate(coarse, (size, size), mode="bicubic", align_corners=True)[0]
-    def distance(n, reach):             # of each pixel, (x,y) below, to n random points -> (n,H,W)
+    def distance(n, reach):             # of each pixel, at x, y below, to n random points (n,H,W)
         at = span(-reach, reach, 2, n, 1, 1)
         return torch.hypot(x - at[0], y - at[1])
     def mixture(colours, logits):                   # logits (n,H,W) of n colours -> (3,H,W)
@@ -1092,33 +1092,33 @@ def synthetic(i, size, seed=0):
     plane = torch.stack(torch.meshgrid(axis, axis, indexing="xy"))        # (2,H,W)
     x, y = plane + .15 * noise(4, 2) + .03 * noise(10, 2)                 # (H,W) each
 
-    # Skin: five tones in random parts (span: 0 to 6, of shape 5,1,1), cloudy, with a grain.
+    # Skin: 5 tones, each weighs 0 to 6 and clouds of ±1 (softmax: one mostly wins); then a grain.
     image = mixture(SKIN, span(0, 6, 5, 1, 1) + noise(3, 5)) + .03 * noise(24)
 
     # Border: a circle, more or less ragged.
     radius = span(.30, .56) + 2 * ragged * noise(6)[0]
     lesion = torch.sigmoid(5 / soft * (radius - torch.hypot(x, y)))       # (H,W), 1 inside
 
-    # Colour: patches of the four of its class; the more ragged, the harder their borders.
+    # Colour: patches of the class's four colours; the more ragged, the sharper their borders.
     body = mixture(colours, (3 + 40 * ragged) * noise(4, 4)) + .05 * noise(16)
 
-    # Texture: cells around 40 points; where two are equally near, a wall (2/size: a pixel). Dots.
+    # Texture: 40 random points; a wall where the two nearest are equally far (2/size: a pixel).
     first, second = distance(40, .8).topk(2, dim=0, largest=False).values
     wall = torch.exp(-((second - first) / (2.4 / size + .03)) ** 2)       # (H,W), 1 on it
     body = body * (1 - network * wall)
     spots = torch.sigmoid((span(.01, .08, 9, 1, 1) - distance(9, .4)) * size)     # (9,H,W)
-    spots = spots * (span(0, 1, 9, 1, 1) < dots)
+    spots = spots * (span(0, 1, 9, 1, 1) < dots)    # up to nine dots, each there with chance dots
     body = body * (1 - .8 * spots.amax(0))
-    image = torch.lerp(image, body, lesion * span(.85, 1))
+    image = torch.lerp(image, body, lesion * span(.85, 1))      # skin + weight · (body - skin)
 
-    # Hairs on three of ten images: lines in turned coordinates, from a random start on.
+    # Hairs on three of ten images: along, across: x, y turned and shifted; width, start, darkness.
     if span(0, 1) < .3:
         for _ in range(int(span(2, 10))):
             turn = span(0, 6.3)
             along = x * turn.cos() + y * turn.sin()
             across = y * turn.cos() - x * turn.sin() + span(-.8, .8)
-            hair = torch.sigmoid((span(.006, .014) - across.abs()) * size) * (along > span(-1.5, 0))
-            image = image * (1 - span(.6, .9) * hair)
+            hair = torch.sigmoid((span(.006, .014) - across.abs()) * size)      # 1 on the line
+            image = image * (1 - (along > span(-1.5, 0)) * span(.6, .9) * hair)
 
     # On some, the dark round edge of the dermatoscope.
     if span(0, 1) < .18:
@@ -1130,10 +1130,10 @@ def synthetic(i, size, seed=0):
 # One bad image can end a run after hours, and decoding JPEGs would take most of a laptop's time.
 # So each image is opened once, before training, and its pixels are written into one file.
 
-PHOTO = r"(?i).*\.(bmp|gif|jpe?g|png|tiff?|webp)$"      # but no masks, nothing of our own:
+PHOTO = r"(?i).*\.(bmp|gif|jpe?g|png|tiff?|webp)$"      # but no masks, no pictures of a run:
 NO_PHOTO = (r"(?i)(_seg|_superpixels|_expert|-partial)[^/]*$|[_-]mask\.\w+$|(^|/)(masks|runs)/"
             r"|(^|/)(grid|trajectory|curves|evaluate|data_preview|\w+_epoch_[\d.]+)\.png$")
-HELD_OUT = r"(?i)(?<![^/])(val(id(ation)?)?|test(ing)?)/"   # (?<![^/]): at a name's start
+HELD_OUT = r"(?i)(?<![^/])(val(id(ation)?)?|test(ing)?)/"   # (?<![^/]): at the start or after a /
 # Folders that are no class are cut out of a path: nevus/train/1.jpg is of class nevus.
 NO_CLASS = HELD_OUT + r"|(?<![^/])(train(ing)?|(HAM10000_)?images(_part_\d)?)/"
 
@@ -1143,27 +1143,27 @@ def read_image(path, size):                             # -> uint8 (3,size,size)
         im.draft("RGB", (size, size))           # JPEG at 1/2, 1/4 or 1/8 of its size: faster
         demand(im.mode != "F", "pixels are floats: save them in 8 or 16 bits")
         im = ImageOps.exif_transpose(im)        # cameras store "turn me" beside the pixels
-        if im.mode[0] == "I":                   # 16 bits: PIL would clip them at 255, to white
+        if im.mode[0] == "I":                   # of 16 bits: PIL would clip at 255, to white
             im = Image.fromarray((np.asarray(im) // 257).astype(np.uint8))      # 65535 = 255·257
-        if im.mode != "RGB":                    # what alpha hides is often junk: put it on white
-            im = im.convert("RGBA")
-        im = ImageOps.fit(im, (size, size)).convert("RGBA")       # the middle square, scaled
+        # The middle square, scaled, on white: what a transparent part hides is often junk.
+        im = ImageOps.fit(im.convert("RGBA"), (size, size))
         im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im)
     return np.asarray(im.convert("RGB")).transpose(2, 0, 1)
 
 def find_images(folder):
     """-> name, class, lot and modification time of each photograph under a folder.
-    The class is the innermost folder's name, else what ISIC's or HAM10000's table says. The lot is
+    The class is the innermost folder's name (NO_CLASS cut out), else what a table says. The lot is
     a number; if it ends in 0, the photograph is held out. If there are folders val or test, the lot
     is 0 there and 1 elsewhere; if not, a hash of lesion_id where that is known, else of the stem.
     trap: in a split by photograph, the network is measured on lesions seen in other photographs."""
     table, named, hashed, known = {}, [], [], 0
-    # every *m*a*.csv in the folder or beside it: metadata, HAM10000_metadata, manifest
-    for path in [*folder.parent.glob("*m*a*.csv"), *folder.glob("*m*a*.csv")]:
+    # tables in the folder or beside it: ISIC's metadata.csv, HAM10000_metadata.csv, a manifest
+    for path in [*folder.parent.glob("*[mM]*a*.csv"), *folder.glob("*[mM]*a*.csv")]:
         with suppress(csv.Error, OSError):
             for row in csv.DictReader(path.open(encoding="utf-8-sig", errors="replace")):
                 stem = row.get("isic_id") or row.get("image_id")
-                table.setdefault(stem, {}).update(row)              # tables add to each other
+                filled = {column: word for column, word in row.items() if word}
+                table.setdefault(stem, {}).update(filled)           # tables add to each other
     everything = glob.glob("**", root_dir=folder, recursive=True)     # links too, nothing hidden
     for path in sorted(folder / name for name in everything):
         name = path.relative_to(folder).as_posix()
@@ -1187,7 +1187,7 @@ class Images:
         folder = Path(source)
         if source == "synthetic":
             kinds = list(LESIONS)
-            # name, class, lot (…0: a tenth of each class), what else the pixels depend on
+            # name, class, lot (ends in 0 for a tenth of each class), seed (pixels depend on it)
             found = [(i, kinds[i % 4], i // 4, cfg.seed) for i in range(cfg.n_images)]
             def read(i):
                 return synthetic(i, cfg.size, cfg.seed).numpy()
@@ -1199,14 +1199,14 @@ class Images:
         self.size = cfg.size
         self.path = cache / f"{folder.name}-{self.size}-{digest((folder, found)):x}.u8"
         index = self.path.with_suffix(".pt")
-        if not index.exists():
+        if not index.exists():                  # written last: where it is, all pixels are
             good = fill_cache(self.path, found, read)
             write_whole(index, lambda f: torch.save(good, f))
-        self.names, kinds, lots, _ = zip(*torch.load(index))
+        self.names, kinds, lots, _ = zip(*torch.load(index))     # rows -> columns
         self.classes = sorted(set(kinds))
         self.labels = torch.tensor([self.classes.index(kind) for kind in kinds])
         last = torch.tensor(lots) % 10
-        held = last == last.min()               # if no lot ends in 0: those that end in 1…
+        held = (last == last.min())             # 0; if no lot ends in 0: those that end in 1…
         self.train = (~held).nonzero().flatten()
         val = held.nonzero().flatten()          # in a folder the first are of one class: mix
         self.val = val[torch.randperm(len(val), generator=rng("held out"))]
@@ -1214,8 +1214,7 @@ class Images:
 
     def rows(self, rows):
         """uint8 (B,3,H,W). Opened anew each time: what an open memmap has read counts as memory."""
-        shape = len(self.names), 3, self.size, self.size
-        pixels = np.memmap(self.path, np.uint8, "r", shape=shape)
+        pixels = np.memmap(self.path, np.uint8, "r").reshape(-1, 3, self.size, self.size)
         return torch.from_numpy(pixels[rows.numpy()])
 
 def fill_cache(path, found, read):                      # all into one file -> the good ones
@@ -1224,7 +1223,7 @@ def fill_cache(path, found, read):                      # all into one file -> t
         try:
             return read(row[0]).tobytes()
         except Exception as e:                  # PIL raises nearly anything on a broken file
-            bad[row[0]] = repr(e)               # not e: that would hold the image in memory
+            bad[row[0]] = repr(e)               # not e: its traceback holds the image
             return b""
     def write(f):
         pool = ThreadPoolExecutor()
@@ -1243,9 +1242,9 @@ def fill_cache(path, found, read):                      # all into one file -> t
 # A night of training is lost in three ways: a checkpoint half written when the power went, a resume
 # that restores the weights but not the rest, settings that silently differ.
 
-def write_whole(path, write):           # complete or not at all: aside, flushed to disk, renamed
+def write_whole(path, write):           # all or nothing: a file beside it, flushed to disk, renamed
     path.parent.mkdir(parents=True, exist_ok=True)
-    for old in path.parent.glob(".*.[0-9]*.tmp"):       # a killed run's, a day old
+    for old in path.parent.glob(f".*{path.suffix}.[0-9]*.tmp"):     # a killed run's, a day old
         with suppress(OSError):
             if time.time() - old.stat().st_mtime > 86_400:
                 old.unlink()
@@ -1256,8 +1255,8 @@ def write_whole(path, write):           # complete or not at all: aside, flushed
             f.flush()
             os.fsync(f.fileno())
         for _ in range(20):
-            with suppress(PermissionError):             # Windows, while somebody reads the old one
-                return os.replace(tmp, path)
+            with suppress(PermissionError):     # Windows refuses while somebody reads the old one
+                return os.replace(tmp, path)    # done
             time.sleep(0.1)
         os.replace(tmp, path)
     finally:
@@ -1283,7 +1282,7 @@ def load_checkpoint(where, name, *kinds):
     return {**state, "folder": path.parent}
 
 def open_run(cfg, typed, resume, overwrite):
-    """-> the settings of a run, and the checkpoint to go on from, or None. typed: flags."""
+    """-> a run's settings, the checkpoint to go on from or None. typed: what the user gave."""
     last = cfg.folder / "last.pt"
     if overwrite or not (resume or last.exists()):
         return cfg, None
@@ -1294,9 +1293,9 @@ def open_run(cfg, typed, resume, overwrite):
     differ = [f"{flag(name)} was {getattr(old, name)}" for name, value in typed.items()
               if name not in MAY_CHANGE and value != getattr(old, name)]
     demand(not differ, f"--resume goes on with the recorded settings: {differ}")
-    if "epochs" in typed:                               # these replace recorded --minutes
-        old = replace(old, minutes=0.0)
-    typed["out"] = cfg.out                              # where the run lies now
+    if "epochs" in typed:                               # instead of recorded --minutes; progress
+        old = replace(old, minutes=0.0)                 # is counted anew, so rates rise again
+    typed["out"] = cfg.out                              # where it lies now: it may have moved
     return replace(old, **typed), state
 
 class Run:
@@ -1307,7 +1306,7 @@ class Run:
         demand(n, "--data: no images to train on, all are held out")
         demand(cfg.batch_size % world() == 0, "--batch-size: no multiple of torchrun's processes")
         self.cfg, self.parts, self.facts = cfg, parts, facts
-        self.step = self.bad = self.looks = self.status = 0
+        self.step = self.bad = self.looks = self.status = 0     # bad: skipped steps in a row
         self.log = []
         self.began = time.perf_counter()
         if state:
@@ -1322,7 +1321,7 @@ class Run:
                     old.unlink(missing_ok=True)         # another process may be faster
         self.steps_per_epoch = n / cfg.batch_size
         self.steps = math.ceil(cfg.epochs * n / cfg.batch_size)
-        self.look_due()             # looks due so far: a resumed run repeats none
+        self.look_due()             # sets self.looks, so that a resumed run repeats none
         weights = len(parameters_to_vector(parts["model"].parameters()))
         say(f"{weights:,} weights, {n} images to train on, from step {self.step}")
 
@@ -1343,7 +1342,7 @@ class Run:
             signal(SIGINT, SIG_DFL)             # not SIGTERM: torchrun may send several
         signal(SIGINT, ask)
         signal(SIGTERM, ask)
-        if not self.log:                        # if it cannot be saved, fail before the work
+        if not self.log:                        # new; if it cannot be saved, fail before the work
             self.save()
         left = None if self.cfg.minutes else self.steps - self.step
         with bar(None, "training", left) as self.line:
@@ -1353,17 +1352,17 @@ class Run:
                 self.line.update()
 
     def time_left(self):
-        # A signal adds 130 or more: then the mean is above 1, and all processes stop at this step.
+        # A signal adds 130 or more: the mean of up to 130 processes is then above 1, and all stop.
         now = torch.tensor(self.now() + self.status, dtype=torch.float64)
         self.progress = float(mean_over_processes(now))
         return self.progress < 1
 
-    def look_due(self):                                 # at each tenth, and every ten minutes
+    def look_due(self):     # looks: tenths plus ten-minutes so far; when it has grown, one is due
         before = self.looks
         self.looks = int(10 * self.now()) + self.seconds() // 600
         return self.looks > before and rank() == 0
 
-    def skips(self, norm):                              # five bad steps in a row: divergence
+    def skips(self, norm):                              # -> bad steps in a row, 0: go on
         self.bad = 0 if norm.isfinite() else self.bad + 1
         if self.bad:
             say("WARNING step", self.step, "is skipped: its gradient is not finite")
@@ -1383,7 +1382,7 @@ class Run:
         words = [f"{name} {value:.4g}" for name, value in held.items()]
         say(f"{min(1, self.now()):4.0%} held out:", *words)
         if held.get("codes_used_percent", 100) < 25:
-            say("WARNING few codes are used: normal early only")
+            say("WARNING few codes are used: normal early, or on few images")
         if not 0.7 < held.get("latent_std", 1) < 1.4:
             say("WARNING the latents' std is far from 1: normal early only")
         self.save()
@@ -1408,14 +1407,14 @@ class Run:
     def finish(self, then):                             # -> exit status
         self.save()
         mean_over_processes(torch.zeros(1))             # a barrier: all wait for that save
-        then = "to go on, add --resume;" if self.status else then
+        then = "to go on, add --resume; it lies in" if self.status else then
         say("saved at step", self.step, "--", then, shlex.quote(self.cfg.folder.as_posix()))
         return self.status
 # ------------------------------------------------------------------------------------------------
 # D. Pictures
 
 @contextmanager
-def figure(path, width, rows):                          # with … as axes: draw, one below the other
+def figure(path, width, rows):                          # with figure(…) as axes: draw on them
     from matplotlib.figure import Figure                # not pyplot: needs no window
     fig = Figure(figsize=(width, 1.3 * rows), layout="constrained")
     yield fig.subplots(rows, squeeze=False).flatten()
@@ -1437,7 +1436,7 @@ def draw_curves(path, log, names):                      # a panel for each colum
             ax.plot([row["step"] for row in rows], [row[name] for row in rows])
             ax.set_title(name, fontsize=9)
 
-def draw_trajectory(path, model, cfg, label):           # from noise to one image, at eight moments
+def draw_trajectory(path, model, cfg, label):           # from noise to one image, in 8 frames
     with model.mixed:
         guesses = [z0_hat for _, z0_hat in model.walk(cfg, [0], label)]
     moments = torch.linspace(0, len(guesses) - 1, 8).long()
@@ -1445,8 +1444,8 @@ def draw_trajectory(path, model, cfg, label):           # from noise to one imag
     draw_rows(path, {"the guess of z0 on the way from noise": film})
 # ------------------------------------------------------------------------------------------------
 # E. Measuring
-# A distance means something only beside its references (see evaluate). LPIPS and the kernel
-# distance use the network of stage 1's default loss, so they flatter models trained with it.
+# A kernel distance means something only beside its references (see evaluate). It and LPIPS
+# use the network of stage 1's default loss, so they flatter models trained with it.
 
 def compare(x_hat, x, lpips):                           # (B,3,H,W) in [-1,1], twice
     """-> {name: (B,)}. One more measure is one more line here. (SSIM would want (x + 1) / 2.)"""
@@ -1477,7 +1476,7 @@ def reconstruct(vqgan, images, lpips, mixed):
     return numbers, torch.cat(copies)
 
 def features(lpips, images):
-    """uint8 (n,3,H,W) -> (n,512): at 224×224, LPIPS's network's last map, averaged over places."""
+    """uint8 (n,3,H,W) -> (n,512): last map of LPIPS's network at 224×224, averaged over places."""
     found = []
     for part in images.split(32):
         x = to_float(part).to(lpips.scaling_layer.shift.device)
@@ -1493,14 +1492,14 @@ def kernel_distance(a, b):
     def kernel(u, v):                                                     # (n,n)
         return (u @ v.T / u.shape[1] + 1) ** 3
     k = kernel(a, a) + kernel(b, b) - 2 * kernel(a, b)
-    # Off the diagonal: no image with itself, nor with its own reconstruction.
+    # One sum for all three means. No diagonal: no image with itself, nor with its reconstruction.
     return float((k.sum() - k.trace()) / (len(a) * (len(a) - 1)))
 
 def unseen_images(cfg, vq_cfg, cache):                  # -> two sets of uint8 (n,3,H,W)
     data = cfg.data or vq_cfg.data
     overlap = Path(vq_cfg.data) in Path(data).parents or Path(data) in Path(vq_cfg.data).parents
     demand(not overlap, "--data: contains the training folder, or lies in it; omit --data")
-    # Another folder: all of it. The one trained on: its val. Drawn images: another seed's.
+    # Another folder: all of it. The one trained on: its val. Drawn: another seed's, n for each set.
     vq_cfg = replace(vq_cfg, seed=vq_cfg.seed + 1, n_images=2 * cfg.n)
     images = Images(data, vq_cfg, cache)
     rows = torch.randperm(len(images.names), generator=rng(cfg.seed, "unseen"))
@@ -1525,8 +1524,8 @@ def evaluate(cfg):                                      # -> metrics.json, evalu
         made, z0 = model.images(SampleConfig(seed=cfg.seed), range(len(real)), label)
         pictures["samples"] = made
         if lpips:
-            # References: a perfect stage 2 (other, decoded); real, decoded; other as it is.
-            perfect = reconstruct(vqgan, other, lpips, mixed)[1]
+            # References: other through stage 1 (a perfect stage 2's), real likewise, other itself.
+            perfect = reconstruct(vqgan, other, None, mixed)[1]
             sets = {"": made, "_perfect": perfect, "_recon": recon, "_real": other}
             a = features(lpips, real)
             for name, images in sets.items():
@@ -1540,14 +1539,14 @@ def evaluate(cfg):                                      # -> metrics.json, evalu
 # ------------------------------------------------------------------------------------------------
 # F. Muon
 # A matrix is a sum of directions u vᵀ, each with a strength s (the SVD). In a kernel's gradient, as
-# a matrix (first axis, rest), a few are far stronger than the others. Adam evens out entries, not
+# a matrix (c_out, rest), a few directions far outweigh the others. Adam evens out entries, not
 # directions: weak ones hardly learn. Muon (kellerjordan.github.io/posts/muon) evens out directions.
 
 def orthogonal(g):
     """g (r,n) = U S Vᵀ -> about U Vᵀ: g's singular values, but for the tiniest, become 0.7 to 1.2.
     Newton-Schulz needs no SVD: since x xᵀ x = U S³ Vᵀ, sums of odd powers change S alone. A round
     takes each s to 3.4445 s - 4.775 s³ + 2.0315 s⁵ (Jordan): small ones grow, most end near 1."""
-    x = g / (g.norm() + 1e-7)                           # now every s is at most 1, as this wants
+    x = g / (g.norm() + 1e-7)                           # norm: √ of the sum of all s². So all s ≤ 1
     for _ in range(5):
         gram = x @ x.T                                                    # (r,r)
         x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
@@ -1564,7 +1563,7 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 mean = self.state[p].setdefault("mean", torch.zeros_like(p))
                 mean.lerp_(p.grad, 0.05)
-                g = p.grad.lerp(mean, 0.95).flatten(1)      # Nesterov: the newest counts more
+                g = p.grad.lerp(mean, 0.95).flatten(1)      # Nesterov: the newest's share is 9.75 %
                 p.sub_(group["lr"] * orthogonal(g).view_as(p))
 # ------------------------------------------------------------------------------------------------
 # G. Commands
@@ -1623,7 +1622,8 @@ def main(argv):
         if cuda:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     with suppress(AttributeError):                      # a notebook's stdout cannot do this
-        sys.stdout.reconfigure(errors="replace")         # for consoles that lack é
+        # For consoles that lack é; and lines that go to a file shall be there at once.
+        sys.stdout.reconfigure(errors="replace", line_buffering=True)
     status = 2
     try:
         status = run_command(argv)
@@ -1634,7 +1634,7 @@ def main(argv):
     except (MemoryError, OSError, RuntimeError) as e:
         cause = e.__context__ or e      # torch.save raises its own; the full disk is its context
         if re.search("out of memory|allocate|MemoryError", repr(e)):
-            cause = "out of memory: in training a smaller --batch-size or --size helps"
+            cause = "out of memory: a smaller --batch-size (or stage 1's --size) helps"
         elif not isinstance(cause, OSError):
             raise
         print("vqldm:", cause, file=sys.stderr)
