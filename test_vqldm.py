@@ -719,7 +719,7 @@ def test_a_table_tells_the_classes_and_keeps_photographs_of_a_lesion_on_one_side
     name = {"isic_id": "metadata.csv", "image_id": "HAM10000_metadata.csv"}[key]
     ((tmp_path / place).parent / name).write_text(rows, encoding="utf8")
     (tmp_path / "mad.csv").write_text("isic_id,dx\n003," + "x" * 200_000)      # over csv's limit
-    (tmp_path / "isic/mean.csv").write_text(f"{key},diagnosis_1\n000,")     # takes none away
+    (tmp_path / "isic/mean.csv").write_text(f"{key},diagnosis_3\n000,")     # takes none away
     images = load(tmp_path / "isic")
     assert "lesions: 120" in capsys.readouterr().out
     assert [images.classes[k] for k in images.labels[:4]] == ["Nevus", "Bad", "scar", "images"]
@@ -1075,7 +1075,7 @@ def run_python(folder, code, *words, launch=(), **env):
 def test_killed_while_it_saves_and_resumed_is_the_undisturbed_run(calm, tmp_path):
     words = [*STAGES["vq"], "--out", str(tmp_path / "vq")]
     done = run_python(tmp_path, KILLED, " ".join(words), PYTHONUNBUFFERED="")
-    assert done.returncode == -signal.SIGKILL and "from step 0" in done.stdout      # told at once
+    assert done.returncode == -signal.SIGKILL and "held" in done.stdout[-99:]       # told at once
     assert len(list((tmp_path / "vq").glob(".*.tmp"))) == 1
     assert cli(*words, "--resume") == 0
     assert_same_run("calm/vq", tmp_path / "vq")

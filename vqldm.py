@@ -553,7 +553,7 @@ def set_learning_rate(optimizer, factor):
 
 def vq_optimizers(vqgan, cfg):
     """-> Adam, Muon. Muon trains the kernels of the blocks (F says why; with Adam, the error after
-    equally many steps is 1.5 to 2 times as large), Adam all else (VQGAN's code: betas 0.5, 0.9)."""
+    equally many steps is 1.5 times as large), Adam all else (VQGAN's code: betas 0.5, 0.9)."""
     enc, dec = vqgan.encoder, vqgan.decoder
     blocks = nn.ModuleList([enc.down, enc.mid, dec.mid, dec.up])
     kernels = [p for p in blocks.parameters() if p.dim() == 4] if cfg.muon_lr > 0 else []
