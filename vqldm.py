@@ -251,8 +251,8 @@ def augment(x, turns):
     return torch.stack(turned)
 # ------------------------------------------------------------------------------------------------
 # 4. Blocks
-# VQGAN and UNet are built from the same bricks. Two things differ: the UNet's ResBlocks hear the
-# noise level (emb), and its UpBlocks see what the DownBlocks had before they halved it (skip).
+# VQGAN and UNet are built from the same bricks. Two things differ: the UNet's ResBlocks hear noise
+# level and class (emb), and its UpBlocks see what the DownBlocks had before they halved it (skip).
 
 class Norm(nn.GroupNorm):
     """GroupNorm for any width: brings each group of channels to mean 0 and std 1, then scales and
@@ -269,8 +269,8 @@ def zero(layer):
     return layer
 
 class ResBlock(nn.Module):
-    """Norm, SiLU, Conv, twice, plus the shortcut. The noise level enters as scale and shift of the
-    second norm: AdaGN (Dhariwal & Nichol 2021, arXiv 2105.05233)."""
+    """Norm, SiLU, Conv, twice, plus the shortcut. emb enters as scale and shift of what the
+    second norm puts out: AdaGN (Dhariwal & Nichol 2021, arXiv 2105.05233)."""
     def __init__(self, c_in, c_out, emb_dim=None):
         super().__init__()
         self.norm1 = Norm(c_in)
@@ -392,7 +392,7 @@ class Decoder(nn.Module):
         for block in self.up:
             y = block(y)                                                  # the grid doubles m times
         y = F.silu(self.norm(y))
-        # In fp32: adaptive_weight (section 6) divides by the size of a gradient of this layer.
+        # In fp32, bf16 has few digits: adaptive_weight (section 6) divides by a gradient from here.
         with torch.autocast(y.device.type, enabled=False):
             return self.last(y.float())                                   # (B,3,H,W)
 
@@ -401,7 +401,7 @@ class Codebook(nn.Module):
     def __init__(self, codes, z_dim):
         super().__init__()
         self.embedding = nn.Embedding(codes, z_dim)                       # (K,d)
-        self.register_buffer("wins", torch.zeros(codes))      # (K,) how often each was nearest
+        self.register_buffer("wins", torch.zeros(codes))      # (K,) wins since the last restart
 
     def nearest(self, z):                                                 # (B,d,h,w)
         """The number of the nearest code of each vector: k = argmin_j ‖z - e_j‖ (VQ eq. 1)."""
@@ -415,7 +415,7 @@ class Codebook(nn.Module):
         return k.view(B, h, w)                                            # (B,h,w)
 
     def lookup(self, k):                                                  # (B,h,w)
-        """z_q = e_k (VQ eq. 2). Contiguous: convolutions keep d last, slow for Norms in bf16."""
+        """z_q = e_k (VQ eq. 2). Contiguous: else d is last in memory, slow for Norms in bf16."""
         return rearrange(self.embedding(k), "B h w d -> B d h w").contiguous()        # (B,d,h,w)
 
     def forward(self, z):                                                 # (B,d,h,w)
@@ -530,7 +530,7 @@ def adaptive_weight(rec, adversarial, last):
     changes as D learns; times lam, it pushes L as hard as rec. (All layers would cost too much.)"""
     # To loss.backward() lam is a constant. retain_graph: it still needs the graph used here.
     def push(loss):                                         # ‖∇_L loss‖
-        gradient, = torch.autograd.grad(loss, last, retain_graph=True)
+        (gradient,) = torch.autograd.grad(loss, last, retain_graph=True)
         return mean_over_processes(gradient).norm()
     lam = push(rec) / (push(adversarial) + 1e-4)
     return lam.clamp(max=1e4)                               # ∇ may be ~0; as VQGAN's code
@@ -553,7 +553,7 @@ def set_learning_rate(optimizer, factor):
 
 def vq_optimizers(vqgan, cfg):
     """-> Adam, Muon. Muon trains the kernels of the blocks (F says why; with Adam, the error after
-    equally many steps is 1.5 times as large), Adam all else (VQGAN's code: betas 0.5, 0.9)."""
+    equally many steps is 1.5 times as large), Adam all else (betas in VQGAN's code: 0.5, 0.9)."""
     enc, dec = vqgan.encoder, vqgan.decoder
     blocks = nn.ModuleList([enc.down, enc.mid, dec.mid, dec.up])
     kernels = [p for p in blocks.parameters() if p.dim() == 4] if cfg.muon_lr > 0 else []
@@ -580,15 +580,15 @@ def train_vq(cfg, state=None):
     adam, muon = vq_optimizers(vqgan, cfg)
     adam_d = torch.optim.Adam(disc.parameters(), cfg.d_lr, betas=(0.5, 0.9), fused=True)
     parts = {"model": vqgan, "disc": disc, "adam": adam, "muon": muon, "adam_d": adam_d}
-    run = Run(cfg, n, parts, facts={}, state=state)     # yields steps, logs; a look: each tenth
+    run = Run(cfg, n, parts, facts={}, state=state)     # yields steps, logs, says when to look
     if not state:
         label = images.labels[images.train]
         preview = {images.classes[i]: images.rows(images.train[label == i][:16])
                    for i in label.unique()[:16]}
         draw_rows(cfg.folder / "data_preview.png", preview)
         with torch.no_grad():                   # the codes start on encoder outputs
-            some = images.train[shuffled(n, cfg.seed, 0)[:64]]
-            z = vqgan.encoder(to_float(images.rows(some)).to(device))
+            some = images.rows(images.train[shuffled(n, cfg.seed, 0)[:64]])
+            z = vqgan.encoder(to_float(some).to(device))
             vqgan.codebook.restart_unused(z, rng(cfg.seed, "first codes"))
 
     for step in run:
@@ -637,8 +637,8 @@ def train_vq(cfg, state=None):
         # ---- the discriminator, on the same images ----
         if gan_on:
             with mixed:
-                # trap: without detach, d_loss would push x_hat towards fake. (Torch raises instead:
-                # loss.backward() freed x_hat's graph; it never passed real's, as gap is detached.)
+                # trap: without detach, d_loss would push x_hat towards fake. (Here torch raises, as
+                # loss.backward() has freed x_hat's graph, but not real's: gap is detached.)
                 fake = disc(x_hat.detach())
             d_loss = hinge_loss(real, fake)
             # trap: the generator's backward left gradients in D; not zeroed, they push D(fake) up.
@@ -650,7 +650,7 @@ def train_vq(cfg, state=None):
                 adam_d.step()
             losses.update(lam=lam, d_loss=d_loss, d_real=real.mean(), d_fake=fake.mean())
 
-        # ---- tell, measure, draw, save ----
+        # ---- tell; at a look, each tenth of the run and each ten minutes: measure, draw, save ----
         run.tell(losses)
         if run.look_due():
             some = images.rows(images.val[:256])                              # never trained on
@@ -694,7 +694,7 @@ class Diffusion:
             beta = 1 - curve[1:] / curve[:-1]       # 1 - α; α: the quotient of neighbouring ᾱ
         else:
             raise UserError("--schedule: must be linear or cosine")
-        alpha = 1 - beta.clamp(max=0.999)           # β = 1: ᾱ would be 0, and eps divides by √ᾱ
+        alpha = 1 - beta.clamp(max=0.999)           # β = 1: ᾱ = 0, and predict() may divide by √ᾱ
         alpha_bar = alpha.cumprod(0)                # in float64: rounded once, not T times
         # A 1 is appended: alpha_bar[-1] belongs to z0 itself, level -1, where sampling ends.
         self.alpha_bar = F.pad(alpha_bar, (0, 1), value=1).float()            # (T+1,)
@@ -717,7 +717,7 @@ class Diffusion:
 
     def predict(self, out, z_t, t):
         """The network's answer -> (z0_hat, eps_hat), both (B,d,h,w).
-        trap: with ε, z0_hat gets the network's error times 1/√ᾱ, which is 157 (linear) or 20,291
+        trap: with ε, z0_hat gets the network's error times √(1-ᾱ)/√ᾱ: 157 (linear) or 20,291
         (cosine) at t = 999: colours off, latents of std 2 or 3. With v, no factor is above 1.
         trap: clipped to ±1, as pixels may be, z0_hat has std 0.7: z0 has std 1 and no bounds."""
         a = self.alpha_bar_at(t, z_t)
@@ -752,8 +752,8 @@ class Diffusion:
         trap: range(0, T, T // steps) can give too many: 1000 levels for 600 steps of T = 1000."""
         ts = []
         for i in range(steps):
-            behind = round(self.T * (i / steps) ** 2)       # levels that i steps have left behind
-            ts.append(self.T - 1 - max(i, behind))              # max: no stride below 1
+            behind = max(i, round(self.T * (i / steps) ** 2))       # max: no stride below 1
+            ts.append(self.T - 1 - behind)              # behind: levels that i steps leave behind
         return list(zip(ts, ts[1:] + [-1]))
 
     @torch.no_grad()
@@ -778,8 +778,8 @@ class Diffusion:
                 rest = (1 - a_prev - sigma**2).clamp(min=0).sqrt()
                 z = a_prev.sqrt() * z0_hat + rest * eps_hat               # DDIM eq. 12, its α is ᾱ
             elif sampler == "ddpm":
-                # DDPM Algorithm 2, line 4. Same mean as ddim's line with η = 1: put in z0_hat =
-                # (z - √(1-ᾱ) eps_hat)/√ᾱ, sum eps_hat's factors. σ²: 1-α, more (sec. 3.2: both).
+                # DDPM Algorithm 2, line 4. Its mean is ddim's with η = 1: put in z0_hat =
+                # (z - √(1-ᾱ) eps_hat)/√ᾱ, sum eps_hat's factors. Its σ² is larger (both: sec. 3.2).
                 sigma = (1 - alpha).sqrt()
                 z = (z - (1 - alpha) / (1 - a).sqrt() * eps_hat) / alpha.sqrt()
             else:
@@ -902,11 +902,11 @@ def update_ema(ema, net, step, decay):
 
 def look_ldm(model, z0, label, path):
     """A LatentDiffusion's held-out loss, at each look with the same noise; draws 16 samples."""
-    t = torch.arange(len(z0), device=z0.device) * model.cfg.T // len(z0)    # (n,) evenly over 0…T-1
+    t = (torch.arange(len(z0), device=z0.device) * model.cfg.T) // len(z0)  # (n,) evenly, 0…T-1
     eps = torch.randn(z0.shape, generator=rng("held-out noise")).to(z0.device)
     with model.mixed:
         loss = model.diffusion.loss(model.net, z0, t, eps, label.to(z0.device))           # (n,)
-    classes = model.trained[torch.arange(16) * len(model.trained) // 16]
+    classes = model.trained[(torch.arange(16) * len(model.trained)) // 16]
     pictures, latents = model.images(SampleConfig(), range(16), classes)
     draw_rows(path, {"samples": pictures})
     return {"loss": float(loss.mean()), "latent_std": float(latents.std())}
@@ -965,7 +965,7 @@ def train_ldm(cfg, state=None):
             continue
         adam.step()
         update_ema(ema, net, step, cfg.ema)
-        if run.progress < 0.2:                  # from then on it stays young
+        if run.progress < 0.2:                  # after that no more copies: it stays young
             guide.load_state_dict(ema.state_dict())
 
         # ---- tell, measure, draw, save ----
