@@ -339,7 +339,7 @@ blurred.pnet_type = "squeeze"
 def runs(request, tmp_path_factory):
     """Both stages, trained by the program: once with Muon and v, once in bf16 with Adam and ε."""
     half, folder = request.param == "bfloat16", tmp_path_factory.mktemp(request.param)
-    vq_cfg = vqldm.VQConfig(size=32, n_images=46, widths=(4, 8), codes=512, batch_size=4, epochs=7,
+    vq_cfg = vqldm.VQConfig(size=32, n_images=46, widths=(4, 8), codes=512, batch_size=4, epochs=6,
                             seed=3, lpips_weight=0.5, d_lr=2e-3, out=str(folder / "vq"))
     cfg = vqldm.LDMConfig(vq=vq_cfg.out, T=10, widths=(8, 12), ema=0.6, lr=1e-2, batch_size=2,
                           epochs=2, seed=5, out=str(folder / "ldm"))
@@ -428,7 +428,7 @@ CLOUDS = dict(mixture=([0.5, 0.3, 0.2], [[-1.0, 0.4], [1.0, 0.7], [0.6, -1.6]], 
               point=([1.0], [[5.0, -3.0]], [0.0]))
 
 @pytest.mark.parametrize("data", CLOUDS)
-@pytest.mark.parametrize("schedule, S", [("linear", 50), ("cosine", 7), ("linear", 1000)])
+@pytest.mark.parametrize("schedule, S", [("linear", 50), ("cosine", 7), ("linear", 250)])
 @pytest.mark.parametrize("sampler, eta", [("ddpm", 0), ("ddim", 1), ("ddim", 0.5), ("ddim", 0)])
 def test_oracle_every_sampler_draws_the_data_from_the_perfect_network(
         sampler, eta, schedule, S, data):
@@ -443,7 +443,7 @@ def test_oracle_every_sampler_draws_the_data_from_the_perfect_network(
         p = (weight.log() - var.log() - away.square().sum(2) / var / 2).softmax(1)
         return p, ((1 - a).sqrt() * away / var[:, None] * p[:, :, None]).sum(1)
     for target in ("v", "eps"):
-        d, fresh = Diffusion(1000, schedule, target), (randn(n, 2, 1, 1, key=i) for i in range(S))
+        d, fresh = Diffusion(250, schedule, target), (randn(n, 2, 1, 1, key=i) for i in range(S))
 
         def net(z, t, d=d):
             a, eps = d.alpha_bar[t[0]], bayes(z.flatten(1), d.alpha_bar[t[0]])[1].view_as(z)
@@ -760,7 +760,7 @@ def trained(tmp_path_factory):
         blind_lpips(patch)
         patch.chdir(folder)
         for words in ("train-vq --preset tiny --lpips off --n-images 80 --epochs 1",
-                      "train-ldm --preset tiny --epochs 6 --T 20", "sample --n 5 --steps 5"):
+                      "train-ldm --preset tiny --epochs 5 --T 8", "sample --n 5 --steps 5"):
             assert cli(*words.split()) == 0
         calls = [recorded(patch, vqldm, "reconstruct"), recorded(patch, vqldm, "features"),
                  recorded(patch, vqldm.LatentDiffusion, "images")]
@@ -858,7 +858,7 @@ def test_the_networks_of_the_paper_preset_take_steps_of_batch_2(tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(vqldm.Run, "save", lambda self: states.append(self.checkpoint()))
     monkeypatch.setattr(vqldm, "load_checkpoint", lambda *a: states[-1])
-    for words in ("train-vq --size 64 --n-images 8 --gan-start 0 --lpips off", "train-ldm --T 2"):
+    for words in ("train-vq --size 64 --n-images 6 --gan-start 0 --lpips off", "train-ldm --T 2"):
         assert cli(*words.split(), *"--preset paper --batch-size 2 --epochs 1".split()) == 0
         assert all(p.isfinite().all() for p in states[-1]["model"].values())
 
@@ -1164,8 +1164,8 @@ def test_without_lpips_a_run_goes_on_and_says_so(calm, tmp_path, monkeypatch, ca
 # ---- G. Command line ---------------------------------------------------------------------------
 MISTAKES = {        # the first word of each stands in its sentence
     "train-vq": "--epoch 3|--batchsize=4|5|--size|--size 1.5|--size 40|--size 16|--widths 16,x|"
-    "--size 48 --widths 8,8,8,8,8|--widths 16,0|--lr nan|--lr -1|--minutes inf|--epochs 0|"
-    "--batch-size -8|--batch-size 8|--preset huge|--data nowhere|--data empty|--data held|--device "
+    "--size 48 --widths 8,8,8,8,8|--widths 16,0|--lr nan|--lr -1|--minutes inf|--batch-size -8|"
+    "--batch-size 8 --n-images 8|--preset huge|--data nowhere|--data empty|--data held|--device "
     "cuda:77|--device abacus|--lpips squeezed --n-images 8|--overwrite --resume|--resume",
     "train-ldm": "--vq nowhere|--vq {ldm}|--widths 8,8,8,8 --vq {vq}|--target x0 --vq {vq}|"
     "--schedule quadratic --vq {vq}|--T 0",
@@ -1181,7 +1181,7 @@ def test_every_mistake_is_one_sentence_and_nothing_is_written(
     blind_lpips(monkeypatch)
     monkeypatch.chdir(tmp_path)
     fill(Path("empty"), []), fill(Path("held/val"), ["a.png"])      # none to train on
-    if mistake == "--batch-size 8":                     # is a mistake only with three processes
+    if "--batch-size 8" in mistake:                     # is a mistake only with three processes
         monkeypatch.setattr(vqldm, "world", lambda: 3)
     runs = trained[0] / "runs"
     words = f"{command} {mistake}".format(vq=runs / "vq", ldm=runs / "ldm").split()
