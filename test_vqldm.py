@@ -760,7 +760,7 @@ def trained(tmp_path_factory):
         blind_lpips(patch)
         patch.chdir(folder)
         for words in ("train-vq --preset tiny --lpips off --n-images 80 --epochs 1",
-                      "train-ldm --preset tiny --epochs 5 --T 8", "sample --n 5 --steps 5"):
+                      "train-ldm --preset tiny --epochs 3 --T 8", "sample --n 5 --steps 5"):
             assert cli(*words.split()) == 0
         calls = [recorded(patch, vqldm, "reconstruct"), recorded(patch, vqldm, "features"),
                  recorded(patch, vqldm.LatentDiffusion, "images")]
@@ -1082,9 +1082,9 @@ def test_killed_while_it_saves_and_resumed_is_the_undisturbed_run(calm, tmp_path
 
 @POSIX
 def test_two_processes_end_with_the_weights_of_one(calm, tmp_path, monkeypatch):
-    more = "--muon-lr 0 --data synthetic --n-images 40 --gan-start 0 --d-lr .01 --out"
+    more = "--muon-lr 0 --data synthetic --n-images 40 --gan-start 0 --d-lr .01 --epochs 2 --out"
     words = [" ".join([*STAGES["vq"], more, f"{tmp_path}/2/vq"]),
-             " ".join([*STAGES["ldm"], "--balance", "--out", f"{tmp_path}/2/ldm"])]
+             " ".join([*STAGES["ldm"], "--balance", "--epochs 2 --out", f"{tmp_path}/2/ldm"])]
     done = run_python(tmp_path, TWO, *words, launch=(       # without Muon: it enlarges rounding
         "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"))
     assert done.returncode == 0, done.stderr
