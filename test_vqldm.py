@@ -716,7 +716,7 @@ def test_a_table_tells_the_classes_and_keeps_photographs_of_a_lesion_on_one_side
     kinds = ("Benign,Nevus,", "Bad,,", ",,scar", ",,")
     rows = [f"{i:03d},L{i % lesions},{kinds[i % 4]}" for i in range(120)]
     rows = "\n".join([f"\ufeff{key},lesion_id,diagnosis_1,diagnosis_3,dx", *rows])
-    name = {"isic_id": "metadata.csv", "image_id": "HAM10000_metadata.csv"}[key]
+    name = {"isic_id": "Metadata.csv", "image_id": "HAM10000_metadata.csv"}[key]
     ((tmp_path / place).parent / name).write_text(rows, encoding="utf8")
     (tmp_path / "mad.csv").write_text("isic_id,dx\n003," + "x" * 200_000)      # over csv's limit
     (tmp_path / "isic/mean.csv").write_text(f"{key},diagnosis_3\n000,")     # takes none away
