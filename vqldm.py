@@ -258,7 +258,7 @@ class Norm(nn.GroupNorm):
     """GroupNorm for any width: brings each group of channels to mean 0 and std 1, then scales and
     shifts each channel as learnt. It looks at each image alone: the batch size changes nothing."""
     def __init__(self, c):
-        groups = math.gcd(32, c // 4 or 1, c)   # must divide c; at most 32, of 4 channels or more
+        groups = math.gcd(32, c, c // 4 or 1)   # divides 32 and c; groups of >= 4 channels (c >= 4)
         super().__init__(groups, c)
 
 def zero(layer):
@@ -392,7 +392,7 @@ class Decoder(nn.Module):
         for block in self.up:
             y = block(y)                                                  # the grid doubles m times
         y = F.silu(self.norm(y))
-        # In fp32, bf16 has few digits: adaptive_weight (section 6) divides by a gradient from here.
+        # fp32: bf16 has few digits; adaptive_weight (section 6) divides by a gradient from here.
         with torch.autocast(y.device.type, enabled=False):
             return self.last(y.float())                                   # (B,3,H,W)
 
@@ -509,7 +509,7 @@ class PatchDiscriminator(nn.Module):
     hinge_loss wants raw logits. Norm, not BatchNorm: no image may depend on its batch."""
     def __init__(self, widths):                                           # the VQGAN's
         super().__init__()
-        c = max(32, widths[0] // 2)             # half as wide, but 32 at least
+        c = max(32, widths[0] // 2)             # first layer: half the VQGAN's, but 32 at least
         layers = [nn.Conv2d(3, c, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         for _ in widths[1:]:                                              # f = 4: 3 → 32 → 64 → 1
             layers += [nn.Conv2d(c, 2 * c, 4, stride=2, padding=1), Norm(2 * c), nn.LeakyReLU(0.2)]
@@ -528,7 +528,7 @@ def adaptive_weight(rec, adversarial, last):
     """lam = ‖∇_L rec‖ / (‖∇_L adversarial‖ + δ), VQGAN eq. 7; L: last layer, rec: mse + weighted
     LPIPS, adversarial: -D(x_hat), whose gradient can be a thousand times stronger or weaker, and
     changes as D learns; times lam, it pushes L as hard as rec. (All layers would cost too much.)"""
-    # To loss.backward() lam is a constant. retain_graph: it still needs the graph used here.
+    # lam has no gradient of its own. retain_graph: loss.backward() still needs the graph used here.
     def push(loss):                                         # ‖∇_L loss‖
         (gradient,) = torch.autograd.grad(loss, last, retain_graph=True)
         return mean_over_processes(gradient).norm()
@@ -559,8 +559,8 @@ def vq_optimizers(vqgan, cfg):
     kernels = [p for p in blocks.parameters() if p.dim() == 4] if cfg.muon_lr > 0 else []
     codes = vqgan.codebook.embedding.weight
     rest = [p for p in vqgan.parameters() if p not in {codes, *kernels}]  # set: same object, no ==
-    # ours: a code's gradient comes from codebook_loss only, and Adam divides it by its size. So a
-    # weight on that loss would change nothing: to keep up with z, codes need a rate of their own.
+    # ours: codes learn from codebook_loss only, and Adam divides a gradient by its usual size: a
+    # weight on that loss would change nothing. To keep up with z, codes need a rate of their own.
     groups = [{"params": rest}, {"params": [codes], "lr": cfg.codes_lr}]
     adam = torch.optim.Adam(groups, cfg.lr, betas=(0.9, 0.99), fused=True)
     return adam, Muon(kernels, cfg.muon_lr)
@@ -637,8 +637,8 @@ def train_vq(cfg, state=None):
         # ---- the discriminator, on the same images ----
         if gan_on:
             with mixed:
-                # trap: without detach, d_loss would push x_hat towards fake. (Here torch raises, as
-                # loss.backward() has freed x_hat's graph, but not real's: gap is detached.)
+                # trap: detach! D's loss must not reach the VQGAN. (Without it torch raises, as
+                # loss.backward() freed x_hat's graph; not real's, as loss used only gap, detached.)
                 fake = disc(x_hat.detach())
             d_loss = hinge_loss(real, fake)
             # trap: the generator's backward left gradients in D; not zeroed, they push D(fake) up.
@@ -719,7 +719,7 @@ class Diffusion:
         """The network's answer -> (z0_hat, eps_hat), both (B,d,h,w).
         trap: with ε, z0_hat gets the network's error times √(1-ᾱ)/√ᾱ: 157 (linear) or 20,291
         (cosine) at t = 999: colours off, latents of std 2 or 3. With v, no factor is above 1.
-        trap: clipped to ±1, as pixels may be, z0_hat has std 0.7: z0 has std 1 and no bounds."""
+        trap: z0_hat clipped to ±1, as for pixels, has std 0.7; z0 itself has std 1, no bounds."""
         a = self.alpha_bar_at(t, z_t)
         if self.target == "eps":                    # DDPM eq. 4, solved for z0
             return (z_t - (1 - a).sqrt() * out) / a.sqrt(), out
@@ -778,8 +778,8 @@ class Diffusion:
                 rest = (1 - a_prev - sigma**2).clamp(min=0).sqrt()
                 z = a_prev.sqrt() * z0_hat + rest * eps_hat               # DDIM eq. 12, its α is ᾱ
             elif sampler == "ddpm":
-                # DDPM Algorithm 2, line 4. Its mean is ddim's with η = 1: put in z0_hat =
-                # (z - √(1-ᾱ) eps_hat)/√ᾱ, sum eps_hat's factors. Its σ² is larger (both: sec. 3.2).
+                # DDPM Algorithm 2, line 4. Its mean is ddim's with η = 1 (to check: write z0_hat as
+                # (z - √(1-ᾱ) eps_hat)/√ᾱ there). But its σ² is larger: DDPM sec. 3.2 has both.
                 sigma = (1 - alpha).sqrt()
                 z = (z - (1 - alpha) / (1 - a).sqrt() * eps_hat) / alpha.sqrt()
             else:
@@ -825,7 +825,7 @@ class UNet(nn.Module):
         if label is None:
             label = torch.full_like(t, self.n_classes)
         emb = self.time(time_embedding(t, self.label.embedding_dim))      # (B,E)
-        emb = emb + self.label(label)       # blocks need not know of it (LDM: by cross-attention)
+        emb = emb + self.label(label)       # so no block has a class input (LDM: cross-attention)
         y = self.first(z_t)
         skips = []
         for block in self.down:
@@ -952,7 +952,7 @@ def train_ldm(cfg, state=None):
         hidden = torch.rand(cfg.batch_size, generator=draw) < 0.1       # (B,) untold, as in guided
         label = images.labels[rows].masked_fill(hidden, n_classes)            # (B,)
         z0 = latents(share(rows))                                             # (B,d,h,w)
-        t, eps, label = [share(a).to(device) for a in (t, eps, label)]
+        t, eps, label = [share(x).to(device) for x in (t, eps, label)]
 
         with mixed:
             loss = diffusion.loss(net, z0, t, eps, label)                     # (B,) DDPM eq. 14
@@ -1033,8 +1033,8 @@ class LatentDiffusion:
         for i in bar(range(0, len(label), 32), "sampling"):
             batch = slice(i, i + 32)
             with self.mixed:
-                for z, _ in self.walk(cfg, numbers[batch], label[batch]):
-                    z0 = z                              # only where the walk ends is kept
+                for z_t, _ in self.walk(cfg, numbers[batch], label[batch]):
+                    z0 = z_t                            # only where the walk ends is kept
             pictures.append(self.decode(z0))
             latents.append(z0.cpu())
         return torch.cat(pictures), torch.cat(latents)
@@ -1054,7 +1054,7 @@ def sample(cfg):
         folder = cfg.folder / re.sub(r"[^\w ,+-]", "_", model.classes[label[i]])
         folder.mkdir(parents=True, exist_ok=True)
         write_png(image, f"{folder}/{i:05d}.png")
-    rows = {model.classes[k]: pictures[label == k] for k in label.unique()}
+    rows = {model.classes[c]: pictures[label == c] for c in label.unique()}
     draw_rows(cfg.folder / "grid.png", rows)
     draw_trajectory(cfg.folder / "trajectory.png", model, cfg, label[:1])
     say(f"latents have std {latents.std():.2f} (healthy: 1); look at", cfg.folder / "grid.png")
@@ -1102,7 +1102,7 @@ def synthetic(i, size, seed=0):
     # Colour: patches of the class's four colours; the more ragged, the sharper their borders.
     body = mixture(colours, (3 + 40 * ragged) * noise(4, 4)) + .05 * noise(16)
 
-    # Texture: 40 random points; a wall where the two nearest are equally far (2/size: a pixel).
+    # Texture: 40 random points; a wall where a pixel's two nearest are about equally far from it.
     first, second = distance(40, .8).topk(2, dim=0, largest=False).values
     wall = torch.exp(-((second - first) / (2.4 / size + .03)) ** 2)       # (H,W), 1 on it
     body = body * (1 - network * wall)
@@ -1111,7 +1111,7 @@ def synthetic(i, size, seed=0):
     body = body * (1 - .8 * spots.amax(0))
     image = torch.lerp(image, body, lesion * span(.85, 1))      # skin + weight · (body - skin)
 
-    # Hairs on three of ten images: along, across: x, y turned and shifted; width, start, darkness.
+    # Hairs on 3 of 10 images. along, across: x, y turned; shift, width, start, darkness: random.
     if span(0, 1) < .3:
         for _ in range(int(span(2, 10))):
             turn = span(0, 6.3)
@@ -1187,7 +1187,7 @@ class Images:
         folder = Path(source)
         if source == "synthetic":
             kinds = list(LESIONS)
-            # name, class, lot (ends in 0 for a tenth of each class), seed (pixels depend on it)
+            # name, class, lot (ends in 0 for a tenth of each class), seed (names the cache file)
             found = [(i, kinds[i % 4], i // 4, cfg.seed) for i in range(cfg.n_images)]
             def read(i):
                 return synthetic(i, cfg.size, cfg.seed).numpy()
@@ -1293,15 +1293,15 @@ def open_run(cfg, typed, resume, overwrite):
     differ = [f"{flag(name)} was {getattr(old, name)}" for name, value in typed.items()
               if name not in MAY_CHANGE and value != getattr(old, name)]
     demand(not differ, f"--resume goes on with the recorded settings: {differ}")
-    if "epochs" in typed:                               # instead of recorded --minutes; progress
-        old = replace(old, minutes=0.0)                 # is counted anew, so rates rise again
+    if "epochs" in typed:                               # replaces recorded --minutes: progress
+        old = replace(old, minutes=0.0)                 # is step/steps from here: rates may rise
     typed["out"] = cfg.out                              # where it lies now: it may have moved
     return replace(old, **typed), state
 
 class Run:
     """A training run: yields steps until --epochs, --minutes or a signal ends it; logs and saves.
     parts: networks and optimisers; facts: what else sampling needs; state: a checkpoint to go on
-    from. step: steps done, counting this one. progress: the part done, 0…1. status: 128+signal."""
+    from. step: steps begun. progress: now(), averaged over processes. status: 128+signal."""
     def __init__(self, cfg, n, parts, facts, state):
         demand(n, "--data: no images to train on, all are held out")
         demand(cfg.batch_size % world() == 0, "--batch-size: no multiple of torchrun's processes")
@@ -1357,7 +1357,7 @@ class Run:
         self.progress = float(mean_over_processes(now))
         return self.progress < 1
 
-    def look_due(self):     # looks: tenths plus ten-minutes so far; when it has grown, one is due
+    def look_due(self):     # looks: tenths done + ten-minute spans passed; has it grown, one is due
         before = self.looks
         self.looks = int(10 * self.now()) + self.seconds() // 600
         return self.looks > before and rank() == 0
@@ -1387,7 +1387,7 @@ class Run:
             say("WARNING the latents' std is far from 1: normal early only")
         self.save()
 
-    def checkpoint(self):                               # all that is kept of a run
+    def checkpoint(self):                               # all that resuming and sampling need
         state = {name: part.state_dict() for name, part in self.parts.items()}
         return {**state, **self.facts, "kind": self.cfg.kind, "config": asdict(self.cfg),
                 "step": self.step, "seconds": self.seconds(), "log": self.log}
@@ -1491,17 +1491,17 @@ def kernel_distance(a, b):
     within a, plus that within b, minus twice that across: 0 on average for two sets of one kind."""
     def kernel(u, v):                                                     # (n,n)
         return (u @ v.T / u.shape[1] + 1) ** 3
-    k = kernel(a, a) + kernel(b, b) - 2 * kernel(a, b)
+    pairs = kernel(a, a) + kernel(b, b) - 2 * kernel(a, b)
     # One sum for all three means. No diagonal: no image with itself, nor with its reconstruction.
-    return float((k.sum() - k.trace()) / (len(a) * (len(a) - 1)))
+    return float((pairs.sum() - pairs.trace()) / (len(a) * (len(a) - 1)))
 
 def unseen_images(cfg, vq_cfg, cache):                  # -> two sets of uint8 (n,3,H,W)
     data = cfg.data or vq_cfg.data
     overlap = Path(vq_cfg.data) in Path(data).parents or Path(data) in Path(vq_cfg.data).parents
     demand(not overlap, "--data: contains the training folder, or lies in it; omit --data")
     # Another folder: all of it. The one trained on: its val. Drawn: another seed's, n for each set.
-    vq_cfg = replace(vq_cfg, seed=vq_cfg.seed + 1, n_images=2 * cfg.n)
-    images = Images(data, vq_cfg, cache)
+    fresh = replace(vq_cfg, seed=vq_cfg.seed + 1, n_images=2 * cfg.n)
+    images = Images(data, fresh, cache)
     rows = torch.randperm(len(images.names), generator=rng(cfg.seed, "unseen"))
     if data == vq_cfg.data and data != "synthetic":
         rows = images.val
@@ -1524,7 +1524,7 @@ def evaluate(cfg):                                      # -> metrics.json, evalu
         made, z0 = model.images(SampleConfig(seed=cfg.seed), range(len(real)), label)
         pictures["samples"] = made
         if lpips:
-            # References: other through stage 1 (a perfect stage 2's), real likewise, other itself.
+            # kernel_perfect: other through stage 1; _recon: real through it; _real: other itself.
             perfect = reconstruct(vqgan, other, None, mixed)[1]
             sets = {"": made, "_perfect": perfect, "_recon": recon, "_real": other}
             a = features(lpips, real)
