@@ -27,7 +27,7 @@ Contents  1. Settings                       7. Stage 1: training      For refere
           5. Stage 1: the VQGAN            11. Sampling               D. Pictures       G. Commands
           6. Stage 1: the losses
 Run it    python vqldm.py train-vq, then train-ldm, then sample; evaluate measures.
-          "trap" marks a frequent mistake, "ours" an idea of no paper here (small ones: unmarked).
+          "trap" marks a frequent mistake, "ours" an idea not from a paper (small ones: unmarked).
 """
 import argparse, csv, functools, glob, json, math, os, random, re, shlex, sys, time, warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -52,7 +52,7 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 # ------------------------------------------------------------------------------------------------
 # 1. Settings
-# Every number that you can change is one line here: name, type, default and, as comment, --help.
+# Every number that you can change is one line here: name, type, default; its comment is its --help.
 # (New words are explained where they are used.) What you type beats --preset, which beats the
 # default. --resume takes the checkpoint's values: only those in MAY_CHANGE (below) can be retyped.
 
@@ -78,19 +78,19 @@ def amount(text):
 @dataclass(frozen=True)
 class Settings:
     """What every command can be told."""
-    seed: int = 0                       # what is drawn, trained and sampled is a function of it
+    seed: int = 0                       # all random numbers follow from it
     device: str = "auto"                # auto, or a torch device: cpu, cuda:1, mps
-    out: str = ""                       # empty: runs/<kind>: vq, ldm, samples; or --ckpt's folder
+    out: str = ""                       # empty: runs/vq, ldm or samples; evaluate: --ckpt's folder
 
     @property
-    def folder(self):                   # (evaluate has no kind: it asks only if --out is given)
+    def folder(self):                   # (evaluate has no kind: it uses this only with --out)
         return Path(self.out or f"runs/{self.kind}").expanduser()
 
 @dataclass(frozen=True)
 class VQConfig(Settings):
     """stage 1: train the VQGAN, image -> codes -> image"""
     kind = "vq"                         # no ": type", so no field and no flag
-    preset: str = "default"             # tiny, for seconds; paper, 256×256, on a GPU
+    preset: str = "default"             # tiny, for seconds; paper, about the papers' size, on a GPU
     # Which images?
     data: source = "synthetic"          # 'synthetic', or a folder of images; class = its subfolder
     n_images: count = 4096              # how many to draw if synthetic
@@ -148,7 +148,7 @@ class SampleConfig(Settings):
     class_: str = ""                    # only this class; empty: all, in turn
     steps: count = 50                   # S, steps from noise to image, at most T
     sampler: str = "ddim"               # ddim, or ddpm, which wants many more steps
-    eta: amount = 0.0                   # fresh noise in a ddim step: 0 none … 1 much (ddpm: more)
+    eta: amount = 0.0                   # fresh noise in a ddim step: 0 none … 1 much; ddpm: unused
     guidance: amount = 2.2              # 1: plain; more: more typical, less varied
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ def pick_device(cfg):
     if name == "auto":
         name = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
-        device = torch.zeros(1, device=name).device
+        device = torch.zeros(1, device=name).device     # does it work? cuda -> cuda:0
     except Exception:
         raise UserError("--device: cannot be used on this machine; cpu can") from None
     bf16 = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
@@ -258,7 +258,7 @@ class Norm(nn.GroupNorm):
     """GroupNorm for any width: brings each group of channels to mean 0 and std 1, then scales and
     shifts each channel as learnt. It looks at each image alone: the batch size changes nothing."""
     def __init__(self, c):
-        groups = math.gcd(32, c, c // 4 or 1)   # divides 32 and c; groups of >= 4 channels (c >= 4)
+        groups = math.gcd(32, c, c // 4 or 1)   # divides c; <= 32 and <= c/4 (c < 4: 1)
         super().__init__(groups, c)
 
 def zero(layer):
@@ -294,7 +294,7 @@ class AttentionBlock(nn.Module):
     """Every position looks at every other (VQGAN Table 7); a convolution sees only what is near.
     Linear maps give each a query, a key and a value. The output at a position is the mean of all
     values, weighted by how well their keys fit its query (softmax of q·k/√C, Vaswani 2017). Cost
-    grows as (h·w)²: little on 16×16, much on 64×64; so only in the middle (papers: more grids)."""
+    grows as (h·w)²: little on 16×16, much on 64×64; so only in the middle (papers: larger too)."""
     def __init__(self, c):
         super().__init__()
         self.norm = Norm(c)
@@ -340,8 +340,8 @@ class UpBlock(nn.Module):
         self.res2 = ResBlock(c_out, c_out, emb_dim)
 
     def forward(self, x, emb=None, skip=None):                            # (B,c_in,h,w)
-        # trap: a transposed convolution weights even and odd pixels differently: a mesh over the
-        # image (Odena 2016, distill.pub). VQGAN's code: as here, then a convolution.
+        # trap: in a transposed convolution the weights of even and odd pixels have other sums: a
+        # mesh over the image (Odena 2016, distill.pub). VQGAN's code doubles cells, too.
         y = F.interpolate(x, scale_factor=2, mode="nearest")              # (B,c_in,2h,2w)
         if skip is not None:
             y = torch.cat([y, skip], dim=1)                               # (B,c_in+c_skip,2h,2w)
@@ -356,7 +356,7 @@ def levels(widths):
 # discrete? In the VQGAN paper, because its stage 2 predicts code numbers one by one, like words of
 # a text. Here, because rounding to the nearest code corrects what stage 2 gets slightly wrong.
 # The codebook, K learnt vectors, is delicate: choosing the nearest has no gradient, and a code that
-# is never chosen never learns. Watch codes used (%), perplexity (e^entropy; K: all equally often).
+# is never chosen never learns. Watch codes used (%), perplexity (e^entropy of their use, up to K).
 
 class Encoder(nn.Module):
     """x -> z: Conv, m DownBlocks, MidBlock, Norm, SiLU, Conv (VQGAN Table 7)."""
@@ -392,7 +392,7 @@ class Decoder(nn.Module):
         for block in self.up:
             y = block(y)                                                  # the grid doubles m times
         y = F.silu(self.norm(y))
-        # fp32: bf16 has few digits; adaptive_weight (section 6) divides by a gradient from here.
+        # Not bf16, of few digits: adaptive_weight (section 6) divides by a gradient from here.
         with torch.autocast(y.device.type, enabled=False):
             return self.last(y.float())                                   # (B,3,H,W)
 
@@ -406,8 +406,8 @@ class Codebook(nn.Module):
     def nearest(self, z):                                                 # (B,d,h,w)
         """The number of the nearest code of each vector: k = argmin_j ‖z - e_j‖ (VQ eq. 1)."""
         B, d, h, w = z.shape
-        # trap: distances computed in bf16 choose many wrong codes; hence fp32. No gradient: k is
-        # a whole number. Flat, since a batched cdist would hold B copies of the codebook in memory.
+        # trap: distances computed in bf16 choose many wrong codes; a z rounded to bf16, few. k is
+        # whole, so has no gradient. Flat, as a batched cdist would hold B copies of the codebook.
         with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
             flat = rearrange(z.float(), "B d h w -> (B h w) d")           # (B·N,d)
             distance = torch.cdist(flat, self.embedding.weight)           # (B·N,K)
@@ -490,7 +490,7 @@ class VQGAN(nn.Module):
 
 def load_lpips(wanted, device):
     """LPIPS (Zhang 2018, arXiv 1801.03924) of the lpips package, for images in [-1,1]; None if off,
-    or if auto fails. It is called outside autocast, so it runs in fp32. trap: if it were part of
+    or if auto fails. It is called outside autocast, so never in bf16. trap: if it were part of
     the VQGAN, .train() would switch its dropout on, and checkpoints would carry its weights."""
     if wanted == "off":
         return None
@@ -500,13 +500,13 @@ def load_lpips(wanted, device):
         net = lpips.LPIPS(net="squeeze" if wanted == "auto" else wanted, verbose=False)
         return net.to(device).eval().requires_grad_(False)
     except Exception as e:              # URLError, OSError, a damaged file, an unknown name
-        demand(wanted == "auto", f"--lpips: {e}; there are squeeze, alex, vgg, and off, with blur")
+        demand(wanted == "auto", f"--lpips: {e}; choose squeeze, alex, vgg, or off (blurred)")
         say("WARNING no LPIPS, as loss or as measure:", e, "- weights go to", torch.hub.get_dir())
 
 class PatchDiscriminator(nn.Module):
     """D: a logit, real or fake, for each place of the latent grid. At f = 4 its kernels span 18×18
     pixels (pix2pix, arXiv 1611.07004: 70×70): enough to judge the grain. No sigmoid at the end:
-    hinge_loss wants raw logits. Norm, not BatchNorm: no image may depend on its batch."""
+    hinge_loss wants raw logits. Norm, not the papers' BatchNorm: an image is judged alone."""
     def __init__(self, widths):                                           # the VQGAN's
         super().__init__()
         c = max(32, widths[0] // 2)             # first layer: half the VQGAN's, but 32 at least
@@ -525,15 +525,15 @@ def hinge_loss(real, fake):
     return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
 
 def adaptive_weight(rec, adversarial, last):
-    """lam = ‖∇_L rec‖ / (‖∇_L adversarial‖ + δ), VQGAN eq. 7; L: last layer, rec: mse + weighted
-    LPIPS, adversarial: -D(x_hat), whose gradient can be a thousand times stronger or weaker, and
-    changes as D learns; times lam, it pushes L as hard as rec. (All layers would cost too much.)"""
-    # lam has no gradient of its own. retain_graph: loss.backward() still needs the graph used here.
+    """lam = ‖∇_L rec‖ / (‖∇_L adversarial‖ + δ), VQGAN eq. 7; L: the last layer (all would cost too
+    much). rec: mse + weighted LPIPS. adversarial: -D(x_hat), whose gradient may be a thousand times
+    stronger or weaker, and changes as D learns. Times lam, it pushes L as hard as rec does."""
+    # lam is a constant for backward(). retain_graph: loss.backward() still needs this graph.
     def push(loss):                                         # ‖∇_L loss‖
         (gradient,) = torch.autograd.grad(loss, last, retain_graph=True)
         return mean_over_processes(gradient).norm()
-    lam = push(rec) / (push(adversarial) + 1e-4)
-    return lam.clamp(max=1e4)                               # ∇ may be ~0; as VQGAN's code
+    lam = push(rec) / (push(adversarial) + 1e-4)            # ∇ may be ~0. δ, and the cap below, are
+    return lam.clamp(max=1e4)                               # VQGAN's code's (its paper's δ: 1e-6)
 # ------------------------------------------------------------------------------------------------
 # 7. Stage 1: training
 # The generator steps first, then D on the same images. D joins after a tenth of the run: from early
@@ -542,7 +542,7 @@ def adaptive_weight(rec, adversarial, last):
 # Used before they are shown: Images (B), Run (C), draw_rows (D), reconstruct (E), Muon (F).
 
 def rate(step, progress):
-    """Rates' factor: up in 50 steps, down to 0.01 in the last 60 % (DDPM's code: up, in 5,000)."""
+    """Rates' factor: up in 50 steps, down to 0.01 in the last 60 % (DDPM's: only up, in 5,000)."""
     up = (step + 1) / 50
     down = (1 - progress) / 0.6
     return max(0.01, min(1, up, down))
@@ -558,9 +558,9 @@ def vq_optimizers(vqgan, cfg):
     blocks = nn.ModuleList([enc.down, enc.mid, dec.mid, dec.up])
     kernels = [p for p in blocks.parameters() if p.dim() == 4] if cfg.muon_lr > 0 else []
     codes = vqgan.codebook.embedding.weight
-    rest = [p for p in vqgan.parameters() if p not in {codes, *kernels}]  # set: same object, no ==
-    # ours: codes learn from codebook_loss only, and Adam divides a gradient by its usual size: a
-    # weight on that loss would change nothing. To keep up with z, codes need a rate of their own.
+    rest = [p for p in vqgan.parameters() if p not in {codes, *kernels}]  # "in": the same object
+    # Codes learn from codebook_loss alone, and Adam divides by a gradient's usual size: a weight on
+    # it would change little. To keep up with z, codes need their own rate (Łańcucki 2005.08520).
     groups = [{"params": rest}, {"params": [codes], "lr": cfg.codes_lr}]
     adam = torch.optim.Adam(groups, cfg.lr, betas=(0.9, 0.99), fused=True)
     return adam, Muon(kernels, cfg.muon_lr)
@@ -572,7 +572,7 @@ def train_vq(cfg, state=None):
     device, mixed = pick_device(cfg)
     images = Images(cfg.data, cfg, cfg.folder.parent / "cache")   # its train, val: row numbers
     lpips = load_lpips(cfg.lpips, device)
-    cfg = replace(cfg, lpips=lpips.pnet_type if lpips else "off")   # a resumed run keeps its loss
+    cfg = replace(cfg, lpips=lpips.pnet_type if lpips else "off")   # --resume: kept unless retyped
     n = len(images.train)
     torch.manual_seed(cfg.seed)                 # the first weights
     vqgan = VQGAN(cfg.widths, cfg.z_dim, cfg.codes).to(device)
@@ -637,8 +637,8 @@ def train_vq(cfg, state=None):
         # ---- the discriminator, on the same images ----
         if gan_on:
             with mixed:
-                # trap: detach! D's loss must not reach the VQGAN. (Without it torch raises, as
-                # loss.backward() freed x_hat's graph; not real's, as loss used only gap, detached.)
+                # trap: detach! D's loss must not reach the VQGAN. (Without it torch raises: the
+                # graph of x_hat is freed by loss.backward(). That of real is not: gap is detached.)
                 fake = disc(x_hat.detach())
             d_loss = hinge_loss(real, fake)
             # trap: the generator's backward left gradients in D; not zeroed, they push D(fake) up.
@@ -650,7 +650,7 @@ def train_vq(cfg, state=None):
                 adam_d.step()
             losses.update(lam=lam, d_loss=d_loss, d_real=real.mean(), d_fake=fake.mean())
 
-        # ---- tell; at a look, each tenth of the run and each ten minutes: measure, draw, save ----
+        # ---- tell; at a look (each tenth of the run, each ten minutes): measure, draw, save ----
         run.tell(losses)
         if run.look_due():
             some = images.rows(images.val[:256])                              # never trained on
@@ -667,8 +667,8 @@ def train_vq(cfg, state=None):
 # what was added; sampling walks back. Levels t count from 0, and level 0 has some noise already.
 # So z0, the clean one, is not z_t at t = 0: it is level -1. With normal noise ε:
 #   one step further     z_t = √α_t z_(t-1) + √β_t ε     α_t + β_t = 1: so variance 1 stays 1
-#   all steps at once    z_t = √ᾱ_t z0 + √(1-ᾱ_t) ε      ᾱ_t = α_0 · … · α_t: variance from z0
-#     (z_(t-1) put in: two noises, which make one, of variance α_t (1-ᾱ_(t-1)) + β_t = 1-ᾱ_t)
+#   all steps at once    z_t = √ᾱ_t z0 + √(1-ᾱ_t) ε      ᾱ_t = α_0 · … · α_t: the share of z0
+#     (z_(t-1) put in: its noise, of variance α_t (1-ᾱ_(t-1)), and the new, β_t, make one: 1-ᾱ_t)
 #   the network answers  ε, or v = √ᾱ_t ε - √(1-ᾱ_t) z0
 #   predict()            turns either answer into two guesses, z0_hat and eps_hat
 #   one step back        is made from these, by ddim or by ddpm
@@ -689,7 +689,7 @@ class Diffusion:
         elif schedule == "cosine":              # Nichol & Dhariwal 2021, arXiv 2102.09672, eq. 17
             part = torch.arange(T + 1, dtype=torch.float64) / T              # 0…1
             # curve: the ᾱ wanted. It falls more evenly; linear's last third is nearly all noise.
-            # Without 0.008, level 0's noise would have 1/17 of its variance: nothing to learn by.
+            # Without 0.008, level 0 (of 1000) would have 1/17 of its noise: nothing to learn by.
             curve = torch.cos((part + 0.008) / 1.008 * math.pi / 2) ** 2
             beta = 1 - curve[1:] / curve[:-1]       # 1 - α; α: the quotient of neighbouring ᾱ
         else:
@@ -718,8 +718,8 @@ class Diffusion:
     def predict(self, out, z_t, t):
         """The network's answer -> (z0_hat, eps_hat), both (B,d,h,w).
         trap: with ε, z0_hat gets the network's error times √(1-ᾱ)/√ᾱ: 157 (linear) or 20,291
-        (cosine) at t = 999: colours off, latents of std 2 or 3. With v, no factor is above 1.
-        trap: z0_hat clipped to ±1, as for pixels, has std 0.7; z0 itself has std 1, no bounds."""
+        (cosine) at t = 999: colours off, latents of std 2 and more. With v, no factor is above 1.
+        trap: z0_hat clipped to ±1, as for pixels, has std 0.7; z0 has std 1 and goes beyond ±1."""
         a = self.alpha_bar_at(t, z_t)
         if self.target == "eps":                    # DDPM eq. 4, solved for z0
             return (z_t - (1 - a).sqrt() * out) / a.sqrt(), out
@@ -729,17 +729,17 @@ class Diffusion:
         return z0_hat, eps_hat
 
     def loss(self, net, z0, t, eps, label):
-        """Algorithm 1, DDPM eq. 14: mean of (goal - net(z_t, t))², (B,). The answer 0 costs 1."""
+        """Algorithm 1, DDPM eq. 14: mean of (goal - net(z_t, t))², (B,). The answer 0: about 1."""
         out = net(self.add_noise(z0, t, eps), t, label)
         goal = self.goal(z0, eps, self.alpha_bar_at(t, z0))
         return F.mse_loss(out, goal, reduction="none").flatten(1).mean(1)     # (B,)
 
     def weight(self, t):
-        """How much each t (B,) counts in training.
-        ours: this curve for v, 1 in the middle (ᾱ = 1/2), 1/4 at both ends. In little noise an
-        error in v hardly matters: predict() multiplies it by √(1-ᾱ), nearly 0, and rounding to a
-        code removes the rest. In much noise v is ≈ -z0, which none can know: the loss stays large.
-        Neither should drown out the middle, or go untaught. (EDM, 2206.00364, argues alike.)"""
+        """How much each t (B,) counts: for v 1 in the middle (ᾱ = 1/2), 1/4 at the ends.
+        In little noise an error in v hardly matters: predict() multiplies it by √(1-ᾱ), nearly 0,
+        and rounding to a code removes the rest. In much noise v is ≈ -z0, which none can know: the
+        loss stays large. Neither should drown out the middle, or go untaught: hence 1/4. (Without
+        it this is, for cosine, the sigmoid of Kingma & Gao 2023, arXiv 2303.00848.)"""
         a = self.alpha_bar.to(t.device)[t]
         if self.target != "v":                      # all equal, as in DDPM
             return torch.ones_like(a)
@@ -748,12 +748,12 @@ class Diffusion:
     def pairs(self, steps):
         """Exactly `steps` pairs (t, t_prev), from T-1 down to -1, for 1 <= steps <= T.
         ours: step i = 0…S-1 starts at t ≈ T-1 - T (i/S)². For T = 1000 and S = 4: 999, 937, 749,
-        437. Short strides in much noise, where large features arise (DDIM: equal, or long there).
+        437. Short strides in much noise, where (with cosine) large features arise (DDIM: equal).
         trap: range(0, T, T // steps) can give too many: 1000 levels for 600 steps of T = 1000."""
         ts = []
         for i in range(steps):
-            behind = max(i, round(self.T * (i / steps) ** 2))       # max: no stride below 1
-            ts.append(self.T - 1 - behind)              # behind: levels that i steps leave behind
+            passed = max(i, round(self.T * (i / steps) ** 2))   # max: 1 level a step at least
+            ts.append(self.T - 1 - passed)
         return list(zip(ts, ts[1:] + [-1]))
 
     @torch.no_grad()
@@ -773,7 +773,7 @@ class Diffusion:
                 # z0_hat is noised again, up to level t_prev, where the noise has variance 1-ᾱ_prev.
                 # σ² of it is fresh, the rest is eps_hat, the noise that was found. With η = 0 none
                 # is fresh, so the first z decides everything. With η = 1 the fresh share is
-                # (1-α)/(1-ᾱ), the share of z_t's noise that came after t_prev (DDPM eq. 7).
+                # (1-α)/(1-ᾱ): of z_t's noise, what the way from t_prev up to t added (DDPM eq. 7).
                 sigma = eta * ((1 - a_prev) / (1 - a) * (1 - alpha)).sqrt()           # DDIM eq. 16
                 rest = (1 - a_prev - sigma**2).clamp(min=0).sqrt()
                 z = a_prev.sqrt() * z0_hat + rest * eps_hat               # DDIM eq. 12, its α is ᾱ
@@ -796,7 +796,7 @@ class Diffusion:
 
 def time_embedding(t, dim):
     """t (B,) -> (B,dim): sines and cosines of growing period (Vaswani 2017, arXiv 1706.03762). Fast
-    ones tell neighbouring levels apart, slow ones distant ones; t alone serves a net badly."""
+    ones tell neighbouring levels apart, slow ones distant ones; in t itself 500 is nearly 501."""
     frequency = 10_000 ** (-torch.arange(dim // 2, device=t.device) / (dim // 2))   # (dim/2,)
     angle = t.float()[:, None] * frequency                                # (B,dim/2)
     return torch.cat([angle.sin(), angle.cos()], dim=1)                   # (B,dim)
@@ -825,7 +825,7 @@ class UNet(nn.Module):
         if label is None:
             label = torch.full_like(t, self.n_classes)
         emb = self.time(time_embedding(t, self.label.embedding_dim))      # (B,E)
-        emb = emb + self.label(label)       # so no block has a class input (LDM: cross-attention)
+        emb = emb + self.label(label)       # so the class reaches each block with the time
         y = self.first(z_t)
         skips = []
         for block in self.down:
@@ -843,9 +843,9 @@ def guided(net, guide, label, w, below):
     w = 1 is strong alone; a larger w goes further in the direction in which the class pulls. (CFG's
     own w is this w minus 1.) At t >= below (0.8 T), in much noise, there is no guidance: it would
     cost variety (Kynkäänniemi 2024, arXiv 2404.07724, has none in little noise either).
-    ours: weak lacks the class, as in CFG, so w leads towards the class. And weak is less trained:
-    it is `guide`, what the running mean (update_ema) was after a fifth of the run. It errs where
-    strong does, but more: w leads away from these errors (Karras 2406.02507: smaller, younger)."""
+    ours: weak is both untold and young. Untold, as in CFG: so w leads towards the class. Young: it
+    is `guide`, the running mean (update_ema) as it was after a fifth of the run, which errs where
+    strong does, but more: so w leads away from errors (Karras 2406.02507: young, small, told)."""
     def answer(z_t, t):
         strong = net(z_t, t, label)
         if w == 1 or t[0] >= below:         # here all t are equal
@@ -856,9 +856,9 @@ def guided(net, guide, label, w, below):
 # ------------------------------------------------------------------------------------------------
 # 10. Stage 2: training
 # The frozen encoder turns each image into its grid of code numbers, once: these are stage 2's data
-# (fast, but without augment). ours: the latents are codes, exactly what the decoder reads (LDM
-# takes z before quantisation). Diffusion ends in noise of mean 0 and std 1, so codes get that mean
-# and std too. Look at the samples: the loss says little, as most of it is what no network can know.
+# (fast, but without augment). The latents are codes, exactly what the decoder reads (LDM takes z
+# before quantisation; codes: Nguyen 2024, 2410.14758). Diffusion ends in noise of mean 0 and std 1,
+# so codes get these too. Look at the samples: the loss says little, most of it can never be known.
 # Used before they are shown: load_vqgan and LatentDiffusion (11), load_checkpoint (C).
 
 def encode_images(vqgan, images, device, mixed):
@@ -902,17 +902,17 @@ def update_ema(ema, net, step, decay):
 
 def look_ldm(model, z0, label, path):
     """A LatentDiffusion's held-out loss, at each look with the same noise; draws 16 samples."""
-    t = (torch.arange(len(z0), device=z0.device) * model.cfg.T) // len(z0)  # (n,) evenly, 0…T-1
+    t = (torch.arange(len(z0), device=z0.device) * model.cfg.T) // len(z0)  # (n,) evenly spaced
     eps = torch.randn(z0.shape, generator=rng("held-out noise")).to(z0.device)
     with model.mixed:
         loss = model.diffusion.loss(model.net, z0, t, eps, label.to(z0.device))           # (n,)
-    classes = model.trained[(torch.arange(16) * len(model.trained)) // 16]
+    classes = model.trained[(torch.arange(16) * len(model.trained)) // 16]    # in equal shares
     pictures, latents = model.images(SampleConfig(), range(16), classes)
     draw_rows(path, {"samples": pictures})
     return {"loss": float(loss.mean()), "latent_std": float(latents.std())}
 
 def train_ldm(cfg, state=None):
-    """Stage 2: from a stage-1 checkpoint to one that holds it, too (facts). -> exit status."""
+    """Stage 2, from a stage-1 checkpoint to one that holds both (see facts). -> exit status."""
     diffusion = Diffusion(cfg.T, cfg.schedule, cfg.target)
     device, mixed = pick_device(cfg)
     vq = state.get("vq") if state else load_checkpoint(cfg.vq, "--vq", "vq")
@@ -992,8 +992,8 @@ def load_vqgan(state, device):                          # -> VQGAN of a checkpoi
         return frozen(vqgan, state["model"], device), cfg
 
 class LatentDiffusion:
-    """All that makes images: UNet (running mean), guide, Diffusion, VQGAN, scale, classes; and how
-    many of each class were trained on (E draws as many)."""
+    """All that makes images: UNet (running mean), guide, Diffusion, VQGAN, scale, classes, and how
+    many images of each class were trained on (evaluate makes samples in that proportion)."""
     def __init__(self, state, device, mixed):
         self.device, self.mixed = device, mixed
         self.vqgan, self.vq_cfg = load_vqgan(state.get("vq"), device)
@@ -1001,7 +1001,7 @@ class LatentDiffusion:
             self.cfg = LDMConfig(**state["config"])
             self.diffusion = Diffusion(self.cfg.T, self.cfg.schedule, self.cfg.target)
             self.classes, self.class_counts = state["classes"], state["class_counts"].float()
-            self.trained = self.class_counts.nonzero().flatten()    # a class may be held out whole
+            self.trained = self.class_counts.nonzero().flatten()    # not those all held out
             self.scale = state["scale"].view(2, self.vq_cfg.z_dim).to(device)     # (2,d)
             net = UNet(self.vq_cfg.z_dim, self.cfg.widths, len(self.classes))
             self.guide = frozen(deepcopy(net), state["guide"], device)
@@ -1016,7 +1016,7 @@ class LatentDiffusion:
         return draw
 
     def walk(self, cfg, numbers, label):
-        """Yields (z_t, z0_hat) after each step, computed when asked for: so ask inside `mixed`."""
+        """Yields (z_t, z0_hat) after each step. It computes while iterated: do that in `mixed`."""
         draw = self.noise(cfg.seed, numbers)
         net = guided(self.net, self.guide, label.to(self.device), cfg.guidance, 0.8 * self.cfg.T)
         steps = min(cfg.steps, self.cfg.T)
@@ -1062,7 +1062,7 @@ def sample(cfg):
 # A. Drawn lesions
 # Images to begin with, without a download. (They are cached: after a change here clear runs/cache.)
 
-LESIONS = {             # four colours; border: ragged, soft; pigment net: dark (<0: pale); dots
+LESIONS = {             # colours; border: ragged, soft; pigment network (<0: pale); chance of dots
     "keratosis-like": ("b89970 997a57 ccb894 8c7866", .09, .08, .05, .6),
     "melanoma-like": ("42261c 734a33 545c78 8c4545", .20, .12, .20, .5),
     "nevus-like": ("854f38 9e6647 613829 ad6b57", .04, .17, .24, .25),
@@ -1092,7 +1092,7 @@ def synthetic(i, size, seed=0):
     plane = torch.stack(torch.meshgrid(axis, axis, indexing="xy"))        # (2,H,W)
     x, y = plane + .15 * noise(4, 2) + .03 * noise(10, 2)                 # (H,W) each
 
-    # Skin: 5 tones, each weighs 0 to 6 and clouds of ±1 (softmax: one mostly wins); then a grain.
+    # Skin: 5 tones, each of weight 0…6 + clouds of ±1; by softmax one mostly wins; then a grain.
     image = mixture(SKIN, span(0, 6, 5, 1, 1) + noise(3, 5)) + .03 * noise(24)
 
     # Border: a circle, more or less ragged.
@@ -1152,12 +1152,12 @@ def read_image(path, size):                             # -> uint8 (3,size,size)
 
 def find_images(folder):
     """-> name, class, lot and modification time of each photograph under a folder.
-    The class is the innermost folder's name (NO_CLASS cut out), else what a table says. The lot is
-    a number; if it ends in 0, the photograph is held out. If there are folders val or test, the lot
-    is 0 there and 1 elsewhere; if not, a hash of lesion_id where that is known, else of the stem.
+    The class is the innermost folder's name (NO_CLASS cut out), else what a table says. The lot, a
+    number, says who is held out: whoever's ends in 0. With folders val or test it is 0 there and 1
+    elsewhere. Without, it is a hash of lesion_id or, where that is unknown, of the file's name.
     trap: in a split by photograph, the network is measured on lesions seen in other photographs."""
     table, named, hashed, known = {}, [], [], 0
-    # tables in the folder or beside it: ISIC's metadata.csv, HAM10000_metadata.csv, a manifest
+    # tables there or beside it, m…a in the name: metadata.csv, HAM10000_metadata.csv, manifest.csv
     for path in [*folder.parent.glob("*[mM]*a*.csv"), *folder.glob("*[mM]*a*.csv")]:
         with suppress(csv.Error, OSError):
             for row in csv.DictReader(path.open(encoding="utf-8-sig", errors="replace")):
@@ -1187,7 +1187,7 @@ class Images:
         folder = Path(source)
         if source == "synthetic":
             kinds = list(LESIONS)
-            # name, class, lot (ends in 0 for a tenth of each class), seed (names the cache file)
+            # name, class, lot (a tenth of each class ends in 0), seed (goes into the cache's name)
             found = [(i, kinds[i % 4], i // 4, cfg.seed) for i in range(cfg.n_images)]
             def read(i):
                 return synthetic(i, cfg.size, cfg.seed).numpy()
@@ -1213,7 +1213,7 @@ class Images:
         say("data", source, len(self.names), "of", len(found), "images:", *self.classes)
 
     def rows(self, rows):
-        """uint8 (B,3,H,W). Opened anew each time: what an open memmap has read counts as memory."""
+        """uint8 (B,3,H,W). Opened anew each time: what an open memmap has read stays in memory."""
         pixels = np.memmap(self.path, np.uint8, "r").reshape(-1, 3, self.size, self.size)
         return torch.from_numpy(pixels[rows.numpy()])
 
@@ -1293,8 +1293,8 @@ def open_run(cfg, typed, resume, overwrite):
     differ = [f"{flag(name)} was {getattr(old, name)}" for name, value in typed.items()
               if name not in MAY_CHANGE and value != getattr(old, name)]
     demand(not differ, f"--resume goes on with the recorded settings: {differ}")
-    if "epochs" in typed:                               # replaces recorded --minutes: progress
-        old = replace(old, minutes=0.0)                 # is step/steps from here: rates may rise
+    if "epochs" in typed:       # beats recorded --minutes. Progress is step/steps from here: it may
+        old = replace(old, minutes=0.0)         # be less than before, and then learning rates rise
     typed["out"] = cfg.out                              # where it lies now: it may have moved
     return replace(old, **typed), state
 
@@ -1352,12 +1352,12 @@ class Run:
                 self.line.update()
 
     def time_left(self):
-        # A signal adds 130 or more: the mean of up to 130 processes is then above 1, and all stop.
+        # After a signal status >= 130: the mean of up to 130 processes is then >= 1, and all stop.
         now = torch.tensor(self.now() + self.status, dtype=torch.float64)
         self.progress = float(mean_over_processes(now))
         return self.progress < 1
 
-    def look_due(self):     # looks: tenths done + ten-minute spans passed; has it grown, one is due
+    def look_due(self):     # looks: tenths done + ten-minute spans passed; if it grew, one is due
         before = self.looks
         self.looks = int(10 * self.now()) + self.seconds() // 600
         return self.looks > before and rank() == 0
@@ -1486,13 +1486,13 @@ def features(lpips, images):
     return torch.cat(found).cpu().double()
 
 def kernel_distance(a, b):
-    """How far apart two sets of n features lie: squared MMD (Bińkowski 2018, arXiv 1801.01401). A
+    """How far apart two sets of n features lie: squared MMD (KID, 1801.01401, has another net). A
     kernel, (u·v/512 + 1)³, says how alike two features are. The distance is its mean over the pairs
     within a, plus that within b, minus twice that across: 0 on average for two sets of one kind."""
     def kernel(u, v):                                                     # (n,n)
         return (u @ v.T / u.shape[1] + 1) ** 3
     pairs = kernel(a, a) + kernel(b, b) - 2 * kernel(a, b)
-    # One sum for all three means. No diagonal: no image with itself, nor with its reconstruction.
+    # One sum for all three. No diagonal: not a[i] with itself, nor with b[i], maybe its copy.
     return float((pairs.sum() - pairs.trace()) / (len(a) * (len(a) - 1)))
 
 def unseen_images(cfg, vq_cfg, cache):                  # -> two sets of uint8 (n,3,H,W)
@@ -1524,7 +1524,7 @@ def evaluate(cfg):                                      # -> metrics.json, evalu
         made, z0 = model.images(SampleConfig(seed=cfg.seed), range(len(real)), label)
         pictures["samples"] = made
         if lpips:
-            # kernel_perfect: other through stage 1; _recon: real through it; _real: other itself.
+            # Against real: recon is real through stage 1, perfect other through it, real other.
             perfect = reconstruct(vqgan, other, None, mixed)[1]
             sets = {"": made, "_perfect": perfect, "_recon": recon, "_real": other}
             a = features(lpips, real)
@@ -1553,7 +1553,7 @@ def orthogonal(g):
     return x
 
 class Muon(torch.optim.Optimizer):
-    """Steps of lr · orthogonal(running mean of the gradient); Jordan's also × √(r/n) if r > n."""
+    """Steps of lr · orthogonal(running mean of the gradient), as Jordan's for kernels."""
     def __init__(self, kernels, lr):
         super().__init__([{"params": kernels}], {"lr": lr})
 
@@ -1563,7 +1563,7 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 mean = self.state[p].setdefault("mean", torch.zeros_like(p))
                 mean.lerp_(p.grad, 0.05)
-                g = p.grad.lerp(mean, 0.95).flatten(1)      # Nesterov: the newest's share is 9.75 %
+                g = p.grad.lerp(mean, 0.95).flatten(1)      # Nesterov: the newest weighs 9.75 %
                 p.sub_(group["lr"] * orthogonal(g).view_as(p))
 # ------------------------------------------------------------------------------------------------
 # G. Commands
@@ -1632,7 +1632,7 @@ def main(argv):
     except KeyboardInterrupt:               # while preparing or sampling
         status = 130
     except (MemoryError, OSError, RuntimeError) as e:
-        cause = e.__context__ or e      # torch.save raises its own; the full disk is its context
+        cause = e.__context__ or e      # torch.save's own error has the disk's as its context
         if re.search("out of memory|allocate|MemoryError", repr(e)):
             cause = "out of memory: a smaller --batch-size (or stage 1's --size) helps"
         elif not isinstance(cause, OSError):
