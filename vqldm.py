@@ -107,7 +107,7 @@ class VQConfig(Settings):
     gan_start: amount = 0.1             # part of the run after which the GAN joins
     # How fast, how long?
     lr: amount = 1e-3                   # learning rate of everything that has none of its own
-    muon_lr: amount = 0.02              # learning rate of inner kernels, by Muon; 0: Adam at --lr
+    muon_lr: amount = 0.02              # learning rate of blocks' kernels, by Muon; 0: Adam at --lr
     codes_lr: amount = 0.02             # learning rate of the codes, which must keep up with z
     d_lr: amount = 4e-4                 # learning rate of the discriminator
     batch_size: count = 8               # images in a step, over all processes
@@ -258,7 +258,7 @@ class Norm(nn.GroupNorm):
     """GroupNorm for any width: brings each group of channels to mean 0 and std 1, then scales and
     shifts each channel as learnt. It looks at each image alone: the batch size changes nothing."""
     def __init__(self, c):
-        groups = math.gcd(32, c, c // 4 or 1)   # divides c; <= 32 and <= c/4 (c < 4: 1)
+        groups = math.gcd(32, c, c // 4 or 1)   # at most 32, each of >= 4 channels (c < 4: one)
         super().__init__(groups, c)
 
 def zero(layer):
@@ -294,7 +294,7 @@ class AttentionBlock(nn.Module):
     """Every position looks at every other (VQGAN Table 7); a convolution sees only what is near.
     Linear maps give each a query, a key and a value. The output at a position is the mean of all
     values, weighted by how well their keys fit its query (softmax of q·k/√C, Vaswani 2017). Cost
-    grows as (h·w)²: little on 16×16, much on 64×64; so only in the middle (papers: larger too)."""
+    grows as (h·w)²: little on 16×16, much on 64×64; so MidBlock only (papers: larger grids too)."""
     def __init__(self, c):
         super().__init__()
         self.norm = Norm(c)
@@ -340,8 +340,8 @@ class UpBlock(nn.Module):
         self.res2 = ResBlock(c_out, c_out, emb_dim)
 
     def forward(self, x, emb=None, skip=None):                            # (B,c_in,h,w)
-        # trap: in a transposed convolution the weights of even and odd pixels have other sums: a
-        # mesh over the image (Odena 2016, distill.pub). VQGAN's code doubles cells, too.
+        # trap: in a transposed convolution even and odd pixels get different sums of weights: a
+        # mesh shows in the image (Odena 2016, distill.pub). VQGAN's code doubles cells, too.
         y = F.interpolate(x, scale_factor=2, mode="nearest")              # (B,c_in,2h,2w)
         if skip is not None:
             y = torch.cat([y, skip], dim=1)                               # (B,c_in+c_skip,2h,2w)
@@ -356,7 +356,7 @@ def levels(widths):
 # discrete? In the VQGAN paper, because its stage 2 predicts code numbers one by one, like words of
 # a text. Here, because rounding to the nearest code corrects what stage 2 gets slightly wrong.
 # The codebook, K learnt vectors, is delicate: choosing the nearest has no gradient, and a code that
-# is never chosen never learns. Watch codes used (%), perplexity (e^entropy of their use, up to K).
+# is never chosen never learns. Watch codes used (%), perplexity (e^entropy: K if all used alike).
 
 class Encoder(nn.Module):
     """x -> z: Conv, m DownBlocks, MidBlock, Norm, SiLU, Conv (VQGAN Table 7)."""
@@ -404,10 +404,10 @@ class Codebook(nn.Module):
         self.register_buffer("wins", torch.zeros(codes))      # (K,) wins since the last restart
 
     def nearest(self, z):                                                 # (B,d,h,w)
-        """The number of the nearest code of each vector: k = argmin_j ‖z - e_j‖ (VQ eq. 1)."""
+        """The nearest code's number: k = argmin_j ‖z - e_j‖ (VQ eq. 1); e_j: row j of embedding."""
         B, d, h, w = z.shape
-        # trap: distances computed in bf16 choose many wrong codes; a z rounded to bf16, few. k is
-        # whole, so has no gradient. Flat, as a batched cdist would hold B copies of the codebook.
+        # trap: distances computed in bf16 choose many wrong codes; a z rounded to bf16 does little
+        # harm. k is an integer: no gradient. Flat: batched, cdist would copy the codebook B times.
         with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
             flat = rearrange(z.float(), "B d h w -> (B h w) d")           # (B·N,d)
             distance = torch.cdist(flat, self.embedding.weight)           # (B·N,K)
@@ -425,8 +425,8 @@ class Codebook(nn.Module):
         # One distance, two losses; sg[] decides who moves:
         #   codebook_loss   the codes, to the vectors that they won       weight 1
         #   commit_loss     the encoder's vectors, to their codes         weight commit_weight: 0.25
-        # trap: VQGAN's code has these weights swapped: codebook_loss 0.25, commit_loss 1, four
-        # times the weight here. The two losses have the same value, so no curve shows the swap.
+        # trap: VQGAN's code has these weights swapped: codebook_loss 0.25 and commit_loss 1. The
+        # two losses have the same value, so no curve shows the swap.
         codebook_loss = F.mse_loss(z_q, z.detach())             # ‖sg[z] - e‖², mean over all
         commit_loss = F.mse_loss(z, z_q.detach())               # ‖z - sg[e]‖², likewise
         # Straight through (VQ sec. 3.2): the value is z_q, but the gradient goes to z. Rounding has
@@ -525,15 +525,15 @@ def hinge_loss(real, fake):
     return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
 
 def adaptive_weight(rec, adversarial, last):
-    """lam = ‖∇_L rec‖ / (‖∇_L adversarial‖ + δ), VQGAN eq. 7; L: the last layer (all would cost too
-    much). rec: mse + weighted LPIPS. adversarial: -D(x_hat), whose gradient may be a thousand times
-    stronger or weaker, and changes as D learns. Times lam, it pushes L as hard as rec does."""
+    """lam = ‖∇_L rec‖ / (‖∇_L adversarial‖ + δ), VQGAN eq. 7; ∇_L: by the last layer's weights (by
+    all: too slow). rec: mse + weighted LPIPS. adversarial: -D(x_hat), whose gradient may be a
+    thousand times stronger or weaker, and changes as D learns; lam makes both push equally hard."""
     # lam is a constant for backward(). retain_graph: loss.backward() still needs this graph.
     def push(loss):                                         # ‖∇_L loss‖
         (gradient,) = torch.autograd.grad(loss, last, retain_graph=True)
         return mean_over_processes(gradient).norm()
-    lam = push(rec) / (push(adversarial) + 1e-4)            # ∇ may be ~0. δ, and the cap below, are
-    return lam.clamp(max=1e4)                               # VQGAN's code's (its paper's δ: 1e-6)
+    lam = push(rec) / (push(adversarial) + 1e-4)            # δ: push may be ~0 (paper's δ: 1e-6)
+    return lam.clamp(max=1e4)                               # δ and cap as in VQGAN's code
 # ------------------------------------------------------------------------------------------------
 # 7. Stage 1: training
 # The generator steps first, then D on the same images. D joins after a tenth of the run: from early
@@ -542,7 +542,7 @@ def adaptive_weight(rec, adversarial, last):
 # Used before they are shown: Images (B), Run (C), draw_rows (D), reconstruct (E), Muon (F).
 
 def rate(step, progress):
-    """Rates' factor: up in 50 steps, down to 0.01 in the last 60 % (DDPM's: only up, in 5,000)."""
+    """Factor of all learning rates: up in 50 steps; in the last 60 % of the run down to 0.01."""
     up = (step + 1) / 50
     down = (1 - progress) / 0.6
     return max(0.01, min(1, up, down))
@@ -559,8 +559,8 @@ def vq_optimizers(vqgan, cfg):
     kernels = [p for p in blocks.parameters() if p.dim() == 4] if cfg.muon_lr > 0 else []
     codes = vqgan.codebook.embedding.weight
     rest = [p for p in vqgan.parameters() if p not in {codes, *kernels}]  # "in": the same object
-    # Codes learn from codebook_loss alone, and Adam divides by a gradient's usual size: a weight on
-    # it would change little. To keep up with z, codes need their own rate (Łańcucki 2005.08520).
+    # Only codebook_loss moves codes, and Adam divides by a gradient's usual size: a weight on that
+    # loss would change little. To keep up with z, codes need their own rate (Łańcucki 2005.08520).
     groups = [{"params": rest}, {"params": [codes], "lr": cfg.codes_lr}]
     adam = torch.optim.Adam(groups, cfg.lr, betas=(0.9, 0.99), fused=True)
     return adam, Muon(kernels, cfg.muon_lr)
@@ -572,7 +572,7 @@ def train_vq(cfg, state=None):
     device, mixed = pick_device(cfg)
     images = Images(cfg.data, cfg, cfg.folder.parent / "cache")   # its train, val: row numbers
     lpips = load_lpips(cfg.lpips, device)
-    cfg = replace(cfg, lpips=lpips.pnet_type if lpips else "off")   # --resume: kept unless retyped
+    cfg = replace(cfg, lpips=lpips.pnet_type if lpips else "off")   # --resume keeps what auto found
     n = len(images.train)
     torch.manual_seed(cfg.seed)                 # the first weights
     vqgan = VQGAN(cfg.widths, cfg.z_dim, cfg.codes).to(device)
@@ -637,8 +637,8 @@ def train_vq(cfg, state=None):
         # ---- the discriminator, on the same images ----
         if gan_on:
             with mixed:
-                # trap: detach! D's loss must not reach the VQGAN. (Without it torch raises: the
-                # graph of x_hat is freed by loss.backward(). That of real is not: gap is detached.)
+                # trap: detach! D's loss must not reach the VQGAN. D(x_hat) is computed anew, since
+                # loss.backward() freed its graph; not D(x)'s: only its value, gap, went into loss.
                 fake = disc(x_hat.detach())
             d_loss = hinge_loss(real, fake)
             # trap: the generator's backward left gradients in D; not zeroed, they push D(fake) up.
@@ -668,7 +668,7 @@ def train_vq(cfg, state=None):
 # So z0, the clean one, is not z_t at t = 0: it is level -1. With normal noise ε:
 #   one step further     z_t = √α_t z_(t-1) + √β_t ε     α_t + β_t = 1: so variance 1 stays 1
 #   all steps at once    z_t = √ᾱ_t z0 + √(1-ᾱ_t) ε      ᾱ_t = α_0 · … · α_t: the share of z0
-#     (z_(t-1) put in: its noise, of variance α_t (1-ᾱ_(t-1)), and the new, β_t, make one: 1-ᾱ_t)
+#     (put z_(t-1) in: old noise, now of variance α_t (1-ᾱ_(t-1)), plus new, β_t: 1-ᾱ_t in all)
 #   the network answers  ε, or v = √ᾱ_t ε - √(1-ᾱ_t) z0
 #   predict()            turns either answer into two guesses, z0_hat and eps_hat
 #   one step back        is made from these, by ddim or by ddpm
@@ -689,7 +689,7 @@ class Diffusion:
         elif schedule == "cosine":              # Nichol & Dhariwal 2021, arXiv 2102.09672, eq. 17
             part = torch.arange(T + 1, dtype=torch.float64) / T              # 0…1
             # curve: the ᾱ wanted. It falls more evenly; linear's last third is nearly all noise.
-            # Without 0.008, level 0 (of 1000) would have 1/17 of its noise: nothing to learn by.
+            # Without 0.008, level 0 (of 1000) would have 17 times less noise: too little to see.
             curve = torch.cos((part + 0.008) / 1.008 * math.pi / 2) ** 2
             beta = 1 - curve[1:] / curve[:-1]       # 1 - α; α: the quotient of neighbouring ᾱ
         else:
@@ -729,17 +729,17 @@ class Diffusion:
         return z0_hat, eps_hat
 
     def loss(self, net, z0, t, eps, label):
-        """Algorithm 1, DDPM eq. 14: mean of (goal - net(z_t, t))², (B,). The answer 0: about 1."""
+        """Algorithm 1, DDPM eq. 14: mean of (goal - net(z_t, t))², (B,). The answer 0 costs ~1."""
         out = net(self.add_noise(z0, t, eps), t, label)
         goal = self.goal(z0, eps, self.alpha_bar_at(t, z0))
         return F.mse_loss(out, goal, reduction="none").flatten(1).mean(1)     # (B,)
 
     def weight(self, t):
-        """How much each t (B,) counts: for v 1 in the middle (ᾱ = 1/2), 1/4 at the ends.
-        In little noise an error in v hardly matters: predict() multiplies it by √(1-ᾱ), nearly 0,
-        and rounding to a code removes the rest. In much noise v is ≈ -z0, which none can know: the
-        loss stays large. Neither should drown out the middle, or go untaught: hence 1/4. (Without
-        it this is, for cosine, the sigmoid of Kingma & Gao 2023, arXiv 2303.00848.)"""
+        """How much t (B,) counts. For v: 1 in the middle (ᾱ = 1/2), falling to 1/4 at both ends.
+        Little noise: predict() multiplies v's error by √(1-ᾱ), nearly 0, and rounding to a code
+        removes the rest. Much noise: v ≈ -z0, of which z_t shows nearly nothing: the loss stays
+        large. Neither should drown out the middle; at 0 they would go untaught. (Without the floor
+        of 1/4, for cosine, these are the sigmoid weights of Kingma & Gao 2023, 2303.00848.)"""
         a = self.alpha_bar.to(t.device)[t]
         if self.target != "v":                      # all equal, as in DDPM
             return torch.ones_like(a)
@@ -748,7 +748,7 @@ class Diffusion:
     def pairs(self, steps):
         """Exactly `steps` pairs (t, t_prev), from T-1 down to -1, for 1 <= steps <= T.
         ours: step i = 0…S-1 starts at t ≈ T-1 - T (i/S)². For T = 1000 and S = 4: 999, 937, 749,
-        437. Short strides in much noise, where (with cosine) large features arise (DDIM: equal).
+        437. Short strides in much noise, where large features arise (with cosine). DDIM's: equal.
         trap: range(0, T, T // steps) can give too many: 1000 levels for 600 steps of T = 1000."""
         ts = []
         for i in range(steps):
@@ -770,11 +770,11 @@ class Diffusion:
             z0_hat, eps_hat = self.predict(net(z, t_all), z, t_all)
 
             if sampler == "ddim":
-                # z0_hat is noised again, up to level t_prev, where the noise has variance 1-ᾱ_prev.
-                # σ² of it is fresh, the rest is eps_hat, the noise that was found. With η = 0 none
-                # is fresh, so the first z decides everything. With η = 1 the fresh share is
-                # (1-α)/(1-ᾱ): of z_t's noise, what the way from t_prev up to t added (DDPM eq. 7).
-                sigma = eta * ((1 - a_prev) / (1 - a) * (1 - alpha)).sqrt()           # DDIM eq. 16
+                # z0_hat is noised again, up to level t_prev: variance 1-ᾱ_prev. Of it σ² is fresh,
+                # the rest is eps_hat, the noise that was found. η = 0: none is fresh, the first z
+                # decides everything. η = 1: as large a share as z_t got between t_prev and t.
+                share = (1 - alpha) / (1 - a)                             # DDPM eq. 7
+                sigma = eta * ((1 - a_prev) * share).sqrt()               # DDIM eq. 16
                 rest = (1 - a_prev - sigma**2).clamp(min=0).sqrt()
                 z = a_prev.sqrt() * z0_hat + rest * eps_hat               # DDIM eq. 12, its α is ᾱ
             elif sampler == "ddpm":
@@ -843,8 +843,8 @@ def guided(net, guide, label, w, below):
     w = 1 is strong alone; a larger w goes further in the direction in which the class pulls. (CFG's
     own w is this w minus 1.) At t >= below (0.8 T), in much noise, there is no guidance: it would
     cost variety (Kynkäänniemi 2024, arXiv 2404.07724, has none in little noise either).
-    ours: weak is both untold and young. Untold, as in CFG: so w leads towards the class. Young: it
-    is `guide`, the running mean (update_ema) as it was after a fifth of the run, which errs where
+    ours: weak has two faults. It is not told the class, as in CFG: so w leads towards the class.
+    And it is young: `guide`, the running mean (update_ema) after a fifth of the run. It errs where
     strong does, but more: so w leads away from errors (Karras 2406.02507: young, small, told)."""
     def answer(z_t, t):
         strong = net(z_t, t, label)
@@ -858,7 +858,7 @@ def guided(net, guide, label, w, below):
 # The frozen encoder turns each image into its grid of code numbers, once: these are stage 2's data
 # (fast, but without augment). The latents are codes, exactly what the decoder reads (LDM takes z
 # before quantisation; codes: Nguyen 2024, 2410.14758). Diffusion ends in noise of mean 0 and std 1,
-# so codes get these too. Look at the samples: the loss says little, most of it can never be known.
+# so the codes are given these, too. Look at samples: even a perfect net's loss stays far above 0.
 # Used before they are shown: load_vqgan and LatentDiffusion (11), load_checkpoint (C).
 
 def encode_images(vqgan, images, device, mixed):
@@ -906,7 +906,7 @@ def look_ldm(model, z0, label, path):
     eps = torch.randn(z0.shape, generator=rng("held-out noise")).to(z0.device)
     with model.mixed:
         loss = model.diffusion.loss(model.net, z0, t, eps, label.to(z0.device))           # (n,)
-    classes = model.trained[(torch.arange(16) * len(model.trained)) // 16]    # in equal shares
+    classes = model.trained[(torch.arange(16) * len(model.trained)) // 16]    # all, evenly
     pictures, latents = model.images(SampleConfig(), range(16), classes)
     draw_rows(path, {"samples": pictures})
     return {"loss": float(loss.mean()), "latent_std": float(latents.std())}
@@ -1001,7 +1001,7 @@ class LatentDiffusion:
             self.cfg = LDMConfig(**state["config"])
             self.diffusion = Diffusion(self.cfg.T, self.cfg.schedule, self.cfg.target)
             self.classes, self.class_counts = state["classes"], state["class_counts"].float()
-            self.trained = self.class_counts.nonzero().flatten()    # not those all held out
+            self.trained = self.class_counts.nonzero().flatten()    # classes that training saw
             self.scale = state["scale"].view(2, self.vq_cfg.z_dim).to(device)     # (2,d)
             net = UNet(self.vq_cfg.z_dim, self.cfg.widths, len(self.classes))
             self.guide = frozen(deepcopy(net), state["guide"], device)
@@ -1016,7 +1016,7 @@ class LatentDiffusion:
         return draw
 
     def walk(self, cfg, numbers, label):
-        """Yields (z_t, z0_hat) after each step. It computes while iterated: do that in `mixed`."""
+        """Yields (z_t, z0_hat) after each step. A generator: iterate over it inside `mixed`."""
         draw = self.noise(cfg.seed, numbers)
         net = guided(self.net, self.guide, label.to(self.device), cfg.guidance, 0.8 * self.cfg.T)
         steps = min(cfg.steps, self.cfg.T)
@@ -1152,8 +1152,8 @@ def read_image(path, size):                             # -> uint8 (3,size,size)
 
 def find_images(folder):
     """-> name, class, lot and modification time of each photograph under a folder.
-    The class is the innermost folder's name (NO_CLASS cut out), else what a table says. The lot, a
-    number, says who is held out: whoever's ends in 0. With folders val or test it is 0 there and 1
+    The class is the innermost folder's name (NO_CLASS cut out), else what a table says. The lot is
+    a number; if it ends in 0, the image is held out. With folders val or test it is 0 there and 1
     elsewhere. Without, it is a hash of lesion_id or, where that is unknown, of the file's name.
     trap: in a split by photograph, the network is measured on lesions seen in other photographs."""
     table, named, hashed, known = {}, [], [], 0
@@ -1352,7 +1352,7 @@ class Run:
                 self.line.update()
 
     def time_left(self):
-        # After a signal status >= 130: the mean of up to 130 processes is then >= 1, and all stop.
+        # status >= 130 after a signal: if one of up to 130 processes has it, the mean is >= 1.
         now = torch.tensor(self.now() + self.status, dtype=torch.float64)
         self.progress = float(mean_over_processes(now))
         return self.progress < 1
@@ -1524,7 +1524,7 @@ def evaluate(cfg):                                      # -> metrics.json, evalu
         made, z0 = model.images(SampleConfig(seed=cfg.seed), range(len(real)), label)
         pictures["samples"] = made
         if lpips:
-            # Against real: recon is real through stage 1, perfect other through it, real other.
+            # Against real. recon: real through stage 1; perfect: other through it; _real: other.
             perfect = reconstruct(vqgan, other, None, mixed)[1]
             sets = {"": made, "_perfect": perfect, "_recon": recon, "_real": other}
             a = features(lpips, real)
@@ -1563,7 +1563,7 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 mean = self.state[p].setdefault("mean", torch.zeros_like(p))
                 mean.lerp_(p.grad, 0.05)
-                g = p.grad.lerp(mean, 0.95).flatten(1)      # Nesterov: the newest weighs 9.75 %
+                g = p.grad.lerp(mean, 0.95).flatten(1)      # Nesterov: newest gradient 9.75 %
                 p.sub_(group["lr"] * orthogonal(g).view_as(p))
 # ------------------------------------------------------------------------------------------------
 # G. Commands
