@@ -27,7 +27,7 @@ Contents  1. Settings                       7. Stage 1: training      For refere
           5. Stage 1: the VQGAN            11. Sampling               D. Pictures       G. Commands
           6. Stage 1: the losses
 Run it    python vqldm.py train-vq, then train-ldm, then sample; evaluate measures.
-          "trap" marks a frequent mistake, "ours" an idea not from a paper (small ones: unmarked).
+          "trap" marks a frequent mistake, "ours" an idea from no paper (small or usual ones: not).
 """
 import argparse, csv, functools, glob, json, math, os, random, re, shlex, sys, time, warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -607,7 +607,7 @@ def train_vq(cfg, state=None):
         rec = mse                                       # VQGAN's code: L1, not mse
         if lpips:
             losses["lpips"] = lpips(x_hat, x).mean()
-            rec = mse + cfg.lpips_weight * losses["lpips"]
+            rec = rec + cfg.lpips_weight * losses["lpips"]
         loss = rec + codebook_loss + cfg.commit_weight * commit_loss   # VQGAN eq. 4, VQ eq. 3
 
         gan_on = cfg.gan_weight > 0 and run.progress >= cfg.gan_start
@@ -680,7 +680,7 @@ def train_vq(cfg, state=None):
 class Diffusion:
     """A noise schedule, the loss of DDPM (Algorithm 1) and two samplers (Algorithm 2, DDIM)."""
     def __init__(self, T=1000, schedule="cosine", target="v"):
-        demand(target in ("v", "eps"), "--target: must be v or eps")
+        demand(target in ("v", "eps"), "--target: must be v or eps")    # one more: goal, predict
         self.T, self.target = T, target
         if schedule == "linear":
             # trap: 1e-4 and 0.02 belong to T = 1000. Unscaled, T = 50 ends at ᾱ = 0.60, and
@@ -741,14 +741,14 @@ class Diffusion:
         large. Neither should drown out the middle; at 0 they would go untaught. (Without the floor
         of 1/4, for cosine, these are the sigmoid weights of Kingma & Gao 2023, 2303.00848.)"""
         a = self.alpha_bar.to(t.device)[t]
-        if self.target != "v":                      # all equal, as in DDPM
+        if self.target != "v":                      # eps: all equal, as in DDPM
             return torch.ones_like(a)
         return (4 * a * (1 - a)).sqrt().clamp(min=0.25)                       # (B,)
 
     def pairs(self, steps):
         """Exactly `steps` pairs (t, t_prev), from T-1 down to -1, for 1 <= steps <= T.
         ours: step i = 0…S-1 starts at t ≈ T-1 - T (i/S)². For T = 1000 and S = 4: 999, 937, 749,
-        437. Short strides in much noise, where large features arise (with cosine). DDIM's: equal.
+        437. Short strides in much noise, where by cosine the shapes arise (DDIM: equal, or long).
         trap: range(0, T, T // steps) can give too many: 1000 levels for 600 steps of T = 1000."""
         ts = []
         for i in range(steps):
@@ -1070,9 +1070,9 @@ LESIONS = {             # colours; border: ragged, soft; pigment network (<0: pa
 SKIN = "edbda8 e69e99 ccadb2 e8c294 d699a3"
 
 def synthetic(i, size, seed=0):
-    """Draw image i of the endless set `seed`: uint8 (3,size,size), of the class number i % 4."""
+    """Draw image i of the endless set `seed`: uint8 (3,size,size). The classes take turns."""
     tape = rng(seed, "lesion", i)
-    colours, ragged, soft, network, dots = list(LESIONS.values())[i % 4]
+    colours, ragged, soft, network, dots = list(LESIONS.values())[i % len(LESIONS)]
 
     def span(lo, hi, *shape):                       # the next random numbers, uniform in lo…hi
         return lo + (hi - lo) * torch.rand(shape, generator=tape)
@@ -1188,7 +1188,7 @@ class Images:
         if source == "synthetic":
             kinds = list(LESIONS)
             # name, class, lot (a tenth of each class ends in 0), seed (goes into the cache's name)
-            found = [(i, kinds[i % 4], i // 4, cfg.seed) for i in range(cfg.n_images)]
+            found = [(i, kinds[i % len(kinds)], i // 4, cfg.seed) for i in range(cfg.n_images)]
             def read(i):
                 return synthetic(i, cfg.size, cfg.seed).numpy()
         else:
