@@ -538,7 +538,7 @@ def adaptive_weight(rec, adversarial, last):
 # 7. Stage 1: training
 # The generator steps first, then D on the same images. D joins after a tenth of the run: from early
 # blobs it would learn only that blur is fake. Watch: mse and lpips fall, codes used and perplexity
-# rise. D's mean logits: d_real 0…0.5, d_fake -0.5…0 is healthy; 1, -1: D wins; equal: it is blind.
+# rise. D's mean logits: d_real - d_fake of 0.2 to 0.6 is healthy, above 1 D wins, at 0 it is blind.
 # Used before they are shown: Images (B), Run (C), draw_rows (D), reconstruct (E), Muon (F).
 
 def rate(step, progress):
