@@ -853,12 +853,12 @@ def test_the_trajectory_shows_eight_guesses_from_the_first_to_the_last(monkeypat
     assert [int(image[0, 0, 0]) for image in film] == [0, 7, 14, 21, 28, 35, 42, 49]
 
 def test_the_networks_of_the_paper_preset_take_steps_of_batch_2(tmp_path, monkeypatch):
-    states = []                                         # kept from the disk: a gigabyte
     monkeypatch.setattr(vqldm.Run, "look_due", lambda self: False)      # others draw samples
+    states, more = [], f"--preset paper --batch-size 2 --epochs 1 --out {tmp_path}"
     monkeypatch.setattr(vqldm.Run, "save", lambda self: states.append(self.checkpoint()))
     monkeypatch.setattr(vqldm, "load_checkpoint", lambda *a: states[-1])
     for words in ("train-vq --size 64 --n-images 6 --gan-start 0 --lpips off", "train-ldm --T 2"):
-        assert cli(*f"{words} --preset paper --batch-size 2 --epochs 1 --out {tmp_path}".split()) == 0
+        assert cli(*f"{words} {more}".split()) == 0
         assert all(p.isfinite().all() for p in states[-1]["model"].values())
 
 # ---- C. Keeping a run --------------------------------------------------------------------------
