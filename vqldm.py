@@ -27,7 +27,7 @@ Contents  1. Settings                       7. Stage 1: training      For refere
           5. Stage 1: the VQGAN            11. Sampling               D. Pictures       G. Commands
           6. Stage 1: the losses
 Run it    python vqldm.py train-vq, then train-ldm, then sample; evaluate measures.
-          "trap" marks a frequent mistake, "ours" an idea from no paper (small or usual ones: not).
+          "trap" marks a frequent mistake, "ours" an idea from no paper (unless small or usual).
 """
 import argparse, csv, functools, glob, json, math, os, random, re, shlex, sys, time, warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -258,7 +258,7 @@ class Norm(nn.GroupNorm):
     """GroupNorm for any width: brings each group of channels to mean 0 and std 1, then scales and
     shifts each channel as learnt. It looks at each image alone: the batch size changes nothing."""
     def __init__(self, c):
-        groups = math.gcd(32, c, c // 4 or 1)   # at most 32, each of >= 4 channels (c < 4: one)
+        groups = math.gcd(32, c, c // 4 or 1)   # divides c; at most 32 and c/4 (c < 4: one group)
         super().__init__(groups, c)
 
 def zero(layer):
@@ -407,7 +407,7 @@ class Codebook(nn.Module):
         """The nearest code's number: k = argmin_j ‖z - e_j‖ (VQ eq. 1); e_j: row j of embedding."""
         B, d, h, w = z.shape
         # trap: distances computed in bf16 choose many wrong codes; a z rounded to bf16 does little
-        # harm. k is an integer: no gradient. Flat: batched, cdist would copy the codebook B times.
+        # harm. k is an integer: no gradient. Flat, as a batched cdist copies the codebook B times.
         with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
             flat = rearrange(z.float(), "B d h w -> (B h w) d")           # (B·N,d)
             distance = torch.cdist(flat, self.embedding.weight)           # (B·N,K)
@@ -415,7 +415,7 @@ class Codebook(nn.Module):
         return k.view(B, h, w)                                            # (B,h,w)
 
     def lookup(self, k):                                                  # (B,h,w)
-        """z_q = e_k (VQ eq. 2). Contiguous: else d is last in memory, slow for Norms in bf16."""
+        """z_q = e_k (VQ eq. 2). rearrange moves nothing in memory; contiguous() does, for speed."""
         return rearrange(self.embedding(k), "B h w d -> B d h w").contiguous()        # (B,d,h,w)
 
     def forward(self, z):                                                 # (B,d,h,w)
@@ -638,7 +638,7 @@ def train_vq(cfg, state=None):
         if gan_on:
             with mixed:
                 # trap: detach! D's loss must not reach the VQGAN. D(x_hat) is computed anew, since
-                # loss.backward() freed its graph; not D(x)'s: only its value, gap, went into loss.
+                # loss.backward() freed its graph. D(x)'s is still there: loss took only its value.
                 fake = disc(x_hat.detach())
             d_loss = hinge_loss(real, fake)
             # trap: the generator's backward left gradients in D; not zeroed, they push D(fake) up.
@@ -680,7 +680,7 @@ def train_vq(cfg, state=None):
 class Diffusion:
     """A noise schedule, the loss of DDPM (Algorithm 1) and two samplers (Algorithm 2, DDIM)."""
     def __init__(self, T=1000, schedule="cosine", target="v"):
-        demand(target in ("v", "eps"), "--target: must be v or eps")    # one more: goal, predict
+        demand(target in ("v", "eps"), "--target: must be v or eps")    # to add one: goal, predict
         self.T, self.target = T, target
         if schedule == "linear":
             # trap: 1e-4 and 0.02 belong to T = 1000. Unscaled, T = 50 ends at ᾱ = 0.60, and
@@ -738,7 +738,7 @@ class Diffusion:
         """How much t (B,) counts. For v: 1 in the middle (ᾱ = 1/2), falling to 1/4 at both ends.
         Little noise: predict() multiplies v's error by √(1-ᾱ), nearly 0, and rounding to a code
         removes the rest. Much noise: v ≈ -z0, of which z_t shows nearly nothing: the loss stays
-        large. Neither should drown out the middle; at 0 they would go untaught. (Without the floor
+        large. Neither should drown out the middle; at weight 0 both go untaught. (Without the floor
         of 1/4, for cosine, these are the sigmoid weights of Kingma & Gao 2023, 2303.00848.)"""
         a = self.alpha_bar.to(t.device)[t]
         if self.target != "v":                      # eps: all equal, as in DDPM
@@ -748,7 +748,7 @@ class Diffusion:
     def pairs(self, steps):
         """Exactly `steps` pairs (t, t_prev), from T-1 down to -1, for 1 <= steps <= T.
         ours: step i = 0…S-1 starts at t ≈ T-1 - T (i/S)². For T = 1000 and S = 4: 999, 937, 749,
-        437. Short strides in much noise, where by cosine the shapes arise (DDIM: equal, or long).
+        437. Short in much noise, where by the cosine schedule shapes arise (DDIM: equal, or long).
         trap: range(0, T, T // steps) can give too many: 1000 levels for 600 steps of T = 1000."""
         ts = []
         for i in range(steps):
@@ -772,9 +772,9 @@ class Diffusion:
             if sampler == "ddim":
                 # z0_hat is noised again, up to level t_prev: variance 1-ᾱ_prev. Of it σ² is fresh,
                 # the rest is eps_hat, the noise that was found. η = 0: none is fresh, the first z
-                # decides everything. η = 1: as large a share as z_t got between t_prev and t.
-                share = (1 - alpha) / (1 - a)                             # DDPM eq. 7
-                sigma = eta * ((1 - a_prev) * share).sqrt()               # DDIM eq. 16
+                # decides everything. η = 1: the same part that is new in z_t's noise since t_prev.
+                part = (1 - alpha) / (1 - a)                              # of the variance of noise
+                sigma = eta * ((1 - a_prev) * part).sqrt()                # DDIM eq. 16, DDPM eq. 7
                 rest = (1 - a_prev - sigma**2).clamp(min=0).sqrt()
                 z = a_prev.sqrt() * z0_hat + rest * eps_hat               # DDIM eq. 12, its α is ᾱ
             elif sampler == "ddpm":
@@ -803,7 +803,7 @@ def time_embedding(t, dim):
 
 class UNet(nn.Module):
     """(z_t, t, class) -> v or ε. Classes are 0…n_classes-1; n_classes itself means: not told.
-    One latent in ten comes without a class (section 10), so the net learns to answer both ways."""
+    One latent in ten comes without a class (section 10): guided asks an early copy that way."""
     def __init__(self, z_dim, widths, n_classes):
         super().__init__()
         E = 4 * widths[0]
@@ -845,7 +845,7 @@ def guided(net, guide, label, w, below):
     cost variety (Kynkäänniemi 2024, arXiv 2404.07724, has none in little noise either).
     ours: weak has two faults. It is not told the class, as in CFG: so w leads towards the class.
     And it is young: `guide`, the running mean (update_ema) after a fifth of the run. It errs where
-    strong does, but more: so w leads away from errors (Karras 2406.02507: young, small, told)."""
+    strong does, but more: so w leads away from errors (Karras 2406.02507's: young, small, told)."""
     def answer(z_t, t):
         strong = net(z_t, t, label)
         if w == 1 or t[0] >= below:         # here all t are equal
@@ -1293,8 +1293,8 @@ def open_run(cfg, typed, resume, overwrite):
     differ = [f"{flag(name)} was {getattr(old, name)}" for name, value in typed.items()
               if name not in MAY_CHANGE and value != getattr(old, name)]
     demand(not differ, f"--resume goes on with the recorded settings: {differ}")
-    if "epochs" in typed:       # beats recorded --minutes. Progress is step/steps from here: it may
-        old = replace(old, minutes=0.0)         # be less than before, and then learning rates rise
+    if "epochs" in typed:               # beats recorded --minutes. Progress becomes step/steps:
+        old = replace(old, minutes=0.0)     # if that is less than before, learning rates rise
     typed["out"] = cfg.out                              # where it lies now: it may have moved
     return replace(old, **typed), state
 
@@ -1352,7 +1352,7 @@ class Run:
                 self.line.update()
 
     def time_left(self):
-        # status >= 130 after a signal: if one of up to 130 processes has it, the mean is >= 1.
+        # A signal to one of up to 130 processes ends all: its status, >= 130, lifts the mean to 1.
         now = torch.tensor(self.now() + self.status, dtype=torch.float64)
         self.progress = float(mean_over_processes(now))
         return self.progress < 1
@@ -1524,7 +1524,7 @@ def evaluate(cfg):                                      # -> metrics.json, evalu
         made, z0 = model.images(SampleConfig(seed=cfg.seed), range(len(real)), label)
         pictures["samples"] = made
         if lpips:
-            # Against real. recon: real through stage 1; perfect: other through it; _real: other.
+            # All against real. _perfect: other through stage 1, so what a perfect stage 2 would reach.
             perfect = reconstruct(vqgan, other, None, mixed)[1]
             sets = {"": made, "_perfect": perfect, "_recon": recon, "_real": other}
             a = features(lpips, real)
@@ -1563,7 +1563,7 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 mean = self.state[p].setdefault("mean", torch.zeros_like(p))
                 mean.lerp_(p.grad, 0.05)
-                g = p.grad.lerp(mean, 0.95).flatten(1)      # Nesterov: newest gradient 9.75 %
+                g = p.grad.lerp(mean, 0.95).flatten(1)      # Nesterov: p.grad counts 9.75, not 5 %
                 p.sub_(group["lr"] * orthogonal(g).view_as(p))
 # ------------------------------------------------------------------------------------------------
 # G. Commands
