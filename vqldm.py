@@ -1524,7 +1524,7 @@ def evaluate(cfg):                                      # -> metrics.json, evalu
         made, z0 = model.images(SampleConfig(seed=cfg.seed), range(len(real)), label)
         pictures["samples"] = made
         if lpips:
-            # All against real. _perfect: other through stage 1, so what a perfect stage 2 would reach.
+            # All against real. _perfect: other through stage 1, a perfect stage 2's goal.
             perfect = reconstruct(vqgan, other, None, mixed)[1]
             sets = {"": made, "_perfect": perfect, "_recon": recon, "_real": other}
             a = features(lpips, real)
