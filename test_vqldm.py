@@ -665,16 +665,19 @@ def test_every_kind_of_image_comes_out_upright_and_in_its_colours(tmp_path, load
     kinds = {"UPPER.JPG": (plain, red), "palette.gif": (palette, green), "16b.png": (ramp, black),
              "four inks.jpg": (plain.convert("CMYK"), red), "palette.png": (palette, white),
              "large ü.jpg": (picture(size=(2000, 1500)), red), "hidden.png": (hidden, white),
-             "turned.jpg": (plain.rotate(90), red), "grey.bmp": (picture("L", 0, 255), black)}
+             "turned.jpg": (plain.rotate(90), red), "grey.bmp": (picture("L", 0, 255), black),
+             "no red.png": (plain, white)}
     for name, (im, _) in kinds.items():
-        how = {"palette.png": dict(transparency=1), "turned.jpg": dict(exif=turned)}.get(name, {})
-        im.save(fill(tmp_path / "all", []) / name, **how)
+        how = {"palette.png": dict(transparency=1), "turned.jpg": dict(exif=turned),
+               "no red.png": dict(transparency=red)}
+        im.save(fill(tmp_path / "all", []) / name, **how.get(name, {}))
     images = load(tmp_path / "all")
     assert sorted(images.names) == sorted(kinds)
     for name, x in zip(images.names, images.rows(torch.arange(len(kinds))).double()):
         right = {"16b.png": grey, "grey.bmp": white}.get(name, blue)
         for half, colour in ((x[:, 3:13, 1:6], kinds[name][1]), (x[:, 3:13, 10:15], right)):
             assert (half.mean((1, 2)) - torch.tensor(colour)).abs().max() <= 8, name
+        assert kinds[name][1] != white or (x[0] - x[1]).abs().max() <= 8, name      # no fringe
 
 def test_bad_images_are_named_and_passed_over_and_what_is_no_photograph_is_not_opened(
         tmp_path, load, capsys):
@@ -690,8 +693,7 @@ def test_bad_images_are_named_and_passed_over_and_what_is_no_photograph_is_not_o
     assert sorted(images.names) == sorted(good) and images.classes == ["images"]
     assert "skipped 3 " in told and "text.jpg" in told and " 13 of 16 images" in told
     assert "('cut.jpg', \"OSError(" in told     # in words: the exception would hold the image
-    for name in good[:5]:
-        (folder / name).unlink()
+    _ = [(folder / name).unlink() for name in good[:5]]
     with pytest.raises(UserError, match="more than a fifth"):
         load(folder)
 
@@ -730,12 +732,10 @@ def test_a_table_tells_the_classes_and_keeps_photographs_of_a_lesion_on_one_side
 def test_images_are_decoded_once_and_again_when_they_or_what_they_link_to_change(tmp_path, load):
     folder, far = fill(tmp_path / "photos", ["a.png", "b.png"]), tmp_path / "elsewhere/target.png"
     fill(far.parent, [far.name])
-    (folder / "link.png").symlink_to(far)
-    (folder / "linked").symlink_to(far.parent)
+    _ = [(folder / a).symlink_to(b) for a, b in {"link.png": far, "linked": far.parent}.items()]
     seen, cache = [], tmp_path / "cache"
     for changed in ([], [], [folder / "b.png"], [far]):
-        for path in changed:
-            fill(path.parent, [path.name], (200, 0, 99))
+        _ = [fill(path.parent, [path.name], (200, 0, 99)) for path in changed]
         seen.append((load(folder).rows(torch.arange(4)), len(list(cache.glob("p*")))))
     changes = [[not torch.equal(*pair) for pair in zip(a, b)]
                for (a, _), (b, _) in itertools.pairwise(seen)]
