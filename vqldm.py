@@ -772,9 +772,10 @@ class Diffusion:
             if sampler == "ddim":
                 # z0_hat is noised again, up to level t_prev: variance 1-ᾱ_prev. Of it σ² is fresh,
                 # the rest is eps_hat, the noise that was found. η = 0: none is fresh, the first z
-                # decides everything. η = 1: the same part that is new in z_t's noise since t_prev.
-                part = (1 - alpha) / (1 - a)                              # of the variance of noise
-                sigma = eta * ((1 - a_prev) * part).sqrt()                # DDIM eq. 16, DDPM eq. 7
+                # decides everything. η = 1: a part of it is fresh, as large as the part of z_t's
+                # noise that the way from t_prev up to t has added (as in DDPM eq. 7).
+                part = (1 - alpha) / (1 - a)
+                sigma = eta * ((1 - a_prev) * part).sqrt()                # DDIM eq. 16
                 rest = (1 - a_prev - sigma**2).clamp(min=0).sqrt()
                 z = a_prev.sqrt() * z0_hat + rest * eps_hat               # DDIM eq. 12, its α is ᾱ
             elif sampler == "ddpm":
@@ -1226,12 +1227,9 @@ def fill_cache(path, found, read):                      # all into one file -> t
             bad[row[0]] = repr(e)               # not e: its traceback holds the image
             return b""
     def write(f):
-        pool = ThreadPoolExecutor()
-        try:
+        with ThreadPoolExecutor() as pool:      # Ctrl-C: map() drops what still waits
             for image in bar(pool.map(attempt, found), "preparing images", len(found)):
                 f.write(image)
-        finally:
-            pool.shutdown(cancel_futures=True)      # Ctrl-C: what still waits is dropped
         if bad:
             say("skipped", len(bad), "images that cannot be read:", *list(bad.items())[:5])
         demand(len(bad) <= 0.2 * len(found), "--data: that is more than a fifth of all images")
@@ -1524,7 +1522,8 @@ def evaluate(cfg):                                      # -> metrics.json, evalu
         made, z0 = model.images(SampleConfig(seed=cfg.seed), range(len(real)), label)
         pictures["samples"] = made
         if lpips:
-            # All against real. _perfect: other through stage 1, a perfect stage 2's goal.
+            # All against real: samples; other through stage 1, as a perfect stage 2 would make
+            # them; real through stage 1; other as it is, the nearest that can be hoped for.
             perfect = reconstruct(vqgan, other, None, mixed)[1]
             sets = {"": made, "_perfect": perfect, "_recon": recon, "_real": other}
             a = features(lpips, real)
