@@ -636,6 +636,7 @@ def test_a_drawn_lesion_is_a_function_of_its_seed_and_number_and_shows_its_class
     assert images.labels.tolist() == [0, 1, 2, 3] * 40 and images.classes == sorted(vqldm.LESIONS)
     assert torch.bincount(images.labels[images.val]).tolist() == [4] * 4
     middle = images.rows(torch.arange(160)).float()[..., 6:18, 6:18].flatten(2).view(40, 4, 3, -1)
+    assert (middle[:, :, 0] - middle[:, :, 1]).mean((0, 2)).argmax() == 3       # vascular: reddest
     for a, b in itertools.combinations(torch.cat([middle.mean(3), middle.std(3)], 2).unbind(1), 2):
         assert ((a.mean(0) - b.mean(0)).abs() / ((a.var(0) + b.var(0)) / 40).sqrt()).max() > 4
 
@@ -954,8 +955,7 @@ def test_a_checkpoint_not_ours_or_not_whole_is_refused_and_runs_no_code(
     monkeypatch.chdir(tmp_path)
     Path("bad").mkdir()
     torch.save(content, "bad/last.pt")
-    if isinstance(content, bytes):
-        Path("bad/last.pt").write_bytes(content)
+    _ = isinstance(content, bytes) and Path("bad/last.pt").write_bytes(content)
     refused(*words.split())
     assert not Path("trace").exists() and not Path("out").exists()
 
