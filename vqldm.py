@@ -735,11 +735,11 @@ class Diffusion:
         return F.mse_loss(out, goal, reduction="none").flatten(1).mean(1)     # (B,)
 
     def weight(self, t):
-        """How much t (B,) counts. For v: 1 in the middle (ᾱ = 1/2), falling to 1/4 at both ends.
-        Little noise: predict() multiplies v's error by √(1-ᾱ), nearly 0, and rounding to a code
-        removes the rest. Much noise: v ≈ -z0, of which z_t shows nearly nothing: the loss stays
-        large. Neither should drown out the middle; at weight 0 both go untaught. (Without the floor
-        of 1/4, for cosine, these are the sigmoid weights of Kingma & Gao 2023, 2303.00848.)"""
+        """How much level t (B,) counts in training v: 1 in the middle (ᾱ = 1/2), 1/4 at both ends.
+        In little noise v's error hardly matters: predict() multiplies it by √(1-ᾱ), nearly 0, and
+        rounding to a code removes the rest. In much noise it cannot get small: v ≈ -z0, of which
+        z_t shows nearly nothing. The ends must not drown out the middle, yet be learnt: hence 1/4.
+        (Without that floor these are, for cosine, Kingma & Gao's sigmoid weights, 2303.00848.)"""
         a = self.alpha_bar.to(t.device)[t]
         if self.target != "v":                      # eps: all equal, as in DDPM
             return torch.ones_like(a)
@@ -748,7 +748,7 @@ class Diffusion:
     def pairs(self, steps):
         """Exactly `steps` pairs (t, t_prev), from T-1 down to -1, for 1 <= steps <= T.
         ours: step i = 0…S-1 starts at t ≈ T-1 - T (i/S)². For T = 1000 and S = 4: 999, 937, 749,
-        437. Short in much noise, where by the cosine schedule shapes arise (DDIM: equal, or long).
+        437. Strides are short in much noise, where with cosine shapes arise (DDIM: equal or long).
         trap: range(0, T, T // steps) can give too many: 1000 levels for 600 steps of T = 1000."""
         ts = []
         for i in range(steps):
@@ -1119,7 +1119,8 @@ def synthetic(i, size, seed=0):
             along = x * turn.cos() + y * turn.sin()
             across = y * turn.cos() - x * turn.sin() + span(-.8, .8)
             hair = torch.sigmoid((span(.006, .014) - across.abs()) * size)      # 1 on the line
-            image = image * (1 - (along > span(-1.5, 0)) * span(.6, .9) * hair)
+            hair = hair * (along > span(-1.5, 0))           # which begins somewhere in the image
+            image = image * (1 - span(.6, .9) * hair)       # dark, where it is
 
     # On some, the dark round edge of the dermatoscope.
     if span(0, 1) < .18:
