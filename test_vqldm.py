@@ -24,13 +24,10 @@ def randn(*shape, key=0):
 
 def grads(loss, tensors):
     return torch.autograd.grad(loss, tensors, retain_graph=True)
-
 def flat(z):                    # (B,d,h,w) -> (B·h·w,d)
     return z.detach().permute(0, 2, 3, 1).flatten(0, 2)
-
 def bf16(on=True):
     return torch.autocast("cpu", torch.bfloat16, enabled=on)
-
 def rough(net, std=0.3):
     """The network with no weight left at zero, so that everything in it is heard."""
     for i, p in enumerate(net.parameters()):
@@ -635,7 +632,10 @@ def test_a_drawn_lesion_is_a_function_of_its_seed_and_number_and_shows_its_class
     images = vqldm.Images("synthetic", vqldm.VQConfig(size=24, n_images=160), tmp_path)
     assert images.labels.tolist() == [0, 1, 2, 3] * 40 and images.classes == sorted(vqldm.LESIONS)
     assert torch.bincount(images.labels[images.val]).tolist() == [4] * 4
-    middle = images.rows(torch.arange(160)).float()[..., 6:18, 6:18].flatten(2).view(40, 4, 3, -1)
+    pixels = images.rows(torch.arange(160)).float()
+    top = pixels[:, :, 0].mean(1)       # dark hairs cross it, where no dark rim lies
+    assert 3 < (top < 0.6 * top.median(1, True)[0]).any(1)[top[:, 0] > 60].sum() < 20
+    middle = pixels[..., 6:18, 6:18].flatten(2).view(40, 4, 3, -1)
     assert (middle[:, :, 0] - middle[:, :, 1]).mean((0, 2)).argmax() == 3       # vascular: reddest
     for a, b in itertools.combinations(torch.cat([middle.mean(3), middle.std(3)], 2).unbind(1), 2):
         assert ((a.mean(0) - b.mean(0)).abs() / ((a.var(0) + b.var(0)) / 40).sqrt()).max() > 4
