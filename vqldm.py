@@ -13,7 +13,7 @@ The images are skin lesions seen through a dermatoscope, drawn or real (ISIC, HA
   noise ──UNet, S times──► z0 ──·std+mean──► nearest code ──Dec──► image              (sample)
 
 Letters   B batch · C channels · H W pixels · h w latent grid · d length of a code · K codes
-          N = h·w places · m halvings · T noise levels · S sampling steps · E size of t's embedding
+          N = h·w places · m halvings · T noise levels · S sampling steps · E size of emb (t, class)
           x image in [-1,1] · z latent · z_q its code · k its number · z0 standardised z_q (DDPM's
           x_0) · z_t the same at noise level t in 0…T-1 · eps the noise ε · v a mix of ε and z0
           alpha_bar is ᾱ · lam is λ, it scales the GAN's loss · a hat: estimated · sg[] is .detach()
@@ -52,9 +52,9 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 # ------------------------------------------------------------------------------------------------
 # 1. Settings
-# Every number that you can change is one line here: name, type, default; its comment is its --help.
+# Every number that a flag changes is one line here: name, type, default; its comment is its --help.
 # (New words are explained where they are used.) What you type beats --preset, which beats the
-# default. --resume takes the checkpoint's values: only those in MAY_CHANGE (below) can be retyped.
+# default. --resume takes the checkpoint's values; only those in MAY_CHANGE, below, may differ.
 
 class UserError(argparse.ArgumentTypeError):        # argparse catches it, names the flag
     """A mistake that only the user can put right: reported in one sentence; exit status 2."""
@@ -78,7 +78,7 @@ def amount(text):
 @dataclass(frozen=True)
 class Settings:
     """What every command can be told."""
-    seed: int = 0                       # all random numbers follow from it
+    seed: int = 0                       # random numbers follow from it (at looks: fixed ones)
     device: str = "auto"                # auto, or a torch device: cpu, cuda:1, mps
     out: str = ""                       # empty: runs/vq, ldm or samples; evaluate: --ckpt's folder
 
@@ -225,7 +225,7 @@ def bar(items, name, total=None):       # rank > 0: off; 0: on a terminal only
 # Here the next images are chosen, made floats in [-1,1] and turned: a skin lesion has no up.
 
 def to_float(x):
-    """uint8 0…255 -> [-1,1], the range of all images here (only x_hat can leave it)."""
+    """uint8 0…255 -> [-1,1], the range of all float images (only x_hat can leave it)."""
     return x.float() / 127.5 - 1
 def to_bytes(x):                        # and back, on the CPU
     return ((x.clamp(-1, 1) + 1) * 127.5).round().byte().cpu()
@@ -235,7 +235,7 @@ def shuffled(n, seed, epoch):
     return torch.randperm(n, generator=rng(seed, "order", epoch))
 
 def next_rows(n, step, batch_size, seed):
-    """Which of n images make up this step's batch: the next of an endless row of shuffles. (B,)"""
+    """Which of n, by place 0…n-1, are this step's batch: the next of an endless row of shuffles."""
     rows = []
     for place in range(step * batch_size, (step + 1) * batch_size):
         epoch, within = divmod(place, n)
@@ -262,8 +262,8 @@ class Norm(nn.GroupNorm):
         super().__init__(groups, c)
 
 def zero(layer):
-    """A zeroed layer adds nothing at first, so each block starts as its shortcut, not as noise. It
-    still learns: its gradient is input times error. The layers before it learn once it is not 0."""
+    """A zeroed layer adds nothing at first: blocks start as their shortcut, the UNet at 0. It does
+    learn: its gradient is input times error. The layers before it learn once it is not 0."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
@@ -552,15 +552,15 @@ def set_learning_rate(optimizer, factor):
         group["lr"] = factor * initial
 
 def vq_optimizers(vqgan, cfg):
-    """-> Adam, Muon. Muon trains the kernels of the blocks (F says why; with Adam, the error after
-    equally many steps is 1.5 times as large), Adam all else (betas in VQGAN's code: 0.5, 0.9)."""
+    """-> Adam, Muon. Muon trains the blocks' kernels (F says why; with Adam, mse is 1.5 times as
+    large after as many steps), Adam all else, with betas 0.9, 0.99 (VQGAN's code: 0.5, 0.9)."""
     enc, dec = vqgan.encoder, vqgan.decoder
     blocks = nn.ModuleList([enc.down, enc.mid, dec.mid, dec.up])
     kernels = [p for p in blocks.parameters() if p.dim() == 4] if cfg.muon_lr > 0 else []
     codes = vqgan.codebook.embedding.weight
     rest = [p for p in vqgan.parameters() if p not in {codes, *kernels}]  # "in": the same object
-    # Only codebook_loss moves codes, and Adam divides by a gradient's usual size: a weight on that
-    # loss would change little. To keep up with z, codes need their own rate (Łańcucki 2005.08520).
+    # Codes learn from codebook_loss only, and Adam divides by a gradient's usual size: a weight on
+    # it would change little. To keep up with z, codes need their own rate (Łańcucki 2005.08520).
     groups = [{"params": rest}, {"params": [codes], "lr": cfg.codes_lr}]
     adam = torch.optim.Adam(groups, cfg.lr, betas=(0.9, 0.99), fused=True)
     return adam, Muon(kernels, cfg.muon_lr)
@@ -587,7 +587,7 @@ def train_vq(cfg, state=None):
                    for i in label.unique()[:16]}
         draw_rows(cfg.folder / "data_preview.png", preview)
         with torch.no_grad():                   # the codes start on encoder outputs
-            some = images.rows(images.train[shuffled(n, cfg.seed, 0)[:64]])
+            some = images.rows(images.train[shuffled(n, cfg.seed, 0)[:64]])     # 64 at random
             z = vqgan.encoder(to_float(some).to(device))
             vqgan.codebook.restart_unused(z, rng(cfg.seed, "first codes"))
 
@@ -667,7 +667,7 @@ def train_vq(cfg, state=None):
 # what was added; sampling walks back. Levels t count from 0, and level 0 has some noise already.
 # So z0, the clean one, is not z_t at t = 0: it is level -1. With normal noise ε:
 #   one step further     z_t = √α_t z_(t-1) + √β_t ε     α_t + β_t = 1: so variance 1 stays 1
-#   all steps at once    z_t = √ᾱ_t z0 + √(1-ᾱ_t) ε      ᾱ_t = α_0 · … · α_t: the share of z0
+#   all steps at once    z_t = √ᾱ_t z0 + √(1-ᾱ_t) ε      ᾱ_t = α_0 · … · α_t, z0's part of var. 1
 #     (put z_(t-1) in: old noise, now of variance α_t (1-ᾱ_(t-1)), plus new, β_t: 1-ᾱ_t in all)
 #   the network answers  ε, or v = √ᾱ_t ε - √(1-ᾱ_t) z0
 #   predict()            turns either answer into two guesses, z0_hat and eps_hat
@@ -688,8 +688,8 @@ class Diffusion:
             beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T
         elif schedule == "cosine":              # Nichol & Dhariwal 2021, arXiv 2102.09672, eq. 17
             part = torch.arange(T + 1, dtype=torch.float64) / T              # 0…1
-            # curve: the ᾱ wanted. It falls more evenly; linear's last third is nearly all noise.
-            # Without 0.008, level 0 (of 1000) would have 17 times less noise: too little to see.
+            # curve / its start: ᾱ. It falls more evenly; linear's last third is nearly all noise.
+            # Without 0.008, level 0 (of 1000) has 17 times less noise variance: too little to see.
             curve = torch.cos((part + 0.008) / 1.008 * math.pi / 2) ** 2
             beta = 1 - curve[1:] / curve[:-1]       # 1 - α; α: the quotient of neighbouring ᾱ
         else:
@@ -729,32 +729,32 @@ class Diffusion:
         return z0_hat, eps_hat
 
     def loss(self, net, z0, t, eps, label):
-        """Algorithm 1, DDPM eq. 14: mean of (goal - net(z_t, t))², (B,). The answer 0 costs ~1."""
+        """Algorithm 1 (ε: DDPM eq. 14): mean of (goal - net(z_t, t))²: (B,). For answer 0: ~1."""
         out = net(self.add_noise(z0, t, eps), t, label)
         goal = self.goal(z0, eps, self.alpha_bar_at(t, z0))
         return F.mse_loss(out, goal, reduction="none").flatten(1).mean(1)     # (B,)
 
     def weight(self, t):
         """How much level t (B,) counts in training v: 1 in the middle (ᾱ = 1/2), 1/4 at both ends.
-        In little noise v's error hardly matters: predict() multiplies it by √(1-ᾱ), nearly 0, and
-        rounding to a code removes the rest. In much noise it cannot get small: v ≈ -z0, of which
-        z_t shows nearly nothing. The ends must not drown out the middle, yet be learnt: hence 1/4.
-        (Without that floor these are, for cosine, Kingma & Gao's sigmoid weights, 2303.00848.)"""
+        In little noise v's error hardly matters: z0_hat has it times √(1-ᾱ), nearly 0, and rounding
+        to a code removes the rest. In much noise v ≈ -z0, of which z_t shows nearly nothing: the
+        error stays near 1, whatever is learnt. So both ends count less than the middle, but not 0.
+        (Without that floor, for cosine: Kingma & Gao's sigmoid weights of shift 0, 2303.00848.)"""
         a = self.alpha_bar.to(t.device)[t]
         if self.target != "v":                      # eps: all equal, as in DDPM
             return torch.ones_like(a)
         return (4 * a * (1 - a)).sqrt().clamp(min=0.25)                       # (B,)
 
     def pairs(self, steps):
-        """Exactly `steps` pairs (t, t_prev), from T-1 down to -1, for 1 <= steps <= T.
-        ours: step i = 0…S-1 starts at t ≈ T-1 - T (i/S)². For T = 1000 and S = 4: 999, 937, 749,
-        437. Strides are short in much noise, where with cosine shapes arise (DDIM: equal or long).
+        """Exactly `steps` pairs (t, t_prev: where the step ends), T-1 down to -1; 1 <= steps <= T.
+        ours: step i = 0…S-1 starts at t ≈ T-1 - T (i/S)². T = 1000, S = 4: 999, 937, 749, 437.
+        Strides are short in much noise: there, with cosine, shapes arise. (DDIM: equal or long.)
         trap: range(0, T, T // steps) can give too many: 1000 levels for 600 steps of T = 1000."""
         ts = []
         for i in range(steps):
             passed = max(i, round(self.T * (i / steps) ** 2))   # max: 1 level a step at least
             ts.append(self.T - 1 - passed)
-        return list(zip(ts, ts[1:] + [-1]))
+        return list(zip(ts, ts[1:] + [-1]))                 # each with the next, the last with -1
 
     @torch.no_grad()
     def sample(self, net, z, steps, sampler, eta, noise):
@@ -763,24 +763,24 @@ class Diffusion:
         for t, t_prev in self.pairs(steps):
             a = self.alpha_bar_at(t, z)
             a_prev = self.alpha_bar_at(t_prev, z)
-            # trap: these levels may be further apart than the trained ones: α is made anew from
-            # them. With the trained α_t, ddpm takes too little away in each step and ends in noise.
+            # trap: ᾱ is a product, so the α of this whole stride is ᾱ_t / ᾱ_prev. With the trained
+            # α_t, of one level, ddpm takes too little away in each step and ends in noise.
             alpha = a / a_prev
             t_all = torch.full((len(z),), t, device=z.device)                 # (B,)
             z0_hat, eps_hat = self.predict(net(z, t_all), z, t_all)
 
             if sampler == "ddim":
-                # z0_hat is noised again, up to level t_prev: variance 1-ᾱ_prev. Of it σ² is fresh,
-                # the rest is eps_hat, the noise that was found. η = 0: none is fresh, the first z
-                # decides everything. η = 1: a part of it is fresh, as large as the part of z_t's
-                # noise that the way from t_prev up to t has added (as in DDPM eq. 7).
-                part = (1 - alpha) / (1 - a)
-                sigma = eta * ((1 - a_prev) * part).sqrt()                # DDIM eq. 16
+                # z0_hat is noised again, up to level t_prev: variance 1-ᾱ_prev. σ² of it is fresh,
+                # the rest eps_hat, the noise found. η = 0: none is fresh, the first z decides all.
+                # η = 1: since z_t = √α z_prev + √(1-α) ε, a part (1-α)/(1-ᾱ) of z_t's noise came
+                # after t_prev. As large a part of 1-ᾱ_prev is fresh (as in DDPM eq. 7).
+                newer = (1 - alpha) / (1 - a)
+                sigma = eta * ((1 - a_prev) * newer).sqrt()               # DDIM eq. 16
                 rest = (1 - a_prev - sigma**2).clamp(min=0).sqrt()
                 z = a_prev.sqrt() * z0_hat + rest * eps_hat               # DDIM eq. 12, its α is ᾱ
             elif sampler == "ddpm":
-                # DDPM Algorithm 2, line 4. Its mean is ddim's with η = 1 (to check: write z0_hat as
-                # (z - √(1-ᾱ) eps_hat)/√ᾱ there). But its σ² is larger: DDPM sec. 3.2 has both.
+                # DDPM Algorithm 2, line 4. Its mean is ddim's with η = 1 (to check: z0_hat there is
+                # (z - √(1-ᾱ) eps_hat)/√ᾱ, rest √α (1-ᾱ_prev)/√(1-ᾱ)); its σ² is larger (sec. 3.2).
                 sigma = (1 - alpha).sqrt()
                 z = (z - (1 - alpha) / (1 - a).sqrt() * eps_hat) / alpha.sqrt()
             else:
@@ -792,8 +792,8 @@ class Diffusion:
             yield z, z0_hat
 # ------------------------------------------------------------------------------------------------
 # 9. Stage 2: the UNet
-# The same bricks as the VQGAN. New are the time (how noisy is z_t?), heard by every ResBlock, and
-# the skips, which carry what no bottleneck can: the noise, independent at each place.
+# The same bricks as the VQGAN. New are time (how noisy is z_t?) and class, heard by every ResBlock,
+# and the skips, which carry what no bottleneck can: the noise, independent at each place.
 
 def time_embedding(t, dim):
     """t (B,) -> (B,dim): sines and cosines of growing period (Vaswani 2017, arXiv 1706.03762). Fast
@@ -803,8 +803,8 @@ def time_embedding(t, dim):
     return torch.cat([angle.sin(), angle.cos()], dim=1)                   # (B,dim)
 
 class UNet(nn.Module):
-    """(z_t, t, class) -> v or ε. Classes are 0…n_classes-1; n_classes itself means: not told.
-    One latent in ten comes without a class (section 10): guided asks an early copy that way."""
+    """(z_t, t, class) -> v or ε. Classes are 0…n_classes-1; n_classes itself means: not told, as
+    for one latent in ten of training (section 10). guided, below, needs such answers, too."""
     def __init__(self, z_dim, widths, n_classes):
         super().__init__()
         E = 4 * widths[0]
@@ -839,14 +839,13 @@ class UNet(nn.Module):
 
 def guided(net, guide, label, w, below):
     """-> a net(z_t, t) that is led towards its class by classifier-free guidance (CFG eq. 6):
-
         out = weak + w (strong - weak)    w: --guidance. strong is told the class, weak is not
     w = 1 is strong alone; a larger w goes further in the direction in which the class pulls. (CFG's
-    own w is this w minus 1.) At t >= below (0.8 T), in much noise, there is no guidance: it would
-    cost variety (Kynkäänniemi 2024, arXiv 2404.07724, has none in little noise either).
-    ours: weak has two faults. It is not told the class, as in CFG: so w leads towards the class.
-    And it is young: `guide`, the running mean (update_ema) after a fifth of the run. It errs where
-    strong does, but more: so w leads away from errors (Karras 2406.02507's: young, small, told)."""
+    own w is this w minus 1.) At t >= below, where ᾱ < 0.1, there is no guidance: in much noise it
+    would cost variety (Kynkäänniemi 2024, arXiv 2404.07724, has none in little noise either).
+    ours: weak has two faults. It is not told the class (as in CFG): so w leads towards the class.
+    And it is `guide`, the running mean as it was after a fifth of the run: it errs where strong
+    does, but more, so w leads away from errors, too (Karras 2406.02507: young, small, told)."""
     def answer(z_t, t):
         strong = net(z_t, t, label)
         if w == 1 or t[0] >= below:         # here all t are equal
@@ -868,7 +867,7 @@ def encode_images(vqgan, images, device, mixed):
     for rows in bar(torch.arange(len(images.names)).split(16), "encoding"):
         with mixed:
             k = vqgan.encode(to_float(images.rows(rows)).to(device))      # (16,h,w)
-        grids.append(k.to("cpu", torch.int32))
+        grids.append(k.int().cpu())
     return torch.cat(grids)
 
 def frequencies(k, codes):
@@ -884,7 +883,7 @@ def measure_scale(k, e):
     return torch.stack([mean, variance.clamp(min=1e-12).sqrt()])
 
 def standardise(z, scale):
-    """z (B,d,h,w) -> z0; unstandardise goes back. Nothing is scaled anywhere else.
+    """z (B,d,h,w) -> z0; unstandardise goes back. This scale is used nowhere else.
     trap: a std copied from another model, or unstandardise forgotten: wrong colours, contrast."""
     mean, std = scale.view(2, -1, 1, 1)                                   # (d,1,1) each
     return (z - mean) / std
@@ -902,12 +901,12 @@ def update_ema(ema, net, step, decay):
         mean.lerp_(p, 1 - decay)
 
 def look_ldm(model, z0, label, path):
-    """A LatentDiffusion's held-out loss, at each look with the same noise; draws 16 samples."""
+    """A LatentDiffusion's held-out loss and 16 samples, drawn; the same noise at each look."""
     t = (torch.arange(len(z0), device=z0.device) * model.cfg.T) // len(z0)  # (n,) evenly spaced
     eps = torch.randn(z0.shape, generator=rng("held-out noise")).to(z0.device)
     with model.mixed:
         loss = model.diffusion.loss(model.net, z0, t, eps, label.to(z0.device))           # (n,)
-    classes = model.trained[(torch.arange(16) * len(model.trained)) // 16]    # all, evenly
+    classes = model.trained[(torch.arange(16) * len(model.trained)) // 16]    # evenly spread
     pictures, latents = model.images(SampleConfig(), range(16), classes)
     draw_rows(path, {"samples": pictures})
     return {"loss": float(loss.mean()), "latent_std": float(latents.std())}
@@ -919,14 +918,14 @@ def train_ldm(cfg, state=None):
     vq = state.get("vq") if state else load_checkpoint(cfg.vq, "--vq", "vq")
     vqgan, vq_cfg = load_vqgan(vq, device)
     side = vq_cfg.side
-    demand(side % 2 ** len(cfg.widths) == 0, "--widths: codes cannot be halved so often")
+    demand(side % 2 ** len(cfg.widths) == 0, "--widths: the codes' grid cannot be halved so often")
     images = Images(vq_cfg.data, vq_cfg, cfg.folder.parent / "cache")
     demand(not state or state.get("classes") == images.classes, "--resume: other classes now")
     grids = encode_images(vqgan, images, device, mixed)                   # (images,h,w)
     scale = measure_scale(grids[images.train], vqgan.codebook.embedding.weight)           # (2,d)
     n, n_classes = len(images.train), len(images.classes)
     class_counts = torch.bincount(images.labels[images.train], minlength=n_classes)
-    def latents(rows):                                                    # (B,) -> z0 (B,d,h,w)
+    def latents(rows):                            # (B,) -> k (B,h,w) -> z_q -> z0 (B,d,h,w)
         return standardise(vqgan.codebook.lookup(grids[rows].to(device)), scale)
 
     torch.manual_seed(cfg.seed)                 # the first weights
@@ -945,9 +944,9 @@ def train_ldm(cfg, state=None):
         chosen = next_rows(n, step, cfg.batch_size, cfg.seed)                 # (B,)
         if cfg.balance:
             p = 1 / class_counts[images.labels[images.train]]             # (n,) up to a factor
-            chosen = p.multinomial(cfg.batch_size, replacement=True, generator=draw)
+            chosen = p.multinomial(cfg.batch_size, replacement=True, generator=draw)      # instead
         rows = images.train[chosen]                                           # (B,)
-        # trap: 0…T-2 would never train pure noise, where sampling starts; 1…T-1 not the cleanest.
+        # trap: 0…T-2 leaves pure noise, where sampling starts, untrained; 1…T-1 the cleanest level.
         t = torch.randint(cfg.T, (cfg.batch_size,), generator=draw)           # (B,) in 0…T-1
         eps = torch.randn(cfg.batch_size, vq_cfg.z_dim, side, side, generator=draw)
         hidden = torch.rand(cfg.batch_size, generator=draw) < 0.1       # (B,) untold, as in guided
@@ -956,7 +955,7 @@ def train_ldm(cfg, state=None):
         t, eps, label = [share(x).to(device) for x in (t, eps, label)]
 
         with mixed:
-            loss = diffusion.loss(net, z0, t, eps, label)                     # (B,) DDPM eq. 14
+            loss = diffusion.loss(net, z0, t, eps, label)                     # (B,) Algorithm 1
         net.zero_grad()
         weighted = (loss * diffusion.weight(t)).mean()
         weighted.backward()
@@ -1019,7 +1018,8 @@ class LatentDiffusion:
     def walk(self, cfg, numbers, label):
         """Yields (z_t, z0_hat) after each step. A generator: iterate over it inside `mixed`."""
         draw = self.noise(cfg.seed, numbers)
-        net = guided(self.net, self.guide, label.to(self.device), cfg.guidance, 0.8 * self.cfg.T)
+        net = guided(self.net, self.guide, label.to(self.device), cfg.guidance,
+                     below=(self.diffusion.alpha_bar >= 0.1).sum() - 1)     # -1: not z0's
         steps = min(cfg.steps, self.cfg.T)
         return self.diffusion.sample(net, draw(), steps, cfg.sampler, cfg.eta, draw)
 
@@ -1292,7 +1292,7 @@ def open_run(cfg, typed, resume, overwrite):
     differ = [f"{flag(name)} was {getattr(old, name)}" for name, value in typed.items()
               if name not in MAY_CHANGE and value != getattr(old, name)]
     demand(not differ, f"--resume goes on with the recorded settings: {differ}")
-    if "epochs" in typed:               # beats recorded --minutes. Progress becomes step/steps:
+    if "epochs" in typed:               # drops recorded --minutes: from here now() is step/steps;
         old = replace(old, minutes=0.0)     # if that is less than before, learning rates rise
     typed["out"] = cfg.out                              # where it lies now: it may have moved
     return replace(old, **typed), state
@@ -1351,7 +1351,7 @@ class Run:
                 self.line.update()
 
     def time_left(self):
-        # A signal to one of up to 130 processes ends all: its status, >= 130, lifts the mean to 1.
+        # A signal's status is >= 130: averaged over up to 130 processes it alone is >= 1. All end.
         now = torch.tensor(self.now() + self.status, dtype=torch.float64)
         self.progress = float(mean_over_processes(now))
         return self.progress < 1
@@ -1539,8 +1539,8 @@ def evaluate(cfg):                                      # -> metrics.json, evalu
 # ------------------------------------------------------------------------------------------------
 # F. Muon
 # A matrix is a sum of directions u vᵀ, each with a strength s (the SVD). In a kernel's gradient, as
-# a matrix (c_out, rest), a few directions far outweigh the others. Adam evens out entries, not
-# directions: weak ones hardly learn. Muon (kellerjordan.github.io/posts/muon) evens out directions.
+# a matrix (c_out, rest), a few directions far outweigh the others, which with Adam hardly learn: it
+# evens out entries, not directions. Muon (kellerjordan.github.io/posts/muon) evens out directions.
 
 def orthogonal(g):
     """g (r,n) = U S Vᵀ -> about U Vᵀ: g's singular values, but for the tiniest, become 0.7 to 1.2.
@@ -1563,7 +1563,7 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 mean = self.state[p].setdefault("mean", torch.zeros_like(p))
                 mean.lerp_(p.grad, 0.05)
-                g = p.grad.lerp(mean, 0.95).flatten(1)      # Nesterov: p.grad counts 9.75, not 5 %
+                g = p.grad.lerp(mean, 0.95).flatten(1)      # Nesterov: grad weighs .05 + .95·.05
                 p.sub_(group["lr"] * orthogonal(g).view_as(p))
 # ------------------------------------------------------------------------------------------------
 # G. Commands
