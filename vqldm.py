@@ -235,18 +235,16 @@ def shuffled(n, seed, epoch):
     return torch.randperm(n, generator=rng(seed, "order", epoch))
 
 def next_rows(n, step, batch_size, seed):
-    """Which of n, by place 0…n-1, are this step's batch: the next of an endless row of shuffles."""
-    rows = []
-    for place in range(step * batch_size, (step + 1) * batch_size):
-        epoch, within = divmod(place, n)
-        rows.append(shuffled(n, seed, epoch)[within])
-    return torch.stack(rows)
+    """Which of 0…n-1 are this step's batch? The next of an endless row of shuffles. (B,)"""
+    places = range(step * batch_size, (step + 1) * batch_size)     # place // n: the epoch
+    return torch.stack([shuffled(n, seed, place // n)[place % n] for place in places])
 
 def augment(x, turns):
     """Each image (B,C,H,H) in one of the square's eight symmetries, turns (B,) in 0…7."""
     turned = []
     for image, turn in zip(x, turns.tolist()):
-        image = image.flip(2) if turn >= 4 else image
+        if turn >= 4:
+            image = image.flip(2)
         turned.append(image.rot90(turn % 4, (1, 2)))
     return torch.stack(turned)
 # ------------------------------------------------------------------------------------------------
@@ -751,10 +749,10 @@ class Diffusion:
         Strides are short in much noise: there, with cosine, shapes arise. (DDIM: equal or long.)
         trap: range(0, T, T // steps) can give too many: 1000 levels for 600 steps of T = 1000."""
         ts = []
-        for i in range(steps):
+        for i in range(steps + 1):                              # i = S: all T passed, so t = -1
             passed = max(i, round(self.T * (i / steps) ** 2))   # max: 1 level a step at least
             ts.append(self.T - 1 - passed)
-        return list(zip(ts, ts[1:] + [-1]))                 # each with the next, the last with -1
+        return list(zip(ts, ts[1:]))                            # each with the next
 
     @torch.no_grad()
     def sample(self, net, z, steps, sampler, eta, noise):
@@ -1396,10 +1394,11 @@ class Run:
             return
         write_whole(self.cfg.folder / "last.pt", lambda f: torch.save(self.checkpoint(), f))
         names = list(dict.fromkeys(name for row in self.log for name in row))   # each once
-        with open(self.cfg.folder / "log.csv", "w", newline="") as f:
-            table = csv.DictWriter(f, names)
-            table.writeheader()
-            table.writerows(self.log)
+        with suppress(PermissionError):         # Excel locks a table that it shows: next time
+            with open(self.cfg.folder / "log.csv", "w", newline="") as f:
+                table = csv.DictWriter(f, names)
+                table.writeheader()
+                table.writerows(self.log)
         if self.log:
             draw_curves(self.cfg.folder / "curves.png", self.log, names[1:])
 
@@ -1505,7 +1504,7 @@ def unseen_images(cfg, vq_cfg, cache):                  # -> two sets of uint8 (
     if data == vq_cfg.data and data != "synthetic":
         rows = images.val
     n = min(cfg.n, len(rows) // 2)
-    demand(n > 1, "--data: too few unseen images to measure on")
+    demand(n > 1, "--n, --data: too few unseen images to measure on")
     return images.rows(rows[:2 * n]).split(n)
 
 def evaluate(cfg):                                      # -> metrics.json, evaluate.png
@@ -1523,13 +1522,14 @@ def evaluate(cfg):                                      # -> metrics.json, evalu
         made, z0 = model.images(SampleConfig(seed=cfg.seed), range(len(real)), label)
         pictures["samples"] = made
         if lpips:
-            # All against real: samples; other through stage 1, as a perfect stage 2 would make
-            # them; real through stage 1; other as it is, the nearest that can be hoped for.
-            perfect = reconstruct(vqgan, other, None, mixed)[1]
-            sets = {"": made, "_perfect": perfect, "_recon": recon, "_real": other}
+            sets = {            # all against real; _perfect: what a perfect stage 2 would make
+                "kernel": made,
+                "kernel_perfect": reconstruct(vqgan, other, None, mixed)[1],    # by stage 1
+                "kernel_recon": recon,                                          # by stage 1
+                "kernel_real": other}                       # the nearest that can be hoped for
             a = features(lpips, real)
             for name, images in sets.items():
-                numbers["kernel" + name] = kernel_distance(a, features(lpips, images))
+                numbers[name] = kernel_distance(a, features(lpips, images))
         numbers["latent_std"] = float(z0.std())
     numbers["n"] = len(real)
     for name, value in numbers.items():
@@ -1586,8 +1586,8 @@ def build_parser(command, cls):
     comments = dict(re.findall(r"^    (\w+): .*?# (.*)", text, re.MULTILINE))
     for f in fields(cls):
         how = {"action": "store_true"} if f.type is bool else {"type": f.type}
-        how["help"] = f"{comments[f.name]} [{f.default}]"
-        parser.add_argument(flag(f.name), dest=f.name, **how)
+        parser.add_argument(flag(f.name), dest=f.name,
+                            help=f"{comments[f.name]} [{f.default}]", **how)
     if command.startswith("train"):
         mode = parser.add_mutually_exclusive_group()
         mode.add_argument("--resume", action="store_true", help="go on with the run in --out")
