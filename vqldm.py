@@ -27,7 +27,7 @@ Contents  1. Settings                       7. Stage 1: training      For refere
           5. Stage 1: the VQGAN            11. Sampling               D. Pictures       G. Commands
           6. Stage 1: the losses
 Run it    python vqldm.py train-vq, then train-ldm, then sample; evaluate measures.
-          "trap" marks a frequent mistake, "ours" an idea from no paper (unless small or usual).
+          "trap" marks a frequent mistake, "ours" an idea from no paper (small ones are unmarked).
 """
 import argparse, csv, functools, glob, json, math, os, random, re, shlex, sys, time, warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -52,13 +52,13 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 # ------------------------------------------------------------------------------------------------
 # 1. Settings
-# Every number that a flag changes is one line here: name, type, default; its comment is its --help.
+# Every setting is one line here: name, type, default; its comment is its --help.
 # (New words are explained where they are used.) What you type beats --preset, which beats the
 # default. --resume takes the checkpoint's values; only those in MAY_CHANGE, below, may differ.
 
 class UserError(argparse.ArgumentTypeError):        # argparse catches it, names the flag
     """A mistake that only the user can put right: reported in one sentence; exit status 2."""
-def demand(ok, text):                   # unless ok, the command ends with this sentence
+def demand(ok, text):                   # unless ok, the command (in read_image: that image) ends
     if not ok:
         raise UserError(text)
 
@@ -78,9 +78,9 @@ def amount(text):
 @dataclass(frozen=True)
 class Settings:
     """What every command can be told."""
-    seed: int = 0                       # random numbers follow from it (at looks: fixed ones)
+    seed: int = 0                       # random numbers follow from it (held-out split, looks: not)
     device: str = "auto"                # auto, or a torch device: cpu, cuda:1, mps
-    out: str = ""                       # empty: runs/vq, ldm or samples; evaluate: --ckpt's folder
+    out: str = ""                       # empty: runs/ + vq, ldm, samples; evaluate: --ckpt's folder
 
     @property
     def folder(self):                   # (evaluate has no kind: it uses this only with --out)
@@ -90,7 +90,7 @@ class Settings:
 class VQConfig(Settings):
     """stage 1: train the VQGAN, image -> codes -> image"""
     kind = "vq"                         # no ": type", so no field and no flag
-    preset: str = "default"             # tiny, for seconds; paper, about the papers' size, on a GPU
+    preset: str = "default"             # tiny: runs in seconds; paper: about the papers' size, GPU
     # Which images?
     data: source = "synthetic"          # 'synthetic', or a folder of images; class = its subfolder
     n_images: count = 4096              # how many to draw if synthetic
@@ -104,7 +104,7 @@ class VQConfig(Settings):
     lpips_weight: amount = 0.1          # weight of LPIPS, a learnt distance of images
     commit_weight: amount = 0.25        # weight of the commitment loss beside the codebook's
     gan_weight: amount = 0.4            # weight of the GAN, × lam × D's lead (section 7); 0: off
-    gan_start: amount = 0.1             # part of the run after which the GAN joins
+    gan_start: amount = 0.1             # fraction of the run after which the GAN joins
     # How fast, how long?
     lr: amount = 1e-3                   # learning rate of everything that has none of its own
     muon_lr: amount = 0.02              # learning rate of blocks' kernels, by Muon; 0: Adam at --lr
@@ -158,7 +158,7 @@ class EvaluateConfig(Settings):
     data: source = ""                   # folder of other images; empty: unseen ones of its own kind
     n: count = 500                      # how many images, at most, and how many samples
 
-PRESETS = {"default": {},           # a preset is a row of flags, which yours overrule
+PRESETS = {"default": {},           # a preset is a row of flags; those that you type beat it
     "tiny": {"train-vq": "--size 32 --n-images 200 --widths 16,32 --codes 64 --epochs 2",
              "train-ldm": "--T 200 --widths 32,64 --batch-size 16 --epochs 4"},
     "paper": {"train-vq": "--size 256 --n-images 20000 --widths 128,128,256,256 --z-dim 256 "
@@ -204,7 +204,7 @@ def rank():
     return dist.get_rank() if dist.is_initialized() else 0
 def share(batch):                       # this process's rows of a batch
     return batch.chunk(world())[rank()]
-def mean_over_processes(x):
+def mean_over_processes(x):             # in place: x itself becomes the mean
     if world() > 1:
         dist.all_reduce(x)
         x /= world()
@@ -331,7 +331,7 @@ class MidBlock(nn.Module):
         return self.res2(y, emb)                                          # (B,C,h,w)
 
 class UpBlock(nn.Module):
-    """Each cell becomes 2×2 alike, the skip's channels come beside them, two ResBlocks follow."""
+    """Each cell becomes 2×2 copies, the skip's channels come beside them, two ResBlocks follow."""
     def __init__(self, c_in, c_out, emb_dim=None, c_skip=0):
         super().__init__()
         self.res1 = ResBlock(c_in + c_skip, c_out, emb_dim)
@@ -390,7 +390,7 @@ class Decoder(nn.Module):
         for block in self.up:
             y = block(y)                                                  # the grid doubles m times
         y = F.silu(self.norm(y))
-        # Not bf16, of few digits: adaptive_weight (section 6) divides by a gradient from here.
+        # Not bf16 (too few digits): adaptive_weight (section 6) divides by this layer's gradient.
         with torch.autocast(y.device.type, enabled=False):
             return self.last(y.float())                                   # (B,3,H,W)
 
@@ -499,10 +499,10 @@ def load_lpips(wanted, device):
         return net.to(device).eval().requires_grad_(False)
     except Exception as e:              # URLError, OSError, a damaged file, an unknown name
         demand(wanted == "auto", f"--lpips: {e}; choose squeeze, alex, vgg, or off (blurred)")
-        say("WARNING no LPIPS, as loss or as measure:", e, "- weights go to", torch.hub.get_dir())
+        say("WARNING no LPIPS:", e, "- weights go to", torch.hub.get_dir() + "/checkpoints")
 
 class PatchDiscriminator(nn.Module):
-    """D: a logit, real or fake, for each place of the latent grid. At f = 4 its kernels span 18×18
+    """D: a logit (high: real) for each place of the latent grid. At f = 4 its kernels span 18×18
     pixels (pix2pix, arXiv 1611.07004: 70×70): enough to judge the grain. No sigmoid at the end:
     hinge_loss wants raw logits. Norm, not the papers' BatchNorm: an image is judged alone."""
     def __init__(self, widths):                                           # the VQGAN's
@@ -556,7 +556,7 @@ def vq_optimizers(vqgan, cfg):
     blocks = nn.ModuleList([enc.down, enc.mid, dec.mid, dec.up])
     kernels = [p for p in blocks.parameters() if p.dim() == 4] if cfg.muon_lr > 0 else []
     codes = vqgan.codebook.embedding.weight
-    rest = [p for p in vqgan.parameters() if p not in {codes, *kernels}]  # "in": the same object
+    rest = [p for p in vqgan.parameters() if p not in {codes, *kernels}]  # compared as objects
     # Codes learn from codebook_loss only, and Adam divides by a gradient's usual size: a weight on
     # it would change little. To keep up with z, codes need their own rate (Łańcucki 2005.08520).
     groups = [{"params": rest}, {"params": [codes], "lr": cfg.codes_lr}]
@@ -623,7 +623,7 @@ def train_vq(cfg, state=None):
         vqgan.zero_grad()
         loss.backward()
         average_gradients(vqgan)
-        norm = clip_grad_norm_(vqgan.parameters(), 1.0)     # no wild batch may throw it far
+        norm = clip_grad_norm_(vqgan.parameters(), 1.0)     # so no wild batch moves it far
         if run.skips(norm):             # not finite; one bad batch must not end a night
             continue
         adam.step()
@@ -678,7 +678,7 @@ def train_vq(cfg, state=None):
 class Diffusion:
     """A noise schedule, the loss of DDPM (Algorithm 1) and two samplers (Algorithm 2, DDIM)."""
     def __init__(self, T=1000, schedule="cosine", target="v"):
-        demand(target in ("v", "eps"), "--target: must be v or eps")    # to add one: goal, predict
+        demand(target in ("v", "eps"), "--target: must be v or eps")    # to add: edit goal, predict
         self.T, self.target = T, target
         if schedule == "linear":
             # trap: 1e-4 and 0.02 belong to T = 1000. Unscaled, T = 50 ends at ᾱ = 0.60, and
@@ -686,7 +686,7 @@ class Diffusion:
             beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T
         elif schedule == "cosine":              # Nichol & Dhariwal 2021, arXiv 2102.09672, eq. 17
             part = torch.arange(T + 1, dtype=torch.float64) / T              # 0…1
-            # curve / its start: ᾱ. It falls more evenly; linear's last third is nearly all noise.
+            # curve / its start: ᾱ. It falls more evenly: linear's last third is nearly all noise.
             # Without 0.008, level 0 (of 1000) has 17 times less noise variance: too little to see.
             curve = torch.cos((part + 0.008) / 1.008 * math.pi / 2) ** 2
             beta = 1 - curve[1:] / curve[:-1]       # 1 - α; α: the quotient of neighbouring ᾱ
@@ -721,13 +721,13 @@ class Diffusion:
         a = self.alpha_bar_at(t, z_t)
         if self.target == "eps":                    # DDPM eq. 4, solved for z0
             return (z_t - (1 - a).sqrt() * out) / a.sqrt(), out
-        # √ᾱ = cos φ, √(1-ᾱ) = sin φ: z0 and ε, turned by φ, are z_t and v. This turns them back.
+        # √ᾱ = cos φ, √(1-ᾱ) = sin φ: (z_t, v) is (z0, ε) turned by -φ. So turn (z_t, v) by φ:
         z0_hat = a.sqrt() * z_t - (1 - a).sqrt() * out                        # Salimans app. D
         eps_hat = (1 - a).sqrt() * z_t + a.sqrt() * out
         return z0_hat, eps_hat
 
     def loss(self, net, z0, t, eps, label):
-        """Algorithm 1 (ε: DDPM eq. 14): mean of (goal - net(z_t, t))²: (B,). For answer 0: ~1."""
+        """Algorithm 1 (ε: DDPM eq. 14): mean of (goal - net(z_t, t))²: (B,). ~1 if net says 0."""
         out = net(self.add_noise(z0, t, eps), t, label)
         goal = self.goal(z0, eps, self.alpha_bar_at(t, z0))
         return F.mse_loss(out, goal, reduction="none").flatten(1).mean(1)     # (B,)
@@ -737,7 +737,7 @@ class Diffusion:
         In little noise v's error hardly matters: z0_hat has it times √(1-ᾱ), nearly 0, and rounding
         to a code removes the rest. In much noise v ≈ -z0, of which z_t shows nearly nothing: the
         error stays near 1, whatever is learnt. So both ends count less than the middle, but not 0.
-        (Without that floor, for cosine: Kingma & Gao's sigmoid weights of shift 0, 2303.00848.)"""
+        (With cosine, all but the floor is Kingma & Gao's sigmoid weight of shift 0, 2303.00848.)"""
         a = self.alpha_bar.to(t.device)[t]
         if self.target != "v":                      # eps: all equal, as in DDPM
             return torch.ones_like(a)
@@ -746,7 +746,7 @@ class Diffusion:
     def pairs(self, steps):
         """Exactly `steps` pairs (t, t_prev: where the step ends), T-1 down to -1; 1 <= steps <= T.
         ours: step i = 0…S-1 starts at t ≈ T-1 - T (i/S)². T = 1000, S = 4: 999, 937, 749, 437.
-        Strides are short in much noise: there, with cosine, shapes arise. (DDIM: equal or long.)
+        Short strides in much noise: with cosine, shapes arise there. (DDIM: equal or long there.)
         trap: range(0, T, T // steps) can give too many: 1000 levels for 600 steps of T = 1000."""
         ts = []
         for i in range(steps + 1):                              # i = S: all T passed, so t = -1
@@ -770,8 +770,8 @@ class Diffusion:
             if sampler == "ddim":
                 # z0_hat is noised again, up to level t_prev: variance 1-ᾱ_prev. σ² of it is fresh,
                 # the rest eps_hat, the noise found. η = 0: none is fresh, the first z decides all.
-                # η = 1: since z_t = √α z_prev + √(1-α) ε, a part (1-α)/(1-ᾱ) of z_t's noise came
-                # after t_prev. As large a part of 1-ᾱ_prev is fresh (as in DDPM eq. 7).
+                # η = 1: since z_t = √α z_prev + √(1-α) ε, a part (1-α)/(1-ᾱ) of z_t's noise came in
+                # between t_prev and t. As large a part of 1-ᾱ_prev is fresh (as in DDPM eq. 7).
                 newer = (1 - alpha) / (1 - a)
                 sigma = eta * ((1 - a_prev) * newer).sqrt()               # DDIM eq. 16
                 rest = (1 - a_prev - sigma**2).clamp(min=0).sqrt()
@@ -843,7 +843,7 @@ def guided(net, guide, label, w, below):
     would cost variety (Kynkäänniemi 2024, arXiv 2404.07724, has none in little noise either).
     ours: weak has two faults. It is not told the class (as in CFG): so w leads towards the class.
     And it is `guide`, the running mean as it was after a fifth of the run: it errs where strong
-    does, but more, so w leads away from errors, too (Karras 2406.02507: young, small, told)."""
+    does, but more: w leads away from errors, too (Karras 2406.02507's weak: young, small, told)."""
     def answer(z_t, t):
         strong = net(z_t, t, label)
         if w == 1 or t[0] >= below:         # here all t are equal
@@ -881,7 +881,7 @@ def measure_scale(k, e):
     return torch.stack([mean, variance.clamp(min=1e-12).sqrt()])
 
 def standardise(z, scale):
-    """z (B,d,h,w) -> z0; unstandardise goes back. This scale is used nowhere else.
+    """z (B,d,h,w) -> z0; unstandardise goes back. Nothing else uses this scale.
     trap: a std copied from another model, or unstandardise forgotten: wrong colours, contrast."""
     mean, std = scale.view(2, -1, 1, 1)                                   # (d,1,1) each
     return (z - mean) / std
@@ -1014,10 +1014,10 @@ class LatentDiffusion:
         return draw
 
     def walk(self, cfg, numbers, label):
-        """Yields (z_t, z0_hat) after each step. A generator: iterate over it inside `mixed`."""
+        """Yields (z at its new level, z0_hat) after each step; iterate over it inside `mixed`."""
         draw = self.noise(cfg.seed, numbers)
         net = guided(self.net, self.guide, label.to(self.device), cfg.guidance,
-                     below=(self.diffusion.alpha_bar >= 0.1).sum() - 1)     # -1: not z0's
+                     below=(self.diffusion.alpha_bar >= 0.1).sum() - 1)     # -1: for the appended 1
         steps = min(cfg.steps, self.cfg.T)
         return self.diffusion.sample(net, draw(), steps, cfg.sampler, cfg.eta, draw)
 
@@ -1033,7 +1033,7 @@ class LatentDiffusion:
             batch = slice(i, i + 32)
             with self.mixed:
                 for z_t, _ in self.walk(cfg, numbers[batch], label[batch]):
-                    z0 = z_t                            # only where the walk ends is kept
+                    z0 = z_t                            # only the last one is kept
             pictures.append(self.decode(z0))
             latents.append(z0.cpu())
         return torch.cat(pictures), torch.cat(latents)
@@ -1117,7 +1117,7 @@ def synthetic(i, size, seed=0):
             along = x * turn.cos() + y * turn.sin()
             across = y * turn.cos() - x * turn.sin() + span(-.8, .8)
             hair = torch.sigmoid((span(.006, .014) - across.abs()) * size)      # 1 on the line
-            hair = hair * (along > span(-1.5, 0))           # which begins somewhere in the image
+            hair = hair * (along > span(-1.5, 0))           # which begins in the image or before
             image = image * (1 - span(.6, .9) * hair)       # dark, where it is
 
     # On some, the dark round edge of the dermatoscope.
@@ -1152,9 +1152,9 @@ def read_image(path, size):                             # -> uint8 (3,size,size)
 
 def find_images(folder):
     """-> name, class, lot and modification time of each photograph under a folder.
-    The class is the innermost folder's name (NO_CLASS cut out), else what a table says. The lot is
-    a number; if it ends in 0, the image is held out. With folders val or test it is 0 there and 1
-    elsewhere. Without, it is a hash of lesion_id or, where that is unknown, of the file's name.
+    The class is the innermost folder's name (NO_CLASS cut out), else what a table says. The lot, a
+    number, decides: if it ends in 0, the image is held out. With folders val or test the lot is 0
+    there and 1 elsewhere. Without: a hash of lesion_id or, if that is unknown, of the file's name.
     trap: in a split by photograph, the network is measured on lesions seen in other photographs."""
     table, named, hashed, known = {}, [], [], 0
     # tables there or beside it, m…a in the name: metadata.csv, HAM10000_metadata.csv, manifest.csv
@@ -1206,7 +1206,7 @@ class Images:
         self.classes = sorted(set(kinds))
         self.labels = torch.tensor([self.classes.index(kind) for kind in kinds])
         last = torch.tensor(lots) % 10
-        held = (last == last.min())             # 0; if no lot ends in 0: those that end in 1…
+        held = (last == last.min())             # ends in 0; if none does: in the smallest digit
         self.train = (~held).nonzero().flatten()
         val = held.nonzero().flatten()          # in a folder the first are of one class: mix
         self.val = val[torch.randperm(len(val), generator=rng("held out"))]
@@ -1390,7 +1390,7 @@ class Run:
                 "step": self.step, "seconds": self.seconds(), "log": self.log}
 
     def save(self):                                     # last.pt, log.csv, curves.png
-        if rank():                                      # not the first process
+        if rank():                                      # only the first process saves
             return
         write_whole(self.cfg.folder / "last.pt", lambda f: torch.save(self.checkpoint(), f))
         names = list(dict.fromkeys(name for row in self.log for name in row))   # each once
@@ -1522,11 +1522,11 @@ def evaluate(cfg):                                      # -> metrics.json, evalu
         made, z0 = model.images(SampleConfig(seed=cfg.seed), range(len(real)), label)
         pictures["samples"] = made
         if lpips:
-            sets = {            # all against real; _perfect: what a perfect stage 2 would make
+            sets = {            # each against real; other: a second set of unseen images
                 "kernel": made,
-                "kernel_perfect": reconstruct(vqgan, other, None, mixed)[1],    # by stage 1
-                "kernel_recon": recon,                                          # by stage 1
-                "kernel_real": other}                       # the nearest that can be hoped for
+                "kernel_perfect": reconstruct(vqgan, other, None, mixed)[1],    # a perfect stage 2
+                "kernel_recon": recon,                      # stage 1 on the same images
+                "kernel_real": other}                       # no model: the best to hope for
             a = features(lpips, real)
             for name, images in sets.items():
                 numbers[name] = kernel_distance(a, features(lpips, images))
@@ -1540,7 +1540,7 @@ def evaluate(cfg):                                      # -> metrics.json, evalu
 # F. Muon
 # A matrix is a sum of directions u vᵀ, each with a strength s (the SVD). In a kernel's gradient, as
 # a matrix (c_out, rest), a few directions far outweigh the others, which with Adam hardly learn: it
-# evens out entries, not directions. Muon (kellerjordan.github.io/posts/muon) evens out directions.
+# evens out the sizes of entries. Muon (kellerjordan.github.io/posts/muon) evens out the strengths.
 
 def orthogonal(g):
     """g (r,n) = U S Vᵀ -> about U Vᵀ: g's singular values, but for the tiniest, become 0.7 to 1.2.
@@ -1553,7 +1553,7 @@ def orthogonal(g):
     return x
 
 class Muon(torch.optim.Optimizer):
-    """Steps of lr · orthogonal(running mean of the gradient), as Jordan's for kernels."""
+    """Steps of lr · orthogonal(running mean of the gradient): Jordan's rule, for kernels."""
     def __init__(self, kernels, lr):
         super().__init__([{"params": kernels}], {"lr": lr})
 
@@ -1563,7 +1563,7 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 mean = self.state[p].setdefault("mean", torch.zeros_like(p))
                 mean.lerp_(p.grad, 0.05)
-                g = p.grad.lerp(mean, 0.95).flatten(1)      # Nesterov: grad weighs .05 + .95·.05
+                g = p.grad.lerp(mean, 0.95).flatten(1)      # Nesterov: the newest counts twice
                 p.sub_(group["lr"] * orthogonal(g).view_as(p))
 # ------------------------------------------------------------------------------------------------
 # G. Commands
@@ -1622,7 +1622,7 @@ def main(argv):
         if cuda:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     with suppress(AttributeError):                      # a notebook's stdout cannot do this
-        # For consoles that lack é; and lines that go to a file shall be there at once.
+        # For consoles that lack é; and so that lines in a file appear at once.
         sys.stdout.reconfigure(errors="replace", line_buffering=True)
     status = 2
     try:
