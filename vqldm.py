@@ -58,7 +58,7 @@ from tqdm import tqdm
 
 class UserError(argparse.ArgumentTypeError):        # argparse catches it, names the flag
     """A mistake that only the user can put right: reported in one sentence; exit status 2."""
-def demand(ok, text):                   # unless ok, the command (in read_image: that image) ends
+def demand(ok, text):                   # if not ok, ends the command (read_image: skips the image)
     if not ok:
         raise UserError(text)
 
@@ -78,7 +78,7 @@ def amount(text):
 @dataclass(frozen=True)
 class Settings:
     """What every command can be told."""
-    seed: int = 0                       # random numbers follow from it (held-out split, looks: not)
+    seed: int = 0                       # all randomness follows from it, not the held-out split
     device: str = "auto"                # auto, or a torch device: cpu, cuda:1, mps
     out: str = ""                       # empty: runs/ + vq, ldm, samples; evaluate: --ckpt's folder
 
@@ -90,7 +90,7 @@ class Settings:
 class VQConfig(Settings):
     """stage 1: train the VQGAN, image -> codes -> image"""
     kind = "vq"                         # no ": type", so no field and no flag
-    preset: str = "default"             # tiny: runs in seconds; paper: about the papers' size, GPU
+    preset: str = "default"             # tiny: seconds; paper: about the papers' size, for a GPU
     # Which images?
     data: source = "synthetic"          # 'synthetic', or a folder of images; class = its subfolder
     n_images: count = 4096              # how many to draw if synthetic
@@ -225,7 +225,7 @@ def bar(items, name, total=None):       # rank > 0: off; 0: on a terminal only
 # Here the next images are chosen, made floats in [-1,1] and turned: a skin lesion has no up.
 
 def to_float(x):
-    """uint8 0…255 -> [-1,1], the range of all float images (only x_hat can leave it)."""
+    """uint8 0…255 -> [-1,1], the range of x everywhere (only x_hat can leave it)."""
     return x.float() / 127.5 - 1
 def to_bytes(x):                        # and back, on the CPU
     return ((x.clamp(-1, 1) + 1) * 127.5).round().byte().cpu()
@@ -260,8 +260,8 @@ class Norm(nn.GroupNorm):
         super().__init__(groups, c)
 
 def zero(layer):
-    """A zeroed layer adds nothing at first: blocks start as their shortcut, the UNet at 0. It does
-    learn: its gradient is input times error. The layers before it learn once it is not 0."""
+    """A zeroed layer adds nothing at first: blocks start as their shortcut, the UNet says 0. It
+    does learn: its gradient is input times error. The layers before it learn once it is not 0."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
@@ -499,7 +499,7 @@ def load_lpips(wanted, device):
         return net.to(device).eval().requires_grad_(False)
     except Exception as e:              # URLError, OSError, a damaged file, an unknown name
         demand(wanted == "auto", f"--lpips: {e}; choose squeeze, alex, vgg, or off (blurred)")
-        say("WARNING no LPIPS:", e, "- weights go to", torch.hub.get_dir() + "/checkpoints")
+        say("WARNING no LPIPS:", e, "- its weights belong in", torch.hub.get_dir() + "/checkpoints")
 
 class PatchDiscriminator(nn.Module):
     """D: a logit (high: real) for each place of the latent grid. At f = 4 its kernels span 18×18
@@ -557,8 +557,8 @@ def vq_optimizers(vqgan, cfg):
     kernels = [p for p in blocks.parameters() if p.dim() == 4] if cfg.muon_lr > 0 else []
     codes = vqgan.codebook.embedding.weight
     rest = [p for p in vqgan.parameters() if p not in {codes, *kernels}]  # compared as objects
-    # Codes learn from codebook_loss only, and Adam divides by a gradient's usual size: a weight on
-    # it would change little. To keep up with z, codes need their own rate (Łańcucki 2005.08520).
+    # Only codebook_loss trains codes, and Adam divides by a gradient's usual size: a weight on that
+    # loss would change little. To keep up with z, codes need their own rate (Łańcucki 2005.08520).
     groups = [{"params": rest}, {"params": [codes], "lr": cfg.codes_lr}]
     adam = torch.optim.Adam(groups, cfg.lr, betas=(0.9, 0.99), fused=True)
     return adam, Muon(kernels, cfg.muon_lr)
@@ -623,7 +623,7 @@ def train_vq(cfg, state=None):
         vqgan.zero_grad()
         loss.backward()
         average_gradients(vqgan)
-        norm = clip_grad_norm_(vqgan.parameters(), 1.0)     # so no wild batch moves it far
+        norm = clip_grad_norm_(vqgan.parameters(), 1.0)  # so no wild batch rules the running means
         if run.skips(norm):             # not finite; one bad batch must not end a night
             continue
         adam.step()
@@ -665,7 +665,7 @@ def train_vq(cfg, state=None):
 # what was added; sampling walks back. Levels t count from 0, and level 0 has some noise already.
 # So z0, the clean one, is not z_t at t = 0: it is level -1. With normal noise ε:
 #   one step further     z_t = √α_t z_(t-1) + √β_t ε     α_t + β_t = 1: so variance 1 stays 1
-#   all steps at once    z_t = √ᾱ_t z0 + √(1-ᾱ_t) ε      ᾱ_t = α_0 · … · α_t, z0's part of var. 1
+#   all steps at once    z_t = √ᾱ_t z0 + √(1-ᾱ_t) ε      ᾱ_t = α_0 · … · α_t, z0's share of variance
 #     (put z_(t-1) in: old noise, now of variance α_t (1-ᾱ_(t-1)), plus new, β_t: 1-ᾱ_t in all)
 #   the network answers  ε, or v = √ᾱ_t ε - √(1-ᾱ_t) z0
 #   predict()            turns either answer into two guesses, z0_hat and eps_hat
@@ -678,7 +678,7 @@ def train_vq(cfg, state=None):
 class Diffusion:
     """A noise schedule, the loss of DDPM (Algorithm 1) and two samplers (Algorithm 2, DDIM)."""
     def __init__(self, T=1000, schedule="cosine", target="v"):
-        demand(target in ("v", "eps"), "--target: must be v or eps")    # to add: edit goal, predict
+        demand(target in ("v", "eps"), "--target: must be v or eps")  # another: edit goal, predict
         self.T, self.target = T, target
         if schedule == "linear":
             # trap: 1e-4 and 0.02 belong to T = 1000. Unscaled, T = 50 ends at ᾱ = 0.60, and
@@ -727,7 +727,7 @@ class Diffusion:
         return z0_hat, eps_hat
 
     def loss(self, net, z0, t, eps, label):
-        """Algorithm 1 (ε: DDPM eq. 14): mean of (goal - net(z_t, t))²: (B,). ~1 if net says 0."""
+        """Algorithm 1 (ε: DDPM eq. 14) -> (B,): mean of (goal - net(z_t, t))², ~1 if net says 0."""
         out = net(self.add_noise(z0, t, eps), t, label)
         goal = self.goal(z0, eps, self.alpha_bar_at(t, z0))
         return F.mse_loss(out, goal, reduction="none").flatten(1).mean(1)     # (B,)
@@ -839,7 +839,7 @@ def guided(net, guide, label, w, below):
     """-> a net(z_t, t) that is led towards its class by classifier-free guidance (CFG eq. 6):
         out = weak + w (strong - weak)    w: --guidance. strong is told the class, weak is not
     w = 1 is strong alone; a larger w goes further in the direction in which the class pulls. (CFG's
-    own w is this w minus 1.) At t >= below, where ᾱ < 0.1, there is no guidance: in much noise it
+    own w is this w minus 1.) At t >= below (walk: ᾱ < 0.1) there is no guidance: in much noise it
     would cost variety (Kynkäänniemi 2024, arXiv 2404.07724, has none in little noise either).
     ours: weak has two faults. It is not told the class (as in CFG): so w leads towards the class.
     And it is `guide`, the running mean as it was after a fifth of the run: it errs where strong
@@ -899,7 +899,7 @@ def update_ema(ema, net, step, decay):
         mean.lerp_(p, 1 - decay)
 
 def look_ldm(model, z0, label, path):
-    """A LatentDiffusion's held-out loss and 16 samples, drawn; the same noise at each look."""
+    """Held-out loss of a LatentDiffusion, 16 samples to path; the same noise at each look."""
     t = (torch.arange(len(z0), device=z0.device) * model.cfg.T) // len(z0)  # (n,) evenly spaced
     eps = torch.randn(z0.shape, generator=rng("held-out noise")).to(z0.device)
     with model.mixed:
@@ -1017,7 +1017,7 @@ class LatentDiffusion:
         """Yields (z at its new level, z0_hat) after each step; iterate over it inside `mixed`."""
         draw = self.noise(cfg.seed, numbers)
         net = guided(self.net, self.guide, label.to(self.device), cfg.guidance,
-                     below=(self.diffusion.alpha_bar >= 0.1).sum() - 1)     # -1: for the appended 1
+                     below=(self.diffusion.alpha_bar >= 0.1).sum() - 1)     # without the appended 1
         steps = min(cfg.steps, self.cfg.T)
         return self.diffusion.sample(net, draw(), steps, cfg.sampler, cfg.eta, draw)
 
@@ -1117,7 +1117,7 @@ def synthetic(i, size, seed=0):
             along = x * turn.cos() + y * turn.sin()
             across = y * turn.cos() - x * turn.sin() + span(-.8, .8)
             hair = torch.sigmoid((span(.006, .014) - across.abs()) * size)      # 1 on the line
-            hair = hair * (along > span(-1.5, 0))           # which begins in the image or before
+            hair = hair * (along > span(-1.5, 0))           # which begins in the image or before it
             image = image * (1 - span(.6, .9) * hair)       # dark, where it is
 
     # On some, the dark round edge of the dermatoscope.
@@ -1394,7 +1394,7 @@ class Run:
             return
         write_whole(self.cfg.folder / "last.pt", lambda f: torch.save(self.checkpoint(), f))
         names = list(dict.fromkeys(name for row in self.log for name in row))   # each once
-        with suppress(PermissionError):         # Excel locks a table that it shows: next time
+        with suppress(PermissionError):         # Excel locks a table that it shows: then not now
             with open(self.cfg.folder / "log.csv", "w", newline="") as f:
                 table = csv.DictWriter(f, names)
                 table.writeheader()
@@ -1526,7 +1526,7 @@ def evaluate(cfg):                                      # -> metrics.json, evalu
                 "kernel": made,
                 "kernel_perfect": reconstruct(vqgan, other, None, mixed)[1],    # a perfect stage 2
                 "kernel_recon": recon,                      # stage 1 on the same images
-                "kernel_real": other}                       # no model: the best to hope for
+                "kernel_real": other}                       # no model: what chance alone makes
             a = features(lpips, real)
             for name, images in sets.items():
                 numbers[name] = kernel_distance(a, features(lpips, images))
@@ -1563,7 +1563,7 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 mean = self.state[p].setdefault("mean", torch.zeros_like(p))
                 mean.lerp_(p.grad, 0.05)
-                g = p.grad.lerp(mean, 0.95).flatten(1)      # Nesterov: the newest counts twice
+                g = p.grad.lerp(mean, 0.95).flatten(1)      # Nesterov: p.grad counts nearly twice
                 p.sub_(group["lr"] * orthogonal(g).view_as(p))
 # ------------------------------------------------------------------------------------------------
 # G. Commands
@@ -1622,7 +1622,7 @@ def main(argv):
         if cuda:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     with suppress(AttributeError):                      # a notebook's stdout cannot do this
-        # For consoles that lack é; and so that lines in a file appear at once.
+        # For consoles that lack é; and so that lines sent to a file appear at once.
         sys.stdout.reconfigure(errors="replace", line_buffering=True)
     status = 2
     try:
