@@ -1031,7 +1031,7 @@ def test_what_is_renamed_is_on_the_disk_and_waits_for_who_reads_the_old(tmp_path
 def test_an_interrupt_at_any_renaming_leaves_a_whole_checkpoint(calm, tmp_path, monkeypatch):
     rename, words = os.replace, [*STAGES["ldm"], "--batch-size", 40, "--out"]
     assert cli(*words, tmp_path / "0") == 0
-    for turn in range(1, 6):                        # at the start, each of three looks, the end
+    for turn in (1, 2, 5):                          # at the start, the first look, the end
         out, count = tmp_path / str(turn), iter(range(1, 99))
         def interrupt(a, b, turn=turn, count=count):    # just before it or just after it
             if (now := next(count)) != turn or turn % 2:
@@ -1081,9 +1081,9 @@ def test_killed_while_it_saves_and_resumed_is_the_undisturbed_run(calm, tmp_path
 
 @POSIX
 def test_two_processes_end_with_the_weights_of_one(calm, tmp_path, monkeypatch):
-    more = "--muon-lr 0 --data synthetic --n-images 40 --gan-start 0 --d-lr .01 --epochs 2 --out"
+    more = "--muon-lr 0 --data synthetic --n-images 40 --gan-start 0 --d-lr .01 --epochs 1 --out"
     words = [" ".join([*STAGES["vq"], more, f"{tmp_path}/2/vq"]),
-             " ".join([*STAGES["ldm"], "--balance", "--epochs 2 --out", f"{tmp_path}/2/ldm"])]
+             " ".join([*STAGES["ldm"], "--balance", "--epochs 1 --out", f"{tmp_path}/2/ldm"])]
     done = run_python(tmp_path, TWO, *words, launch=(       # without Muon: it enlarges rounding
         "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"))
     assert done.returncode == 0, done.stderr
@@ -1156,7 +1156,7 @@ def test_without_lpips_a_run_goes_on_and_says_so(calm, tmp_path, monkeypatch, ca
     monkeypatch.setattr("lpips.LPIPS", lambda **how: 1 / 0)
     assert cli(*STAGES["vq"], "--out", tmp_path / "vq", "--lpips", "auto") == 0
     told = capsys.readouterr().out.splitlines()
-    assert "WARNING no LPIPS" in "".join(told[:5]) and "LPIPS" in "".join(told[-3:])
+    assert re.search("no LPIPS.*/checkpoints", "".join(told[:5])) and "LPIPS" in "".join(told[-3:])
     assert cli("evaluate", "--ckpt", tmp_path / "vq") == 0
     assert ["lpips" in path.read_text() for path in (tmp_path / "vq").glob("*.*s*")] == [False] * 2
 
