@@ -1016,8 +1016,8 @@ class LatentDiffusion:
     def walk(self, cfg, numbers, label):
         """Yields (z at its new level, z0_hat) after each step; iterate over it inside `mixed`."""
         draw = self.noise(cfg.seed, numbers)
-        net = guided(self.net, self.guide, label.to(self.device), cfg.guidance,
-                     below=(self.diffusion.alpha_bar >= 0.1).sum() - 1)     # without the appended 1
+        below = (self.diffusion.alpha_bar >= 0.1).sum() - 1     # so many levels; -1: not z0's own
+        net = guided(self.net, self.guide, label.to(self.device), cfg.guidance, below)
         steps = min(cfg.steps, self.cfg.T)
         return self.diffusion.sample(net, draw(), steps, cfg.sampler, cfg.eta, draw)
 
