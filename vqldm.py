@@ -86,8 +86,8 @@ def source(text):                       # a folder is recorded with its full pat
 class Settings:
     """What every command can be told."""
     seed: int = 0                       # seeds all randomness except the held-out split
-    device: str = "auto"                # auto, or a torch device: cpu, cuda:1, mps
-    out: str = ""                       # empty: runs/vq, ldm or samples; evaluate: --ckpt's folder
+    device: str = "auto"                # auto, or a device of torch, such as cpu or cuda:1
+    out: str = ""                       # empty means runs/vq, ldm or samples, or --ckpt's folder
     @property
     def folder(self):                   # evaluate has no kind and uses this only with --out
         return Path(self.out or f"runs/{self.kind}").expanduser()
@@ -95,7 +95,7 @@ class Settings:
 @dataclass(frozen=True)
 class Training(Settings):
     """What both trainings can be told."""
-    preset: str = "default"             # tiny: done in seconds; report: the plain system of README
+    preset: str = "default"             # tiny is done in seconds, report is README's plain system
     upsample: choice("nearest", "transposed") = "nearest"       # how UpBlocks double the grid
     lr: amount = 1e-3                   # learning rate of everything that has none of its own
     minutes: amount = 0.0               # if above 0: train for so many minutes, not --epochs
@@ -105,7 +105,7 @@ class Sampling:
     """How images are made. It belongs to the model: train-ldm records it, the others follow."""
     sampler: choice("ddim", "ddpm") = "ddim"        # ddim, or ddpm, which needs many more steps
     steps: whole = 50                   # S, steps from noise to image, at most T
-    guidance: amount = 2.2              # 1: none; a weak network needs more; too much: all alike
+    guidance: amount = 2.2              # 1 is none. A weak network needs more. Too much: all alike
 
 @dataclass(frozen=True)
 class VQConfig(Training):
@@ -114,16 +114,16 @@ class VQConfig(Training):
     data: source = "synthetic"          # 'synthetic', or a folder of images; class = its subfolder
     n_images: whole = 4096              # how many to draw if synthetic
     size: whole = 64                    # side of the square images, in pixels
-    widths: wholes = (16, 64)           # channels of the DownBlocks; f = 2^(how many)
+    widths: wholes = (16, 64)           # channels of the m DownBlocks, and f = 2^m
     z_dim: whole = 3                    # d, the length of a code
     codes: whole = 2048                 # K, the number of codes
     lpips: choice("auto", "off") = "auto"       # auto: use LPIPS if its weights can be loaded
     lpips_weight: amount = 0.1          # weight of LPIPS, a learned distance between images
     commit_weight: amount = 0.25        # weight of the commitment loss; the codebook loss has 1
-    gan_weight: amount = 0.4            # weight of the GAN's loss; 0: no GAN
+    gan_weight: amount = 0.4            # weight of the GAN's loss, 0 for no GAN
     lam_max: amount = 0.004             # limit of lam, which balances the GAN (section 6)
     gan_start: amount = 0.1             # fraction of the run after which the GAN joins
-    muon_lr: amount = 0.02              # rate of the blocks' kernels, by Muon (F); 0: Adam at --lr
+    muon_lr: amount = 0.02              # rate of the blocks' kernels by Muon, 0 for Adam at --lr
     codes_lr: amount = 0.02             # learning rate of the codes, which must keep up with z
     d_lr: amount = 4e-4                 # learning rate of the discriminator
     batch_size: whole = 8               # images in a step, over all processes
@@ -155,16 +155,16 @@ class SampleConfig(Sampling, Settings):
     reads = ("ldm",)
     ckpt: str = "runs/ldm"              # run folder or checkpoint of train-ldm
     n: whole = 64                       # how many images, over all classes
-    class_: str = ""                    # only this class; empty: all, in turn
+    class_: str = ""                    # only this class. Empty means all, in turn
 
 @dataclass(frozen=True)
 class EvaluateConfig(Sampling, Settings):
     """measure a checkpoint of either stage on images that it was not trained on"""
     reads = "ldm", "vq"
     ckpt: str = "runs/ldm"              # run folder or checkpoint of either stage
-    data: source = ""                   # folder of other images; empty: unseen ones of its own kind
+    data: source = ""                   # folder of other images. Empty means unseen ones of its own
     n: whole = 500                      # how many images at most, and how many samples
-    images: str = ""                    # new folder for PNGs, for other tools (FID); empty: none
+    images: str = ""                    # new folder for PNGs, for other tools. Empty means none
 
 PRESETS = {"default": {},           # a preset is a row of flags, and those that you type beat it
     "tiny": {"train-vq": "--size 32 --n-images 200 --widths 16,32 --codes 64 --epochs 2",
@@ -288,8 +288,8 @@ def next_rows(n, step, batch_size, seed):
     return torch.stack([shuffled(n, seed, place // n)[place % n] for place in places])
 
 def augment(x, turns):
-    """Each image (B,C,H,H) in one of the square's eight symmetries, turns (B,) in 0…7. A skin
-    lesion has no top, so all eight are equally likely pictures."""
+    """Each image of x (B,C,H,H) in one of the square's eight symmetries, as turns (B,) says in 0…7.
+    A skin lesion has no top, so all eight are equally likely pictures."""
     turned = []
     for image, turn in zip(x, turns.tolist()):
         if turn >= 4:
@@ -307,6 +307,20 @@ def set_learning_rate(optimizer, factor):
     for group in optimizer.param_groups:
         initial = group.setdefault("initial_lr", group["lr"])     # noted at the first call
         group["lr"] = factor * initial
+
+def descend(loss, net, *optimizers):
+    """One step of gradient descent. -> True, or False if a gradient is not finite. Then nothing
+    has moved.
+    trap: the generator's loss leaves gradients in D. Not zeroed, they would push D(fake) up."""
+    net.zero_grad()
+    loss.backward()
+    average_gradients(net)
+    # Clipped, so that one outlier batch cannot dominate the optimisers' running averages.
+    norm = clip_grad_norm_(net.parameters(), 1.0)
+    if norm.isfinite():
+        for optimizer in optimizers:
+            optimizer.step()
+    return bool(norm.isfinite())
 # ------------------------------------------------------------------------------------------------
 # 4. Blocks
 # The VQGAN and the UNet are built from the same blocks. Two things differ. Each ResBlock of the
@@ -317,7 +331,7 @@ class Norm(nn.GroupNorm):
     """GroupNorm for any width. It brings each group of channels to mean 0 and std 1, and then
     scales and shifts each channel as learned. Each image is treated alone, whatever the batch."""
     def __init__(self, c):
-        groups = math.gcd(32, c, c // 4 or 1)   # 16 channels: 4 groups; 128 and more: 32 groups
+        groups = math.gcd(32, c, c // 4 or 1)   # 4 groups for 16 channels, 32 for 128 and more
         super().__init__(groups, c)
 
 def zero(layer):
@@ -494,7 +508,7 @@ class Codebook(nn.Module):
         # commitment. Both losses have the same value, so no curve shows the swap.
         codebook_loss = F.mse_loss(z_q, z.detach())             # mean of (sg[z] - e)²
         commit_loss = F.mse_loss(z, z_q.detach())               # mean of (z - sg[e])²
-        # Straight through (VQ sec. 3.2): the value is z_q, but the gradient goes to z. Rounding has
+        # Straight through (VQ sec. 3.2). The value is z_q, but the gradient goes to z. Rounding has
         # no slope, so z gets the gradient that the decoder has for z_q, unchanged. This is a lie,
         # but one that points downhill while z and z_q are close. The two losses keep them close.
         # trap: if codebook_loss came after this line, from the new z_q, no code would ever learn.
@@ -589,12 +603,9 @@ class PatchDiscriminator(nn.Module):
 
 def hinge_loss(real, fake):
     """D's loss from its logits. A real one above 1 or a fake one below -1 costs nothing. (The paper
-    has a log loss, VQGAN eq. 5. Its authors' code uses this hinge loss, and so do we.)"""
+    has a log loss, VQGAN eq. 5. Its authors' code uses this hinge loss, and so do we.) The
+    generator's loss is -fake.mean(), which is low where D takes the fake for real."""
     return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
-
-def adversarial_loss(fake):
-    """The generator's loss. It is low where D takes the fake for real."""
-    return -fake.mean()
 
 def adaptive_weight(rec, adversarial, last, most):
     """lam = ‖∇_L rec‖ / (‖∇_L adversarial‖ + δ), VQGAN eq. 7. It makes both losses push equally
@@ -602,7 +613,7 @@ def adaptive_weight(rec, adversarial, last, most):
     rec, and changes as D learns. ∇_L is by the weights of the decoder's last layer, since all
     weights would cost two more backward passes. lam is a constant for backward(). Else the VQGAN
     could lower its loss by shrinking lam instead of improving its images."""
-    def push(loss):                                         # ‖∇_L loss‖; backward() needs the graph
+    def push(loss):                                         # ‖∇_L loss‖. backward() needs the graph
         (gradient,) = torch.autograd.grad(loss, last, retain_graph=True)
         return mean_over_processes(gradient).norm()
     lam = push(rec) / (push(adversarial) + 1e-4)            # δ: the push may be nearly 0
@@ -686,19 +697,12 @@ def train_vq(cfg, state=None):
         if gan_on:
             with mixed:
                 real, fake = disc(x), disc(x_hat)
-            adversarial = adversarial_loss(fake)
+            adversarial = -fake.mean()
             lam = adaptive_weight(rec, adversarial, vqgan.decoder.last.weight, cfg.lam_max)
             loss = loss + cfg.gan_weight * lam * adversarial                  # VQGAN eq. 6
 
-        vqgan.zero_grad()
-        loss.backward()
-        average_gradients(vqgan)
-        # Clipped, so that one outlier batch cannot dominate the optimisers' running averages.
-        norm = clip_grad_norm_(vqgan.parameters(), 1.0)
-        if run.skip_step(norm):                 # not finite; one bad batch must not end a night
-            continue
-        adam.step()
-        muon.step()
+        if run.skip_step(descend(loss, vqgan, adam, muon)):
+            continue                            # one bad batch must not end a night
         vqgan.codebook.count_wins(k)
         if step % 50 == 49:
             vqgan.codebook.restart_unused(z, rng(cfg.seed, "restart", step))
@@ -710,13 +714,7 @@ def train_vq(cfg, state=None):
             with mixed:
                 fake = disc(x_hat.detach())
             d_loss = hinge_loss(real, fake)
-            # trap: the generator's backward left gradients in D. Not zeroed, they push D(fake) up.
-            disc.zero_grad()
-            d_loss.backward()
-            average_gradients(disc)
-            norm = clip_grad_norm_(disc.parameters(), 1.0)
-            if norm.isfinite():
-                adam_d.step()
+            descend(d_loss, disc, adam_d)
             losses.update(lam=lam, d_loss=d_loss, d_real=real.mean(), d_fake=fake.mean())
 
         # ---- report; at each tenth of the run and every ten minutes measure, draw, save ----
@@ -929,15 +927,15 @@ def encode_images(vqgan, images, device, mixed):
     return torch.cat(grids)
 
 def measure_scale(k, e):
-    """Mean and std of the codes e (K,d), weighted by how often they stand in the grids k. -> (2,d)
-    By channel, as in Karras 2024 (arXiv 2312.02696). LDM app. G divides by one std for all."""
+    """Mean and std of the codes e (K,d), weighted by how often they stand in the grids k -> (2,d).
+    They are by channel, as in Karras 2024 (arXiv 2312.02696). LDM app. G has one std for all."""
     p = frequencies(k, len(e)).to(e)[:, None]                             # (K,1)
     mean = (p * e).sum(0)
     variance = (p * (e - mean) ** 2).sum(0)
     return torch.stack([mean, variance.clamp(min=1e-12).sqrt()])
 
 def standardise(z, scale):
-    """z (B,d,h,w) -> z0. unstandardise goes back, and nothing else uses this scale.
+    """z (B,d,h,w) -> z0. The way back is unstandardise, and nothing else uses this scale.
     trap: with a std copied from another model, colours and contrast come out wrong."""
     mean, std = scale.view(2, -1, 1, 1)                                   # (d,1,1) each
     return (z - mean) / std
@@ -965,9 +963,10 @@ class Latents:
 
 @torch.no_grad()
 def update_ema(ema, net, step, decay):
-    """The running mean of the weights, used for sampling: ema <- decay·ema + (1-decay)·net. Single
-    steps jump about the goal, and their mean lies closer to it. trap: with a decay of 0.9999 from
-    the first step on, 1,000 steps keep 90 % of the first weights, and samples are noise."""
+    """ema <- decay·ema + (1-decay)·net, the running mean of the weights, used for sampling. Single
+    steps jump about the goal, and their mean lies closer to it.
+    trap: with a decay of 0.9999 from the first step on, 1,000 steps keep 90 % of the first weights,
+    and samples are noise."""
     decay = min(decay, (1 + step) / (10 + step))        # 0.1 at step 0, 0.9 at 80, 0.99 at 890
     for mean, p in zip(ema.parameters(), net.parameters()):
         mean.lerp_(p, 1 - decay)
@@ -1023,14 +1022,9 @@ def train_ldm(cfg, state=None):
 
         with mixed:
             loss = diffusion.loss(net, z0, t, eps, label)                     # (B,) Algorithm 1
-        net.zero_grad()
         weighted = (loss * diffusion.weight(t)).mean()
-        weighted.backward()
-        average_gradients(net)
-        norm = clip_grad_norm_(net.parameters(), 1.0)
-        if run.skip_step(norm):
+        if run.skip_step(descend(weighted, net, adam)):
             continue
-        adam.step()
         update_ema(ema, net, step, cfg.ema)
         if run.progress < 0.2:                  # no more copies after that, so it stays young
             guide.load_state_dict(ema.state_dict())
@@ -1093,24 +1087,19 @@ class LatentDiffusion:
             self.guide = frozen(deepcopy(net), state["guide"], device)
             self.net = frozen(net, state["ema"], device)
 
-    def noise(self, seed, numbers):
-        """A function that draws the next noise (B,d,h,w). Image i has the same in any batch."""
-        own = [rng(seed, "sample", i) for i in numbers]
-        shape = self.vq_cfg.z_dim, self.vq_cfg.side, self.vq_cfg.side
-        def draw():
-            return torch.stack([torch.randn(shape, generator=g) for g in own]).to(self.device)
-        return draw
-
     def walk(self, how, numbers, label):
         """Yields (z at its new level, z0_hat) after each step. Iterate over it inside `mixed`. how
         has seed, sampler, steps and guidance, as settings of train-ldm, sample and evaluate
         have."""
-        draw = self.noise(how.seed, numbers)
+        own = [rng(how.seed, "sample", i) for i in numbers]     # the same for image i in any batch
+        shape = self.vq_cfg.z_dim, self.vq_cfg.side, self.vq_cfg.side
+        def noise():
+            return torch.stack([torch.randn(shape, generator=g) for g in own]).to(self.device)
         # The number of levels whose ᾱ is 0.1 or more. The last entry is no level, hence the -1.
         guide_until = (self.diffusion.alpha_bar >= 0.1).sum() - 1
         net = guided(self.net, self.guide, label.to(self.device), how.guidance, guide_until)
         steps = min(how.steps, self.cfg.T)
-        return self.diffusion.sample(net, draw(), steps, how.sampler, draw)
+        return self.diffusion.sample(net, noise(), steps, how.sampler, noise)
 
     def decode(self, z0):
         """Latents z0 (B,d,h,w) -> uint8 images (B,3,H,W).
@@ -1150,41 +1139,36 @@ def sample(cfg, state):
     folders = [cfg.folder / re.sub(r"[^\w ,+-]", "_", name) for name in model.classes]
     for c in classes:                           # now: a place that cannot be written shows at once
         folders[c].mkdir(parents=True, exist_ok=True)
-    rows = {}
-    stds = []
-    for start in bar(range(0, cfg.n, 32), "sampling"):
-        numbers = range(start, min(start + 32, cfg.n))
-        pictures, latents = model.images(cfg, numbers, label[numbers])
+    made, stds = [], []
+    for part in bar(torch.arange(cfg.n).split(32), "sampling"):
+        pictures, latents = model.images(cfg, part.tolist(), label[part])
+        made.append(pictures)
         stds.append(latents.std())
-        for i, image in zip(numbers, pictures):         # written as soon as they are made
+        for i, image in zip(part.tolist(), pictures):       # written as soon as they are made
             write_png(image, f"{folders[label[i]]}/{i:05d}.png")
-            row = rows.setdefault(model.classes[label[i]], [])
-            row += [image] if len(row) < 16 else []     # grid.png shows no more of a class
-    draw_rows(cfg.folder / "grid.png", rows)
+    made = torch.cat(made)
+    draw_rows(cfg.folder / "grid.png", {model.classes[c]: made[label == c] for c in classes})
     say(f"latents have std {torch.stack(stds).mean():.2f} (healthy: 1); look at grid.png there")
 # ------------------------------------------------------------------------------------------------
 # A. Drawn lesions
 # Images to begin with, without a download. (They are cached: after a change here clear runs/cache.)
 
-LESIONS = {             # colours; border: ragged, soft; pigment network (<0: pale); chance of dots
-    "keratosis-like": ("b89970 997a57 ccb894 8c7866", .09, .08, .05, .6),
-    "melanoma-like": ("42261c 734a33 545c78 8c4545", .20, .12, .20, .5),
-    "nevus-like": ("854f38 9e6647 613829 ad6b57", .04, .17, .24, .25),
-    "vascular-like": ("a81f2e 851433 c23d42 661f47", .04, .08, -.22, 0)}
+LESIONS = {             # colours, how ragged and soft the border is, network (pale below 0)
+    "keratosis-like": ("b89970 997a57 ccb894 8c7866", .09, .08, .05),
+    "melanoma-like": ("42261c 734a33 545c78 8c4545", .20, .12, .20),
+    "nevus-like": ("854f38 9e6647 613829 ad6b57", .04, .17, .24),
+    "vascular-like": ("a81f2e 851433 c23d42 661f47", .04, .08, -.22)}
 SKIN = "edbda8 e69e99 ccadb2 e8c294 d699a3"
 
 def synthetic(i, size, seed=0):
     """Draw image i of the endless set `seed`: uint8 (3,size,size). The classes take turns."""
     tape = rng(seed, "lesion", i)
-    colours, ragged, soft, network, dots = list(LESIONS.values())[i % len(LESIONS)]
+    colours, ragged, soft, network = list(LESIONS.values())[i % len(LESIONS)]
     def span(lo, hi, *shape):                       # the next random numbers, uniform in lo…hi
         return lo + (hi - lo) * torch.rand(shape, generator=tape)
     def noise(cells, channels=1):       # a grid of random numbers in about -1…1, smoothly enlarged
         coarse = span(-1, 1, 1, channels, cells, cells)
         return F.interpolate(coarse, (size, size), mode="bicubic", align_corners=True)[0]
-    def distance(n, reach):             # of each pixel, at x, y below, to n random points (n,H,W)
-        at = span(-reach, reach, 2, n, 1, 1)
-        return torch.hypot(x - at[0], y - at[1])
     def mixture(colours, logits):                   # logits (n,H,W) of n colours -> (3,H,W)
         rgb = torch.tensor(list(bytes.fromhex(colours))).view(-1, 3) / 255              # (n,3)
         rgb += span(-.05, .05, len(rgb), 1)             # each a little lighter or darker
@@ -1195,39 +1179,31 @@ def synthetic(i, size, seed=0):
     plane = torch.stack(torch.meshgrid(axis, axis, indexing="xy"))        # (2,H,W)
     x, y = plane + .15 * noise(4, 2) + .03 * noise(10, 2)                 # (H,W) each
 
-    # Skin: 5 tones, each of weight 0…6 + clouds of ±1; by softmax one mostly wins; then a grain.
-    image = mixture(SKIN, span(0, 6, 5, 1, 1) + noise(3, 5)) + .03 * noise(24)
+    # Skin of five tones with random weights and clouds. By softmax one mostly wins. Then a grain.
+    skin = mixture(SKIN, span(0, 6, 5, 1, 1) + noise(3, 5)) + .03 * noise(24)
 
-    # Border: a circle, more or less ragged.
-    radius = span(.30, .56) + 2 * ragged * noise(6)[0]
-    lesion = torch.sigmoid(5 / soft * (radius - torch.hypot(x, y)))       # (H,W), 1 inside
-
-    # Colour: patches of the class's four colours; the more ragged, the sharper their borders.
+    # The body has patches of its class's four colours. The more ragged, the sharper they are.
     body = mixture(colours, (3 + 40 * ragged) * noise(4, 4)) + .05 * noise(16)
 
-    # Texture: 40 random points; a wall where a pixel's two nearest are about equally far from it.
-    first, second = distance(40, .8).topk(2, dim=0, largest=False).values
+    # The pigment network: walls where the two nearest of 40 points are about equally far away.
+    points = span(-.8, .8, 2, 40, 1, 1)
+    distance = torch.hypot(x - points[0], y - points[1])                  # (40,H,W)
+    first, second = distance.topk(2, dim=0, largest=False).values         # (H,W) each
     wall = torch.exp(-((second - first) / (2.4 / size + .03)) ** 2)       # (H,W), 1 on it
     body = body * (1 - network * wall)
-    spots = torch.sigmoid((span(.01, .08, 9, 1, 1) - distance(9, .4)) * size)     # (9,H,W)
-    spots = spots * (span(0, 1, 9, 1, 1) < dots)    # up to nine dots, each there with chance dots
-    body = body * (1 - .8 * spots.amax(0))
-    image = torch.lerp(image, body, lesion * span(.85, 1))      # skin + weight · (body - skin)
 
-    # Hairs on 3 of 10 images. along, across: x, y turned; shift, width, start, darkness: random.
-    if span(0, 1) < .3:
-        for _ in range(int(span(2, 10))):
-            turn = span(0, 6.3)
-            along = x * turn.cos() + y * turn.sin()
-            across = y * turn.cos() - x * turn.sin() + span(-.8, .8)
-            hair = torch.sigmoid((span(.006, .014) - across.abs()) * size)      # 1 on the line
-            hair = hair * (along > span(-1.5, 0))           # which begins in the image or before it
-            image = image * (1 - span(.6, .9) * hair)       # dark, where it is
+    # The border is a circle, more or less ragged.
+    radius = span(.30, .56) + 2 * ragged * noise(6)[0]
+    inside = torch.sigmoid(5 / soft * (radius - torch.hypot(x, y)))       # (H,W), 1 inside
+    image = torch.lerp(skin, body, inside * span(.85, 1))       # skin + weight · (body - skin)
 
-    # On some, the dark round edge of the dermatoscope.
-    if span(0, 1) < .18:
-        inside = torch.sigmoid((span(.9, 1.05) - plane.norm(dim=0)) * size / 2.4)
-        image = image * inside
+    # Hairs on 3 of 10 images: dark lines, each with a direction, a place, a width.
+    hairs = int(span(1, 6)) if span(0, 1) < .3 else 0
+    for _ in range(hairs):
+        turn = span(0, 6.3)
+        across = y * turn.cos() - x * turn.sin() + span(-.8, .8)
+        hair = torch.sigmoid((span(.006, .014) - across.abs()) * size)      # 1 on the line
+        image = image * (1 - span(.6, .9) * hair)
     return torch.round(255 * image.clamp(0, 1)).byte()
 # ------------------------------------------------------------------------------------------------
 # B. A folder of images
@@ -1265,7 +1241,7 @@ def first(row, columns):                # the first of these columns that is fil
     return next((row[name] for name in columns if row.get(name)), "")
 
 def read_tables(folder, stems):
-    """What tables in a folder, or beside it, say of its images. -> {stem: {column: word}}"""
+    """What tables in a folder or beside it say of its images -> {stem: {column: word}}."""
     found = {}
     for path in sorted([*folder.parent.glob("*.csv"), *folder.glob("*.csv")]):
         with suppress(csv.Error, OSError), path.open(encoding="utf-8-sig", errors="replace") as f:
@@ -1295,13 +1271,15 @@ def find_images(folder):
         if re.search(SUFFIX, name) and not re.search(NO_PHOTO, name) and (folder / name).is_file():
             names.append(name)
     table = read_tables(folder, set(map(stem_of, names)))
+    licences = Counter(row.get("copyright_license") for row in table.values())
+    if set(licences) - {None}:
+        say("licences:", *licences.items())
     patient_of = {}                             # of a lesion, if any of its photographs names one
     for row in table.values():
         if row.get("lesion_id") and row.get("patient_id"):
             patient_of[row["lesion_id"]] = row["patient_id"]
     by_folder = any(re.search(HELD_OUT, name) for name in names)
     found = []
-    licences = Counter()
     for name in names:
         row = table.get(stem_of(name), {})
         ones = [column for column in ONE_HOT if row.get(column) in ("1", "1.0")]
@@ -1314,9 +1292,6 @@ def find_images(folder):
             draw = 0 if re.search(HELD_OUT, name) else 1
         stat = (folder / name).stat()                       # of what a link points to
         found.append((name, kind, draw, (stat.st_mtime_ns, stat.st_size)))
-        licences[row.get("copyright_license")] += 1
-    if set(licences) != {None}:
-        say("licences:", *licences.items())
     return found
 
 def prepare_images(source, cfg, cache):
@@ -1324,10 +1299,8 @@ def prepare_images(source, cfg, cache):
     a checksum of the image's file. Images are drawn or decoded once, and then kept in cache."""
     folder = Path(source)
     if source == "synthetic":
-        kinds = list(LESIONS)
-        found = []
-        for i in range(cfg.n_images):           # a tenth of each class has a draw that ends in 0
-            found.append((i, kinds[i % len(kinds)], i // 4, cfg.seed))
+        kinds = list(LESIONS) * cfg.n_images    # in turn; a tenth of each has a draw ending in 0
+        found = [(i, kinds[i], i // 4, cfg.seed) for i in range(cfg.n_images)]
         def read(i):
             image = synthetic(i, cfg.size, cfg.seed)
             return image, zlib.crc32(image.numpy())
@@ -1401,7 +1374,7 @@ def reading(what):                                      # any error in here beco
         raise UserError(f"{what}: cannot be loaded by this version ({e!r:.100})") from None
 
 def load_checkpoint(where, name, *kinds):
-    """A checkpoint, or last.pt of a run folder -> its dict. name: the flag that asked for it.
+    """A checkpoint, or last.pt of a run folder -> its dict. The flag `name` asked for it.
     trap: weights_only=False, the default before torch 2.6, runs any code in the file."""
     path = Path(where).expanduser()
     path = path / "last.pt" if path.is_dir() else path
@@ -1511,8 +1484,8 @@ class Run:
         before = self.looks
         self.looks = self.looks_due()
         return self.looks > before and rank() == 0
-    def skip_step(self, norm):                          # -> must this step be skipped?
-        self.bad = 0 if norm.isfinite() else self.bad + 1
+    def skip_step(self, moved):                         # -> must this step be skipped?
+        self.bad = 0 if moved else self.bad + 1
         if self.bad:
             say("WARNING step", self.step, "is skipped: its gradient is not finite")
         demand(self.bad < 5, "five such steps in a row: start anew with a lower --lr")
@@ -1558,7 +1531,7 @@ class Run:
 # D. Pictures
 
 @contextmanager
-def figure(path, width, rows, columns=1):               # with figure(…) as axes: draw on them
+def figure(path, width, rows, columns=1):               # with figure(…) as axes, draw on them
     from matplotlib.figure import Figure                # not pyplot, which needs a window
     fig = Figure(figsize=(width, 1.3 * rows * columns), layout="constrained")
     yield fig.subplots(rows, columns, squeeze=False).flatten()
@@ -1656,7 +1629,7 @@ def kernel_distance(a, b):
 
 def near_copies(samples, unseen, known):
     """Percent of samples nearer to a training image than 99 % of unseen images are. Chance makes 1.
-    known: the training images, in parts. (Networks can memorise small sets: arXiv 2402.01054.)"""
+    known: the training images, in parts. Networks can memorise small sets (arXiv 2402.01054)."""
     def shrink(images):
         return F.interpolate(to_float(images), (32, 32), mode="area").flatten(1)
     trained = torch.cat([shrink(part) for part in known])
@@ -1717,10 +1690,9 @@ def evaluate(cfg, state):                               # -> metrics.json, evalu
 # Muon evens out the strengths of directions (kellerjordan.github.io/posts/muon).
 
 def orthogonal(g):
-    """g (r,n) = U S Vᵀ -> nearly U Vᵀ: all strengths but the tiniest become 0.7 to 1.2.
+    """g (r,n) = U S Vᵀ -> nearly U Vᵀ. All strengths but the tiniest become 0.7 to 1.2.
     Newton-Schulz does this without an SVD. Since x xᵀ x = U S³ Vᵀ, sums of odd powers change S
-    alone. Each round takes every s to 3.4445 s - 4.775 s³ + 2.0315 s⁵ (Jordan), so most end near
-    1."""
+    alone. Each round takes every s to 3.4445 s - 4.775 s³ + 2.0315 s⁵, so most end near 1."""
     x = g / (g.norm() + 1e-7)                   # the norm is √ of the sum of all s², so s ≤ 1
     for _ in range(5):
         gram = x @ x.T                                                    # (r,r)
@@ -1728,7 +1700,7 @@ def orthogonal(g):
     return x
 
 class Muon(torch.optim.Optimizer):
-    """Steps of lr · orthogonal(running mean of the gradient): Jordan's rule, for kernels."""
+    """Jordan's rule for kernels. A step is lr · orthogonal(running mean of the gradient)."""
     def __init__(self, kernels, lr):
         super().__init__([{"params": kernels}], {"lr": lr})
     @torch.no_grad()
