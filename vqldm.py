@@ -2,7 +2,7 @@
 """vqldm: VQGAN + latent diffusion in one file, from pixels to new images.
 
 Stage 1, the VQGAN, learns to write an image as a small grid of code numbers and to read it back.
-Stage 2, latent diffusion, learns to turn noise into new grids, and stage 1 reads these as images.
+Stage 2, latent diffusion, learns to turn noise into new grids, which stage 1 turns into images.
 Grids are small, so all of this fits on a laptop. The images are skin lesions seen through a
 dermatoscope, drawn by the program, or real ones (ISIC), or any other folder of images.
 
@@ -13,7 +13,7 @@ dermatoscope, drawn by the program, or real ones (ISIC), or any other folder of 
   noise ──UNet, S times──► z0 ──·std+mean──► nearest code ──Dec──► image              (sample)
 
 Letters   B batch · C channels · H W pixels · h w latent grid · d length of a code · K codes
-          N = h·w places · m halvings · T noise levels · S sampling steps · E size of emb (t, class)
+          N = h·w cells · m halvings · T noise levels · S sampling steps · E size of emb (t, class)
           x image in [-1,1] · z latent · z_q its code · k its number · z0 standardised z_q (DDPM's
           x_0) · z_t the same at noise level t in 0…T-1 · eps the noise ε · v a mix of ε and z0
           abar is ᾱ · lam is λ, it scales the GAN's loss · a hat: estimated · sg[] is .detach()
@@ -26,7 +26,7 @@ Contents  1. Settings                       7. Stage 1: training      For refere
           4. Blocks                        10. Stage 2: training      C. Keeping a run  F. Muon
           5. Stage 1: the VQGAN            11. Sampling               D. Pictures       G. Commands
           6. Stage 1: the losses
-Run it    python vqldm.py train-vq, then train-ldm, then sample. The command evaluate measures.
+Run it    python vqldm.py train-vq, then train-ldm, then sample. evaluate measures either stage.
           "trap" marks a frequent mistake, "ours" an idea that none of the named papers has.
 """
 import argparse, csv, functools, glob, io, json, math, os, random, re, shlex, sys, time, warnings
@@ -40,7 +40,7 @@ from inspect import getsource
 from pathlib import Path
 from signal import SIG_DFL, SIGINT, SIGTERM, default_int_handler, signal
 
-os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # before torch: CPU for what MPS lacks
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # torch reads it: CPU for what MPS lacks
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -54,12 +54,12 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 # ------------------------------------------------------------------------------------------------
 # 1. Settings
-# Every setting is one line below, with its name, type and default. The comment at the line is its
+# Every setting is one line below, with its name, type and default. The comment on the line is its
 # --help. What you type beats --preset, and --preset beats the default. With --resume, the values of
-# the checkpoint hold, and only the settings in MAY_CHANGE may differ from them.
+# the checkpoint apply, and only the settings in MAY_CHANGE may differ from them.
 
 class UserError(argparse.ArgumentTypeError):    # argparse catches it and puts the flag's name first
-    """A mistake that only the user can put right. It is told in one sentence, exit status 2."""
+    """A mistake that only the user can put right. It ends in one sentence and exit status 2."""
 def demand(ok, text):
     if not ok:
         raise UserError(text)
@@ -71,7 +71,7 @@ def whole(text):
 def wholes(text):                       # "16,64" -> (16, 64)
     return tuple(map(whole, text.split(",")))
 def amount(text):
-    demand(0 <= float(text) < math.inf, "must be a number from 0 on")
+    demand(0 <= float(text) < math.inf, "must be 0 or more")
     return float(text)
 def choice(*words):                     # one of these words
     def read(text):
@@ -84,53 +84,52 @@ def source(text):                       # a folder is recorded with its full pat
 
 @dataclass(frozen=True)
 class Settings:
-    """What every command can be told."""
-    seed: int = 0                       # seeds all randomness except the held-out split
+    """Settings of every command."""
+    seed: int = 0                       # seeds all that is random, except what is held out
     device: str = "auto"                # auto, or a device of torch, such as cpu or cuda:1
-    out: str = ""                       # empty means runs/vq, ldm or samples, or --ckpt's folder
+    out: str = ""                       # empty means runs/vq, ldm, samples, or --ckpt's folder
     @property
-    def folder(self):                   # evaluate has no kind and uses this only with --out
+    def folder(self):                   # kind stands below. evaluate has none, but uses --out
         return Path(self.out or f"runs/{self.kind}").expanduser()
 
 @dataclass(frozen=True)
 class Training(Settings):
-    """What both trainings can be told."""
-    preset: str = "default"             # tiny is done in seconds, report is README's plain system
+    """Settings of both trainings."""
+    preset: str = "default"             # tiny takes seconds, report is the papers' plain system
     upsample: choice("nearest", "transposed") = "nearest"       # how UpBlocks double the grid
     lr: amount = 1e-3                   # learning rate of everything that has none of its own
-    minutes: amount = 0.0               # if above 0: train for so many minutes, not --epochs
+    minutes: amount = 0.0               # if above 0, train for this long instead of --epochs
 
 @dataclass(frozen=True)
 class Sampling:
-    """How images are made. It belongs to the model: train-ldm records it, the others follow."""
+    """How images are made. train-ldm records it, and sample and evaluate follow unless told."""
     sampler: choice("ddim", "ddpm") = "ddim"        # ddim, or ddpm, which needs many more steps
     steps: whole = 50                   # S, steps from noise to image, at most T
-    guidance: amount = 2.2              # 1 is none. A weak network needs more. Too much: all alike
+    guidance: amount = 2.2              # 1 is off. Weak networks need more. Too much costs variety
 
 @dataclass(frozen=True)
 class VQConfig(Training):
     """stage 1: train the VQGAN, image -> codes -> image"""
     kind = "vq"                         # no ": type", so it is no field and has no flag
-    data: source = "synthetic"          # 'synthetic', or a folder of images; class = its subfolder
+    data: source = "synthetic"          # 'synthetic', or a folder of images. A subfolder is a class
     n_images: whole = 4096              # how many to draw if synthetic
     size: whole = 64                    # side of the square images, in pixels
     widths: wholes = (16, 64)           # channels of the m DownBlocks, and f = 2^m
-    z_dim: whole = 3                    # d, the length of a code
+    z_dim: whole = 3                    # d, the length of a code. Of 2, 3 and 4 the best (NOTES.md)
     codes: whole = 2048                 # K, the number of codes
     lpips: choice("auto", "off") = "auto"       # auto: use LPIPS if its weights can be loaded
     lpips_weight: amount = 0.1          # weight of LPIPS, a learned distance between images
     commit_weight: amount = 0.25        # weight of the commitment loss; the codebook loss has 1
     gan_weight: amount = 0.4            # weight of the GAN's loss, 0 for no GAN
-    lam_max: amount = 0.004             # limit of lam, which balances the GAN (section 6)
+    lam_max: amount = 0.004             # limit of lam, which balances the GAN in section 6
     gan_start: amount = 0.1             # fraction of the run after which the GAN joins
-    muon_lr: amount = 0.02              # rate of the blocks' kernels by Muon, 0 for Adam at --lr
+    muon_lr: amount = 0.02              # Muon's rate for the blocks' kernels, 0 for Adam at --lr
     codes_lr: amount = 0.02             # learning rate of the codes, which must keep up with z
     d_lr: amount = 4e-4                 # learning rate of the discriminator
     batch_size: whole = 8               # images in a step, over all processes
     epochs: whole = 3                   # passes over the training images
     @property
-    def side(self):
-        """h = w, the side of the latent grid."""
+    def side(self):                     # h = w, the side of the latent grid
         return self.size // 2 ** len(self.widths)
 
 @dataclass(frozen=True)
@@ -162,11 +161,11 @@ class EvaluateConfig(Sampling, Settings):
     """measure a checkpoint of either stage on images that it was not trained on"""
     reads = "ldm", "vq"
     ckpt: str = "runs/ldm"              # run folder or checkpoint of either stage
-    data: source = ""                   # folder of other images. Empty means unseen ones of its own
-    n: whole = 500                      # how many images at most, and how many samples
+    data: source = ""                   # folder of other images. Empty means unseen ones of --ckpt
+    n: whole = 500                      # at most so many images, as many others, as many samples
     images: str = ""                    # new folder for PNGs, for other tools. Empty means none
 
-PRESETS = {"default": {},           # a preset is a row of flags, and those that you type beat it
+PRESETS = {"default": {},           # a preset is a list of flags, and typed flags beat it
     "tiny": {"train-vq": "--size 32 --n-images 200 --widths 16,32 --codes 64 --epochs 2",
              "train-ldm": "--T 200 --widths 32,64 --batch-size 16 --epochs 4"},
     "report": {"train-vq": "--upsample transposed --lpips-weight 1 --commit-weight 1 "
@@ -189,8 +188,8 @@ def pick_device(cfg):
         one = torch.ones(1, device=name)
         one.item()                              # some devices exist but cannot compute
     except Exception:
-        demand(cfg.device == "auto" and name != "cpu", "--device: cannot be used here; cpu can")
-        say("WARNING", name, "is announced but cannot be used")
+        demand(cfg.device == "auto" and name != "cpu", "--device: cannot be used here, but cpu can")
+        say("WARNING", name, "is listed but cannot be used")
         return pick_device(replace(cfg, device="cpu"))
     device = one.device                         # cuda -> cuda:0
     bf16 = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
@@ -202,20 +201,20 @@ def pick_device(cfg):
 def rng(*key):
     """The random numbers that belong to a key, such as (seed, "turns", step). Randomness is looked
     up, never carried along. Step 700 draws the same numbers whether the run got there in one go or
-    was killed and resumed, so a checkpoint has no random state to forget. On a CPU torch keeps 32
-    bits of a seed, so among 50,000 keys two may share their numbers."""
+    was killed and resumed, so a checkpoint has no random state to forget. Torch keeps 32 bits of a
+    CPU's seed, so among 50,000 keys two may share numbers. That is harmless."""
     return torch.Generator().manual_seed(digest(key))
-def digest(key):                        # anything printable -> a number of 63 bits
+def digest(key):                        # anything printable -> 63 bits, in any process the same
     return random.Random(repr(key)).getrandbits(63)
 
 # torchrun starts this program once for each GPU. There are world() processes, this one is rank(),
 # and each takes an equal share of every batch. What they combine, and when:
-#   in each step      the mean of all gradients before they are clipped, and of those that make lam
-#                     the sum of the wins of codes
-#                     the first process's codes, after a restart
+#   in each step      the mean of all gradients before they are clipped, and of the two behind lam
+#                     the sum of wins, that is how often each code was chosen
 #   between steps     the mean of the progress, so that all stop at the same step
 #   every ten steps   the mean of the losses that are logged
-# All else is computed by every process alike, from the same seeds.
+#   every fifty       the first process's restarted codes
+# All else is of a process's own share, or is computed alike from the same seeds.
 def world():
     return dist.get_world_size() if dist.is_initialized() else 1
 def rank():
@@ -241,13 +240,13 @@ def bar(items, name, total=None):       # a progress bar, on a terminal only
     return tqdm(items, name, total, leave=False, disable=rank() or None)
 # ------------------------------------------------------------------------------------------------
 # 3. What both trainings share
-# A set of images, the order in which they are shown, and the schedule of the learning rates.
+# A set of images, the order in which they are shown, learning rates, a step of gradient descent.
 
 class Images:
     """All images of a run, as squares of one size. Appendix B finds and reads them. labels holds
     the class number of each, train and val the row numbers of those to train on and of those held
-    out. seen holds the marks of all images that this run or an earlier one trained on. These are
-    never held out, however the folder has changed since."""
+    out. seen holds the marks (checksums) of all images that this run or an earlier one trained on.
+    These are never held out, however the folder has changed since."""
     def __init__(self, source, cfg, cache, seen=()):
         self.pixels, entries = prepare_images(source, cfg, cache)         # uint8 (n,3,H,W)
         self.names, kinds, draws, marks = zip(*entries)
@@ -256,46 +255,34 @@ class Images:
         self.marks = torch.tensor(marks)
         before = torch.as_tensor(seen, dtype=torch.int64)
         draw = torch.tensor(draws)
-        held = draw % 10 == 0
-        if not held.any():                          # a handful of images
+        held = draw % 10 == 0                       # draw is a hash (B), so about a tenth
+        if not held.any():                          # so few images
             held = draw == draw.min()
         held &= ~torch.isin(self.marks, before)
         self.train = (~held).nonzero().flatten()
-        val = held.nonzero().flatten()              # in a folder the first are of one class: mix
+        val = held.nonzero().flatten()              # sorted by class in a folder, so mixed
         self.val = val[torch.randperm(len(val), generator=rng("held out"))]
         self.seen = torch.cat([before, self.marks[self.train]]).unique()
         say("data", source, len(self.names), "images:", *self.classes)
         if 0 < len(before) < len(self.seen):
-            say("WARNING", len(self.seen) - len(before), "of them are new to train on")
-    def rows(self, rows):
-        """Row numbers (B,) -> uint8 (B,3,H,W)."""
+            say("WARNING", len(self.seen) - len(before), "of the training images are new")
+    def rows(self, rows):               # row numbers (B,) -> uint8 (B,3,H,W)
         return self.pixels[rows]
 
-def to_float(x):
-    """uint8 0…255 -> [-1,1], the range of x everywhere. Only x_hat can leave it."""
+def to_float(x):                        # uint8 0…255 -> [-1,1], which x_hat alone may leave
     return x.float() / 127.5 - 1
 def to_bytes(x):                        # and back, on the CPU
     return ((x.clamp(-1, 1) + 1) * 127.5).round().byte().cpu()
 
-@functools.lru_cache(maxsize=2)         # a batch may lie across the border of two epochs
+@functools.lru_cache(maxsize=2)         # a batch may straddle two epochs
 def shuffled(n, seed, epoch):
     return torch.randperm(n, generator=rng(seed, "order", epoch))
 
 def next_rows(n, step, batch_size, seed):
     """Row numbers (B,) of this step's batch. The images are reshuffled every epoch, and a step
     takes the next batch_size of that endless stream."""
-    places = range(step * batch_size, (step + 1) * batch_size)     # place // n is the epoch
-    return torch.stack([shuffled(n, seed, place // n)[place % n] for place in places])
-
-def augment(x, turns):
-    """Each image of x (B,C,H,H) in one of the square's eight symmetries, as turns (B,) says in 0…7.
-    A skin lesion has no top, so all eight are equally likely pictures."""
-    turned = []
-    for image, turn in zip(x, turns.tolist()):
-        if turn >= 4:
-            image = image.flip(2)
-        turned.append(image.rot90(turn % 4, (1, 2)))
-    return torch.stack(turned)
+    stream = range(step * batch_size, (step + 1) * batch_size)          # i // n is the epoch
+    return torch.stack([shuffled(n, seed, i // n)[i % n] for i in stream])
 
 def rate(step, progress):
     """Factor of all learning rates. It rises during the first 50 steps, and during the last 60 % of
@@ -309,8 +296,7 @@ def set_learning_rate(optimizer, factor):
         group["lr"] = factor * initial
 
 def descend(loss, net, *optimizers):
-    """One step of gradient descent. -> True, or False if a gradient is not finite. Then nothing
-    has moved.
+    """One step down. -> True, or False if a gradient is not finite, and then nothing has moved.
     trap: the generator's loss leaves gradients in D. Not zeroed, they would push D(fake) up."""
     net.zero_grad()
     loss.backward()
@@ -331,7 +317,7 @@ class Norm(nn.GroupNorm):
     """GroupNorm for any width. It brings each group of channels to mean 0 and std 1, and then
     scales and shifts each channel as learned. Each image is treated alone, whatever the batch."""
     def __init__(self, c):
-        groups = math.gcd(32, c, c // 4 or 1)   # 4 groups for 16 channels, 32 for 128 and more
+        groups = math.gcd(32, c, c // 4 or 1)   # divides c, at most 32, of 4 channels and more
         super().__init__(groups, c)
 
 def zero(layer):
@@ -365,9 +351,9 @@ class ResBlock(nn.Module):
 
 class AttentionBlock(nn.Module):
     """Every place looks at every other place (VQGAN Table 7), while a convolution only sees its
-    neighbours. Linear maps give each place a query, a key and a value. Its output is the mean of
-    all values, weighted by how well their keys fit its query: softmax(q·k/√C), Vaswani 2017. Only
-    the MidBlock has attention, because its cost grows with (h·w)²."""
+    neighbours. Linear maps give each place a query, a key and a value. A place's output is the mean
+    of all values, weighted by how well their keys fit its query: softmax(q·k/√C), Vaswani 2017.
+    Only the MidBlock has attention, because its cost grows with (h·w)²."""
     def __init__(self, c):
         super().__init__()
         self.norm = Norm(c)
@@ -406,9 +392,9 @@ class MidBlock(nn.Module):
         return self.res2(y, emb)                                          # (B,C,h,w)
 
 class UpBlock(nn.Module):
-    """The grid doubles, the skip's channels are put beside it, and two ResBlocks follow.
+    """The grid doubles, the skip's channels are appended, and two ResBlocks follow.
     trap: in a transposed convolution, even and odd pixels get different sums of weights, and a mesh
-    shows in the image (Odena 2016, distill.pub). Copying each cell to 2×2 leaves none."""
+    shows in the image (Odena 2016, distill.pub). Copying each cell to 2×2 avoids it."""
     def __init__(self, c_in, c_out, emb_dim=None, c_skip=0, upsample="nearest"):
         super().__init__()
         self.up = nn.Upsample(scale_factor=2, mode="nearest")
@@ -470,7 +456,7 @@ class Decoder(nn.Module):
         for block in self.up:
             y = block(y)                                                  # the grid doubles m times
         y = F.silu(self.norm(y))
-        # In fp32: adaptive_weight, in section 6, needs this layer's gradient with many digits.
+        # In fp32, since adaptive_weight (section 6) needs this layer's gradient precisely.
         with torch.autocast(y.device.type, enabled=False):
             return self.last(y.float())                                   # (B,3,H,W)
 
@@ -485,8 +471,8 @@ class Codebook(nn.Module):
         """The nearest code's number, k = argmin_j ‖z - e_j‖ with e_j in row j (VQ eq. 1)."""
         B, d, h, w = z.shape
         # trap: in bf16 many choices are wrong. Two codes are often almost equally near, their
-        # distances round to the same number, and argmin takes either. So distances are in fp32. One
-        # flat list of vectors, because a batched cdist copies the codebook B times.
+        # distances round to the same number, and argmin takes either. So distances are in fp32. All
+        # vectors form one list, since a batched cdist would copy the codebook B times.
         with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
             flat = rearrange(z.float(), "B d h w -> (B h w) d")           # (B·N,d)
             distance = torch.cdist(flat, self.embedding.weight)           # (B·N,K)
@@ -520,16 +506,16 @@ class Codebook(nn.Module):
     # codes start on encoder outputs, and unused ones restart there (Jukebox, arXiv 2005.00341).
     @torch.no_grad()
     def restart_unused(self, z, generator):
-        """Move codes without a win since the last restart, at first all, to random vectors of z."""
+        """Move codes without a win since the last restart (the first time, all) to vectors of z."""
         unused = self.wins == 0                                           # (K,)
         n = int(unused.sum())
         flat = rearrange(z, "B d h w -> (B h w) d")                       # (B·N,d)
         pick = torch.randint(len(flat), (n,), generator=generator)
-        apart = torch.randn(n, flat.shape[1], generator=generator).to(z.device)
-        apart *= 0.01 * flat.std(0, correction=0)                         # so that no two are alike
-        self.embedding.weight[unused] = flat[pick] + apart
+        jitter = torch.randn(n, flat.shape[1], generator=generator).to(z.device)
+        jitter *= 0.01 * flat.std(0, correction=0)                        # so that no two are alike
+        self.embedding.weight[unused] = flat[pick] + jitter
         self.wins.zero_()
-        if world() > 1:                     # each process has other vectors, so take the first's
+        if world() > 1:                     # each process has different vectors: take the first's
             dist.broadcast(self.embedding.weight.data, 0)
 
     def count_wins(self, k):
@@ -558,14 +544,14 @@ class VQGAN(nn.Module):
         return self.decoder(self.codebook.lookup(k))
 
 def frequencies(k, codes):
-    """How often each code stands in the grids k. -> (K,), sum 1."""
+    """How often each code occurs in the grids k -> (K,), of sum 1."""
     return torch.bincount(k.flatten(), minlength=codes) / k.numel()
 # ------------------------------------------------------------------------------------------------
 # 6. Stage 1: the losses
 # The squared error alone gives blur, because its best answer is the mean of all sharp images that
-# fit. LPIPS sends both images through a frozen network that was trained to name photographs, and
-# sums the differences between their feature maps. Blurred hair gives other features than sharp
-# hair. What still gives a reconstruction away is left to a GAN, two networks that compete. The
+# fit. LPIPS sends both images through a frozen network that was trained to classify photographs,
+# and sums the differences between their feature maps. Blurred and sharp hair give different
+# features. What still gives a reconstruction away is left to a GAN, two networks that compete. The
 # discriminator D learns to give high numbers (logits) to real images and low ones to
 # reconstructions. The VQGAN, here the generator, learns to get high ones for its reconstructions.
 
@@ -577,7 +563,7 @@ def load_lpips(wanted, device):
     if wanted == "off":
         return None
     try:
-        warnings.filterwarnings("ignore", module="torchvision")     # advice for lpips, not for us
+        warnings.filterwarnings("ignore", module="torchvision")     # meant for lpips' authors
         import lpips
         net = lpips.LPIPS(net="squeeze", verbose=False)
         return net.to(device).eval().requires_grad_(False)
@@ -607,30 +593,31 @@ def hinge_loss(real, fake):
     generator's loss is -fake.mean(), which is low where D takes the fake for real."""
     return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
 
-def adaptive_weight(rec, adversarial, last, most):
+def adaptive_weight(rec, adversarial, last, limit):
     """lam = ‖∇_L rec‖ / (‖∇_L adversarial‖ + δ), VQGAN eq. 7. It makes both losses push equally
     hard, though the gradient of adversarial may be a thousand times larger or smaller than that of
-    rec, and changes as D learns. ∇_L is by the weights of the decoder's last layer, since all
-    weights would cost two more backward passes. lam is a constant for backward(). Else the VQGAN
-    could lower its loss by shrinking lam instead of improving its images."""
-    def push(loss):                                         # ‖∇_L loss‖. backward() needs the graph
+    rec, and changes as D learns. L is the decoder's last layer, since all weights would cost two
+    more backward passes. lam is a constant for backward(). Otherwise the VQGAN could lower its loss
+    by shrinking lam instead of improving its images."""
+    def push(loss):                                         # ‖∇_L loss‖, without a graph of its own
         (gradient,) = torch.autograd.grad(loss, last, retain_graph=True)
         return mean_over_processes(gradient).norm()
     lam = push(rec) / (push(adversarial) + 1e-4)            # δ: the push may be nearly 0
     # trap: a D that cannot tell real from fake has a tiny, meaningless gradient. VQGAN's code
-    # allows a lam of 1e4, which makes it count: x_hat jumps about, and D can never catch up.
-    return lam.clamp(max=most)
+    # allows a lam of 1e4, which makes it count: x_hat jumps about, and D can never catch up. Our
+    # 0.004 is low enough to hold in three steps of four.
+    return lam.clamp(max=limit)
 # ------------------------------------------------------------------------------------------------
 # 7. Stage 1: training
 # In each step the generator learns first, then D learns on the same images. D joins after a tenth
 # of the run, because from early blobs it would learn only that blur is fake. Watch mse and lpips
 # fall while codes used and perplexity rise. Watch also D's mean logits. A gap d_real - d_fake of
-# 0.2 to 0.6 is healthy. Above 1 D is far ahead, and at 0 it is blind. From the appendices come Run,
-# which counts steps, saves and says when to look (C), draw_rows for pictures (D), reconstruct,
+# 0.2 to 0.6 is healthy. Above 1, D is far ahead. At 0, it is blind. From the appendices come Run,
+# which counts steps, saves and says when to measure (C), draw_rows for pictures (D), reconstruct,
 # which measures (E), and Muon, the optimiser of the kernels (F).
 
 def build_vq(cfg, device):
-    """-> VQGAN and D, with their first weights."""
+    """-> VQGAN and D, with their initial weights."""
     unit = 4 * 2 ** len(cfg.widths)             # 4·f, since the UNet's default halves h and w twice
     demand(32 <= cfg.size <= 4096 and cfg.size % unit == 0,
            f"--size: from 32 to 4096, a multiple of {unit}")
@@ -639,7 +626,7 @@ def build_vq(cfg, device):
     return vqgan.to(device), PatchDiscriminator(cfg.widths).to(device)
 
 def vq_optimizers(vqgan, disc, cfg):
-    """-> Adam and Muon for the VQGAN, Adam for D. Muon trains the blocks' kernels (appendix F)."""
+    """-> Adam and Muon for the VQGAN, Adam for D with pix2pix's betas. Muon: see appendix F."""
     enc, dec = vqgan.encoder, vqgan.decoder
     blocks = nn.ModuleList([enc.down, enc.mid, dec.mid, dec.up])
     kinds = nn.Conv2d, nn.ConvTranspose2d
@@ -660,6 +647,16 @@ def start_codes(vqgan, images, seed):
     some = images.train[shuffled(len(images.train), seed, 0)[:64]]
     x = to_float(images.rows(some)).to(vqgan.codebook.wins.device)
     vqgan.codebook.restart_unused(vqgan.encoder(x), rng(seed, "first codes"))
+
+def augment(x, turns):
+    """Turn or mirror each image of x (B,C,H,H). turns (B,) in 0…7 picks one of the square's eight
+    symmetries. A skin lesion has no top, so all eight are equally likely pictures."""
+    turned = []
+    for image, turn in zip(x, turns.tolist()):
+        if turn >= 4:
+            image = image.flip(2)
+        turned.append(image.rot90(turn % 4, (1, 2)))
+    return torch.stack(turned)
 
 def train_vq(cfg, state=None):
     """Stage 1, from images to a checkpoint. state is a checkpoint to go on from. -> exit status"""
@@ -685,7 +682,7 @@ def train_vq(cfg, state=None):
         # ---- the generator: encoder, codebook, decoder ----
         with mixed:
             x_hat, z, k, codebook_loss, commit_loss = vqgan(x)
-        mse = F.mse_loss(x_hat, x)                      # VQGAN's code takes L1
+        mse = F.mse_loss(x_hat, x)                      # so in both papers. VQGAN's code has L1
         losses = {"mse": mse, "codebook": codebook_loss}
         rec = mse
         if lpips:
@@ -702,7 +699,7 @@ def train_vq(cfg, state=None):
             loss = loss + cfg.gan_weight * lam * adversarial                  # VQGAN eq. 6
 
         if run.skip_step(descend(loss, vqgan, adam, muon)):
-            continue                            # one bad batch must not end a night
+            continue                            # one bad batch must not end a night's run
         vqgan.codebook.count_wins(k)
         if step % 50 == 49:
             vqgan.codebook.restart_unused(z, rng(cfg.seed, "restart", step))
@@ -710,7 +707,7 @@ def train_vq(cfg, state=None):
         # ---- the discriminator, on the same images ----
         if gan_on:
             # trap: without detach, D's loss would teach the VQGAN to give itself away. D(x_hat) is
-            # computed anew, since loss.backward() freed its graph.
+            # computed anew, since loss.backward() freed its graph, but not that of real.
             with mixed:
                 fake = disc(x_hat.detach())
             d_loss = hinge_loss(real, fake)
@@ -769,7 +766,7 @@ class Diffusion:
             beta = 1 - curve[1:] / curve[:-1]           # α is the quotient of neighbouring ᾱ
         alpha = 1 - beta.clamp(max=0.999)       # β = 1 gives ᾱ = 0, and predict() divides by √ᾱ
         alpha_bar = alpha.cumprod(0)            # in float64: rounded once, not T times
-        demand(alpha_bar[-1] < 0.05, "--T: so few levels of this schedule do not end in pure noise")
+        demand(alpha_bar[T - 1] < 0.05, "--T: so few levels do not end in pure noise")
         # We append a 1, so that alpha_bar[-1] belongs to level -1, to z0 itself.
         self.alpha_bar = F.pad(alpha_bar, (0, 1), value=1).float()            # (T+1,)
 
@@ -784,7 +781,7 @@ class Diffusion:
         return abar.sqrt() * z0 + (1 - abar).sqrt() * eps                     # (B,d,h,w)
 
     def goal(self, z0, eps, abar):
-        """What the network should answer. (One more target is a branch here and in predict().)"""
+        """What the network should answer. One more target is a branch here and in predict()."""
         if self.target == "eps":
             return eps
         return abar.sqrt() * eps - (1 - abar).sqrt() * z0       # v, Salimans app. D
@@ -798,14 +795,14 @@ class Diffusion:
         if self.target == "eps":                    # DDPM eq. 4, solved for z0
             z0_hat = (z_t - (1 - abar).sqrt() * out) / abar.sqrt()
             return z0_hat, out
-        # Write √ᾱ = cos φ and √(1-ᾱ) = sin φ. Then (z_t, v) is (z0, ε), rotated by an angle φ.
-        # Rotating (z_t, v) back gives z0 and ε (Salimans app. D).
+        # Write √ᾱ = cos φ and √(1-ᾱ) = sin φ. Then (z_t, v) is (z0, ε), rotated by the angle -φ,
+        # and rotating it back gives z0 and ε (Salimans app. D).
         z0_hat = abar.sqrt() * z_t - (1 - abar).sqrt() * out
         eps_hat = (1 - abar).sqrt() * z_t + abar.sqrt() * out
         return z0_hat, eps_hat
 
     def loss(self, net, z0, t, eps, label):
-        """Algorithm 1 -> (B,), the mean of (goal - net(z_t, t))². A net that says 0 has about 1."""
+        """Algorithm 1 -> (B,), the mean of (goal - net(z_t, t))². An answer of 0 has about 1."""
         out = net(self.add_noise(z0, t, eps), t, label)
         goal = self.goal(z0, eps, self.abar_at(t, z0))
         return F.mse_loss(out, goal, reduction="none").flatten(1).mean(1)     # (B,)
@@ -813,8 +810,8 @@ class Diffusion:
     def weight(self, t):
         """How much level t (B,) counts in training v. It is 1 where ᾱ = 1/2, and 1/4 at both ends.
         At low noise levels, an error of v enters z0_hat multiplied by √(1-ᾱ), which is nearly 0. At
-        high ones z_t shows nothing of v, about -z0, so the error stays near 1 whatever is learned.
-        But for the 1/4, this is the sigmoid weight of Kingma & Gao 2023 (arXiv 2303.00848)."""
+        high ones v is about -z0, of which z_t shows nothing, so the error stays near 1. But for the
+        1/4, this is the sigmoid weight of Kingma & Gao 2023 (arXiv 2303.00848)."""
         abar = self.alpha_bar.to(t.device)[t]
         if self.target == "eps":                    # all levels count alike, as in DDPM
             return torch.ones_like(abar)
@@ -841,8 +838,8 @@ class Diffusion:
                 # here is random, so the first z decides everything (DDIM eq. 12 with σ = 0).
                 z = abar_prev.sqrt() * z0_hat + (1 - abar_prev).sqrt() * eps_hat
             else:
-                # DDPM, Algorithm 2, line 4. Take some of the noise away, then add fresh noise, with
-                # σ² = β.
+                # DDPM, Algorithm 2, line 4. Take some of the noise away, then add fresh noise, of
+                # variance 1-α.
                 # trap: a step may span several levels. ᾱ is a product, so the α of the whole step
                 # is ᾱ_t / ᾱ_prev. With the α_t of one level, each step would take away too little.
                 alpha = abar / abar_prev
@@ -853,9 +850,9 @@ class Diffusion:
             yield z, z0_hat
 # ------------------------------------------------------------------------------------------------
 # 9. Stage 2: the UNet
-# The same blocks as in the VQGAN. Two things are new. Every ResBlock is told the time t, which says
-# how noisy z_t is, and the class. And skip connections carry what no bottleneck can carry, the
-# noise itself, which is independent at every place.
+# The same blocks as in the VQGAN. Two things are new. Every ResBlock is told t, which says how
+# noisy z_t is, and the class. And skip connections carry what no bottleneck can carry, the noise
+# itself, which is independent at every place.
 
 def time_embedding(t, dim):
     """t (B,) -> (B,dim), sines and cosines of growing period (Vaswani 2017, arXiv 1706.03762). The
@@ -867,8 +864,8 @@ def time_embedding(t, dim):
 
 class UNet(nn.Module):
     """(z_t, t, class) -> v or ε. The classes are 0…n_classes-1. The number n_classes means that the
-    class is not told, as for one latent in ten of training (section 10). Guidance needs such
-    answers too (section 11). With n_classes = 0 the network is unconditional."""
+    class is not told, as with one training latent in ten (section 10). Guidance needs such answers
+    too (section 11). With n_classes = 0 the network is unconditional."""
     def __init__(self, z_dim, widths, n_classes, upsample="nearest"):
         super().__init__()
         E = 4 * widths[0]
@@ -905,7 +902,7 @@ class UNet(nn.Module):
 
 def build_unet(cfg, vq_cfg, classes):
     halvings = 2 ** len(cfg.widths)
-    demand(vq_cfg.side % halvings == 0, "--widths: the codes' grid cannot be halved so often")
+    demand(vq_cfg.side % halvings == 0, "--widths: the codes' grid cannot be halved so many times")
     n_classes = 0 if cfg.unconditional else len(classes)
     return UNet(vq_cfg.z_dim, cfg.widths, n_classes, cfg.upsample)
 # ------------------------------------------------------------------------------------------------
@@ -913,9 +910,9 @@ def build_unet(cfg, vq_cfg, classes):
 # The frozen encoder turns each image into its grid of code numbers, once. These grids are the data
 # of stage 2. That is fast, but images are no longer turned. The latents are the codes, exactly what
 # the decoder reads, as in Nguyen 2024 (arXiv 2410.14758). LDM takes z before quantisation.
-# Diffusion ends in noise of mean 0 and std 1, so we standardise the codes in the same way. Judge
-# the model by its samples, since even a perfect network's loss stays well above 0. load_vqgan and
-# LatentDiffusion stand in section 11, Run and load_checkpoint in C.
+# Diffusion ends in noise of mean 0 and std 1, so we bring the codes to that mean and std. Judge the
+# model by its samples, since even a perfect network's loss stays well above 0. load_vqgan and
+# LatentDiffusion are in section 11, Run and load_checkpoint in C.
 
 def encode_images(vqgan, images, device, mixed):
     """All images -> their code numbers (n,h,w). 4,096 images in 16×16 codes take 4 MB."""
@@ -927,8 +924,8 @@ def encode_images(vqgan, images, device, mixed):
     return torch.cat(grids)
 
 def measure_scale(k, e):
-    """Mean and std of the codes e (K,d), weighted by how often they stand in the grids k -> (2,d).
-    They are by channel, as in Karras 2024 (arXiv 2312.02696). LDM app. G has one std for all."""
+    """Mean and std of the codes e (K,d), weighted by how often they occur in the grids k -> (2,d).
+    One pair for each channel, as in Karras 2024 (arXiv 2312.02696). LDM has one std (app. G)."""
     p = frequencies(k, len(e)).to(e)[:, None]                             # (K,1)
     mean = (p * e).sum(0)
     variance = (p * (e - mean) ** 2).sum(0)
@@ -992,11 +989,11 @@ def train_ldm(cfg, state=None):
     vqgan, vq_cfg = load_vqgan(vq, device)
     images = Images(vq_cfg.data, vq_cfg, cfg.folder.parent / "cache", (state or vq)["seen"])
     same = not state or cfg.unconditional or state["classes"] == images.classes
-    demand(same, "--resume: other classes now")
-    torch.manual_seed(cfg.seed % 2**63)         # the first weights
+    demand(same, "--resume: the classes have changed")
+    torch.manual_seed(cfg.seed % 2**63)         # the initial weights
     net = build_unet(cfg, vq_cfg, images.classes).to(device)
     ema = deepcopy(net).requires_grad_(False)
-    guide = deepcopy(ema)                       # the younger self, see guided
+    guide = deepcopy(ema)                       # an early copy of ema, see guided
     adam = torch.optim.Adam(net.parameters(), cfg.lr, betas=(0.9, 0.99), fused=True)
     data = Latents(cfg, images, vqgan, device, mixed)
     parts = {"model": net, "ema": ema, "guide": guide, "adam": adam}
@@ -1006,17 +1003,17 @@ def train_ldm(cfg, state=None):
 
     for step in run:
         set_learning_rate(adam, rate(step, run.progress))
-        draw = rng(cfg.seed, "step", step)
+        dice = rng(cfg.seed, "step", step)
         chosen = next_rows(run.n, step, cfg.batch_size, cfg.seed)             # (B,)
         if cfg.balance:
             p = 1 / data.class_counts[data.labels[images.train]]          # (n,) up to a factor
-            chosen = p.multinomial(cfg.batch_size, replacement=True, generator=draw)      # instead
+            chosen = p.multinomial(cfg.batch_size, replacement=True, generator=dice)      # instead
         rows = images.train[chosen]                                           # (B,)
-        # trap: 0…T-2 leaves pure noise untrained, where sampling starts. 1…T-1 leaves the cleanest.
-        t = torch.randint(cfg.T, (cfg.batch_size,), generator=draw)           # (B,) in 0…T-1
-        eps = torch.randn(cfg.batch_size, vq_cfg.z_dim, vq_cfg.side, vq_cfg.side, generator=draw)
-        hidden = torch.rand(cfg.batch_size, generator=draw) < 0.1             # (B,)
-        label = data.labels[rows].masked_fill(hidden, len(data.classes))      # (B,) a tenth untold
+        # trap: 0…T-2 never trains pure noise, where sampling starts, 1…T-1 not the cleanest z_t.
+        t = torch.randint(cfg.T, (cfg.batch_size,), generator=dice)           # (B,) in 0…T-1
+        eps = torch.randn(cfg.batch_size, vq_cfg.z_dim, vq_cfg.side, vq_cfg.side, generator=dice)
+        hidden = torch.rand(cfg.batch_size, generator=dice) < 0.1             # (B,)
+        label = data.labels[rows].masked_fill(hidden, len(data.classes))      # (B,) a tenth hidden
         z0 = data.z0(share(rows))                                             # (B,d,h,w)
         t, eps, label = [share(x).to(device) for x in (t, eps, label)]
 
@@ -1041,15 +1038,15 @@ def train_ldm(cfg, state=None):
 # ------------------------------------------------------------------------------------------------
 # 11. Sampling
 # Walk back from noise in S steps, unstandardise, decode. A checkpoint of stage 2 also holds its
-# VQGAN. load_checkpoint and reading stand in C, draw_rows in D.
+# VQGAN. load_checkpoint and reading() are in C, draw_rows is in D.
 
 def guided(net, guide, label, w, guide_until):
     """-> a net(z_t, t) that is led towards its class by classifier-free guidance (CFG eq. 6):
         out = weak + w (strong - weak)        w is --guidance
     strong is told the class and weak is not. w = 1 is strong alone. A larger w goes further in the
-    direction in which the class pulls. (CFG's own w is this w minus 1.) At noise levels from
-    guide_until on there is no guidance, because there it would cost variety (Kynkäänniemi 2024,
-    arXiv 2404.07724).
+    direction in which the class pulls. (CFG's own w is this w minus 1.) At level
+    guide_until and above there is no guidance, because it would cost variety there (Kynkäänniemi
+    2024, arXiv 2404.07724).
     ours: weak has two faults. It is not told the class, as in CFG, so w leads towards the class.
     It is also the younger self, the running mean after a fifth of the run. It makes the mistakes of
     strong, only larger, so moving away from it also removes errors. (Karras 2024, arXiv 2406.02507,
@@ -1066,7 +1063,7 @@ def frozen(net, weights, device):                       # in eval mode, without 
     net.load_state_dict(weights)
     return net.to(device).eval().requires_grad_(False)
 def load_vqgan(state, device):                          # -> VQGAN of a checkpoint, its settings
-    with reading("the VQGAN"):                          # what fails in here is told as a sentence
+    with reading("the VQGAN"):                          # an error in here becomes one sentence
         cfg = VQConfig(**state["config"])
         vqgan = VQGAN(cfg.widths, cfg.z_dim, cfg.codes, cfg.upsample)
         return frozen(vqgan, state["model"], device), cfg
@@ -1087,19 +1084,23 @@ class LatentDiffusion:
             self.guide = frozen(deepcopy(net), state["guide"], device)
             self.net = frozen(net, state["ema"], device)
 
-    def walk(self, how, numbers, label):
-        """Yields (z at its new level, z0_hat) after each step. Iterate over it inside `mixed`. how
-        has seed, sampler, steps and guidance, as settings of train-ldm, sample and evaluate
-        have."""
-        own = [rng(how.seed, "sample", i) for i in numbers]     # the same for image i in any batch
+    def noise(self, seed, numbers):
+        """A function that draws the next noise (B,d,h,w). Image i has the same in any batch."""
+        own = [rng(seed, "sample", i) for i in numbers]
         shape = self.vq_cfg.z_dim, self.vq_cfg.side, self.vq_cfg.side
-        def noise():
+        def draw():
             return torch.stack([torch.randn(shape, generator=g) for g in own]).to(self.device)
-        # The number of levels whose ᾱ is 0.1 or more. The last entry is no level, hence the -1.
+        return draw
+
+    def walk(self, how, numbers, label):
+        """Yields (z at its new level, z0_hat) after each step. It runs only while you iterate, so
+        do that inside `mixed`. how is any settings with seed, sampler, steps and guidance."""
+        draw = self.noise(how.seed, numbers)
+        # The first level with ᾱ below 0.1, found by counting. The last entry is no level, so -1.
         guide_until = (self.diffusion.alpha_bar >= 0.1).sum() - 1
         net = guided(self.net, self.guide, label.to(self.device), how.guidance, guide_until)
         steps = min(how.steps, self.cfg.T)
-        return self.diffusion.sample(net, noise(), steps, how.sampler, noise)
+        return self.diffusion.sample(net, draw(), steps, how.sampler, draw)
 
     def decode(self, z0):
         """Latents z0 (B,d,h,w) -> uint8 images (B,3,H,W).
@@ -1137,7 +1138,7 @@ def sample(cfg, state):
         classes = torch.tensor([model.classes.index(cfg.class_)])
     label = classes[torch.arange(cfg.n) % len(classes)]                   # (n,) each in turn
     folders = [cfg.folder / re.sub(r"[^\w ,+-]", "_", name) for name in model.classes]
-    for c in classes:                           # now: a place that cannot be written shows at once
+    for c in classes:                           # now, so that an unwritable place fails at once
         folders[c].mkdir(parents=True, exist_ok=True)
     made, stds = [], []
     for part in bar(torch.arange(cfg.n).split(32), "sampling"):
@@ -1148,12 +1149,13 @@ def sample(cfg, state):
             write_png(image, f"{folders[label[i]]}/{i:05d}.png")
     made = torch.cat(made)
     draw_rows(cfg.folder / "grid.png", {model.classes[c]: made[label == c] for c in classes})
-    say(f"latents have std {torch.stack(stds).mean():.2f} (healthy: 1); look at grid.png there")
+    say(f"latents have std {torch.stack(stds).mean():.2f} (healthy: 1)")
+    say(f"look at {cfg.folder}/grid.png")
 # ------------------------------------------------------------------------------------------------
 # A. Drawn lesions
 # Images to begin with, without a download. (They are cached: after a change here clear runs/cache.)
 
-LESIONS = {             # colours, how ragged and soft the border is, network (pale below 0)
+LESIONS = {             # colours, how ragged and soft the border is, its net (pale below 0)
     "keratosis-like": ("b89970 997a57 ccb894 8c7866", .09, .08, .05),
     "melanoma-like": ("42261c 734a33 545c78 8c4545", .20, .12, .20),
     "nevus-like": ("854f38 9e6647 613829 ad6b57", .04, .17, .24),
@@ -1161,7 +1163,7 @@ LESIONS = {             # colours, how ragged and soft the border is, network (p
 SKIN = "edbda8 e69e99 ccadb2 e8c294 d699a3"
 
 def synthetic(i, size, seed=0):
-    """Draw image i of the endless set `seed`: uint8 (3,size,size). The classes take turns."""
+    """Draw image i of the endless set that seed defines: uint8 (3,size,size)."""
     tape = rng(seed, "lesion", i)
     colours, ragged, soft, network = list(LESIONS.values())[i % len(LESIONS)]
     def span(lo, hi, *shape):                       # the next random numbers, uniform in lo…hi
@@ -1179,7 +1181,7 @@ def synthetic(i, size, seed=0):
     plane = torch.stack(torch.meshgrid(axis, axis, indexing="xy"))        # (2,H,W)
     x, y = plane + .15 * noise(4, 2) + .03 * noise(10, 2)                 # (H,W) each
 
-    # Skin of five tones with random weights and clouds. By softmax one mostly wins. Then a grain.
+    # Skin: five tones mixed by random weights and clouds. Softmax lets one win. Then a grain.
     skin = mixture(SKIN, span(0, 6, 5, 1, 1) + noise(3, 5)) + .03 * noise(24)
 
     # The body has patches of its class's four colours. The more ragged, the sharper they are.
@@ -1210,7 +1212,7 @@ def synthetic(i, size, seed=0):
 # One bad image can end a run after hours, and decoding JPEGs would take most of a laptop's time. So
 # each image is opened once, before training, and its pixels are written into one file.
 
-SUFFIX = r"(?i)\.(bmp|gif|jfif|jpe?g|png|tiff?|webp)$"      # but no masks, no pictures of a run:
+SUFFIX = r"(?i)\.(bmp|gif|jfif|jpe?g|png|tiff?|webp)$"      # images, but no photographs are
 NO_PHOTO = (r"(?i)(_seg|_superpixels|_expert|-partial)[^/]*$|[_-]mask\.\w+$|(^|/)(masks|runs)/"
             r"|(^|/)(grid|trajectory|curves|evaluate|data_preview|\w+_epoch_[\d.]+)\.png$")
 HELD_OUT = r"(?i)(?<![^/])(val(id(ation)?)?|test(ing)?)/"   # (?<![^/]): at the start or after a /
@@ -1219,8 +1221,8 @@ NO_CLASS = HELD_OUT + r"|(?<![^/])(train(ing)?|(HAM10000_)?images(_part_\d)?)/"
 # Columns of tables, in small letters. Of each line, the first one that is filled counts.
 ID = "isic_id", "image_id", "image_name", "image"
 CLASS = "diagnosis_3", "diagnosis_1", "dx", "diagnosis", "class", "label", "target"
-ONE_HOT = "mel", "nv", "bcc", "ak", "akiec", "bkl", "df", "vasc", "scc"     # a 1 in one of them
-Image.MAX_IMAGE_PIXELS = 50_000_000     # PIL refuses twice as many, which would take 1 GB and more
+ONE_HOT = "mel", "nv", "bcc", "ak", "akiec", "bkl", "df", "vasc", "scc"     # the class's has a 1
+Image.MAX_IMAGE_PIXELS = 50_000_000     # PIL refuses images above twice this, 1 GB and more
 
 def read_image(file, size):                             # -> uint8 (3,size,size)
     # PIL ignores the suffix. It would open 40 kinds of files, and start Ghostscript for one kind.
@@ -1266,15 +1268,15 @@ def find_images(folder):
     image's own name. stamp changes when the file does.
     trap: in a split by photograph, the network is measured on lesions seen in other photographs."""
     names = []
-    for name in sorted(glob.glob("**", root_dir=folder, recursive=True)):       # links too
-        name = Path(name).as_posix()            # and nothing hidden
+    for name in sorted(glob.glob("**", root_dir=folder, recursive=True)):       # follows links
+        name = Path(name).as_posix()            # skips what is hidden
         if re.search(SUFFIX, name) and not re.search(NO_PHOTO, name) and (folder / name).is_file():
             names.append(name)
     table = read_tables(folder, set(map(stem_of, names)))
     licences = Counter(row.get("copyright_license") for row in table.values())
     if set(licences) - {None}:
         say("licences:", *licences.items())
-    patient_of = {}                             # of a lesion, if any of its photographs names one
+    patient_of = {}                             # lesion -> patient, from any row that names both
     for row in table.values():
         if row.get("lesion_id") and row.get("patient_id"):
             patient_of[row["lesion_id"]] = row["patient_id"]
@@ -1285,7 +1287,7 @@ def find_images(folder):
         ones = [column for column in ONE_HOT if row.get(column) in ("1", "1.0")]
         told = first(row, CLASS) or "".join(ones) or "images"
         kind = Path(re.sub(NO_CLASS, "", name)).parent.name or told
-        kind = kind.encode(errors="replace").decode()       # old zip files hold names in Latin-1
+        kind = kind.encode(errors="replace").decode()       # unreadable letters become ?
         lesion = row.get("lesion_id")
         draw = digest(patient_of.get(lesion) or row.get("patient_id") or lesion or name)
         if by_folder:
@@ -1296,7 +1298,8 @@ def find_images(folder):
 
 def prepare_images(source, cfg, cache):
     """-> pixels, uint8 (n,3,size,size), and the name, class, draw and mark of each image. A mark is
-    a checksum of the image's file. Images are drawn or decoded once, and then kept in cache."""
+    a checksum of the file, or of drawn pixels. Images are drawn or decoded once, and then kept in
+    cache."""
     folder = Path(source)
     if source == "synthetic":
         kinds = list(LESIONS) * cfg.n_images    # in turn; a tenth of each has a draw ending in 0
@@ -1321,7 +1324,8 @@ def prepare_images(source, cfg, cache):
         try:
             return read(row[0])
         except Exception as e:                  # PIL raises nearly anything on a broken file
-            return bad.append((row[0], repr(e)))
+            bad.append((row[0], repr(e)))
+            return None
     # Few threads, since a large photograph takes memory in each. They get 64 images at a time,
     # since a pool finishes what it was given, even after Ctrl-C.
     with ThreadPoolExecutor(4) as pool:
@@ -1338,19 +1342,19 @@ def prepare_images(source, cfg, cache):
     return pixels, good
 # ------------------------------------------------------------------------------------------------
 # C. Keeping a run
-# A night of training is lost in three ways: a checkpoint half written when the power went, a resume
-# that restores the weights but not the rest, and settings that silently differ. What a checkpoint
-# holds:
+# A night of training can be lost in three ways: a checkpoint half written when the power failed, a
+# resume that restores the weights but not the rest, and settings that silently differ. What a
+# checkpoint holds:
 #   kind, config, code    the stage, all its settings, a checksum of this file
 #   model, disc, ema, guide, adam, muon, adam_d       weights, and the state of optimisers
 #   step, seconds, log    how far the run is, and what it reported
 #   seen                  the marks of all images that it trained on
 #   scale, classes, class_counts, vq      in stage 2, what sampling needs
-# What makes a resume exact: all of these are restored, and the rest follows from them. Random
-# numbers and the order of the images follow from seed and step (rng), learning rates from step and
-# progress, the split from names, tables and seen.
+# What makes a resume exact, by --epochs on one machine? All of these are restored, and the rest
+# follows. Random numbers and the order of the images follow from seed and step (rng), learning
+# rates from step and progress, the split from names, tables and seen.
 
-def write_whole(path, write):           # all or nothing: a file beside it, flushed to disk, renamed
+def write_whole(path, write):           # all or nothing: write beside it, flush, rename
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f".{path.name}.{rank()}.tmp")
     try:
@@ -1374,14 +1378,14 @@ def reading(what):                                      # any error in here beco
         raise UserError(f"{what}: cannot be loaded by this version ({e!r:.100})") from None
 
 def load_checkpoint(where, name, *kinds):
-    """A checkpoint, or last.pt of a run folder -> its dict. The flag `name` asked for it.
+    """A checkpoint, or last.pt of a run folder -> its dict. name is the flag to blame.
     trap: weights_only=False, the default before torch 2.6, runs any code in the file."""
     path = Path(where).expanduser()
     path = path / "last.pt" if path.is_dir() else path
     demand(path.is_file(), f"{name} {where}: no checkpoint is there")
     with reading(path):
         state = torch.load(path, map_location="cpu", weights_only=True)
-        kind, _ = state["kind"], state["seen"]
+        kind, _ = state["kind"], state["seen"]      # fails if it is none of ours
     demand(kind in kinds, f"{name} {where}: is of the other stage")
     return {**state, "folder": path.parent}
 
@@ -1403,15 +1407,15 @@ def open_run(cfg, typed, resume, overwrite):
               if name not in MAY_CHANGE and value != getattr(old, name)]
     demand(not differ, f"--resume goes on with the recorded settings: {differ}")
     if state["code"] != code_checksum():
-        say("WARNING the run began with another version of this file; losses may mean other things")
-    if "epochs" in typed:               # replaces recorded --minutes. Progress is then step/steps.
-        old = replace(old, minutes=0.0)     # If that falls back, learning rates rise again.
-    typed["out"] = cfg.out                              # where it lies now, since it may have moved
+        say("WARNING the run began with another version of this file: losses may not be comparable")
+    if "epochs" in typed:               # beats recorded --minutes, and if it makes the run longer,
+        old = replace(old, minutes=0.0)         # progress falls back and learning rates rise again
+    typed["out"] = cfg.out                              # where it is now, since it may have moved
     return replace(old, **typed), state
 
 def open_model(cls, typed):
     """-> the settings of sample or evaluate, the checkpoint. How images are made belongs to the
-    model, so what is not typed is as its training recorded it."""
+    model, so what is not typed comes from the checkpoint."""
     state = load_checkpoint(cls(**typed).ckpt, "--ckpt", *cls.reads)
     recorded = {}
     if state["kind"] == "ldm":
@@ -1420,9 +1424,9 @@ def open_model(cls, typed):
     return cls(**{**recorded, **typed}), state
 
 class Run:
-    """A training run. It yields steps until --epochs, --minutes or a signal ends it, logs and
-    saves. parts are networks and optimisers, facts what else sampling needs, state a checkpoint to
-    go on from. step counts the steps begun, status is 128 + the signal that ended the run, or 0."""
+    """A training run. It yields steps, logs and saves, until --epochs, --minutes or a signal ends
+    it. parts are networks and optimisers, facts what else sampling needs, state a checkpoint to go
+    on from. step counts the steps begun, status is 128 + the signal that ended the run, or 0."""
     def __init__(self, cfg, images, parts, facts, state):
         self.n = len(images.train)
         demand(self.n, "--data: no images to train on, all are held out")
@@ -1438,7 +1442,7 @@ class Run:
                     part.load_state_dict(state[name])
                 self.step, self.log = state["step"], state["log"]
                 self.began -= state["seconds"]
-        elif (cfg.folder / "last.pt").exists():         # overwritten: what it showed must go, too
+        elif (cfg.folder / "last.pt").exists():         # overwritten: its old pictures must go
             for own in "*_epoch_[0-9]*.png", "curves.png", "evaluate.png", "metrics.json":
                 for old in cfg.folder.glob(own):
                     old.unlink(missing_ok=True)         # another process may be faster
@@ -1472,11 +1476,10 @@ class Run:
         with bar(None, "training", left) as self.line:
             while self.goes_on():
                 self.step += 1
-                yield self.step - 1
+                yield self.step - 1             # steps are numbered from 0
                 self.line.update()
     def goes_on(self):
-        # A signal's status is 130 or more. Averaged over up to 130 processes it makes 1, so all
-        # end.
+        # A signal adds 130 or more, so the mean reaches 1 in all of up to 130 processes.
         done = torch.tensor(self.fraction_done() + self.status, dtype=torch.float64)
         self.progress = float(mean_over_processes(done))
         return self.progress < 1
@@ -1515,8 +1518,8 @@ class Run:
             return
         write_whole(self.cfg.folder / "last.pt", lambda f: torch.save(self.checkpoint(), f))
         names = list(dict.fromkeys(name for row in self.log for name in row))   # each once
-        with suppress(PermissionError):         # Excel locks a table that it shows; the next save
-            with open(self.cfg.folder / "log.csv", "w", newline="") as f:       # writes all of it
+        with suppress(PermissionError):         # Excel locks a table that it shows
+            with open(self.cfg.folder / "log.csv", "w", newline="") as f:
                 table = csv.DictWriter(f, names)
                 table.writeheader()
                 table.writerows(self.log)
@@ -1524,7 +1527,7 @@ class Run:
     def finish(self, then):                             # -> exit status
         self.save()
         mean_over_processes(torch.zeros(1))             # a barrier: all wait for that save
-        then = "to go on, add --resume; it lies in" if self.status else then
+        then = "to go on, add --resume; it is in" if self.status else then
         say("saved at step", self.step, "--", then, shlex.quote(self.cfg.folder.as_posix()))
         return self.status
 # ------------------------------------------------------------------------------------------------
@@ -1536,7 +1539,7 @@ def figure(path, width, rows, columns=1):               # with figure(…) as ax
     fig = Figure(figsize=(width, 1.3 * rows * columns), layout="constrained")
     yield fig.subplots(rows, columns, squeeze=False).flatten()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")                 # of letters that no font here has
+        warnings.simplefilter("ignore")                 # about letters that no font here has
         write_whole(path, lambda f: fig.savefig(f, format="png"))
 
 def draw_rows(path, rows):
@@ -1557,7 +1560,7 @@ def draw_preview(path, images):                         # 16 training images of 
         rows[images.classes[c]] = images.rows(images.train[label == c][:16])
     draw_rows(path, rows)
 
-# What stands together in a panel of curves.png, of either stage. The other numbers are in log.csv.
+# The curves that share a panel of curves.png, of both stages. Other numbers are in log.csv.
 PANELS = ("mse held_mse", "lpips held_lpips", "codebook d_loss", "d_real d_fake", "lam",
           "held_perplexity", "loss held_loss", "held_latent_std")
 
@@ -1575,11 +1578,11 @@ def draw_curves(path, log):
             ax.legend(fontsize=7)
 # ------------------------------------------------------------------------------------------------
 # E. Measuring
-# A kernel distance only means something beside its references (see evaluate). It and LPIPS look
-# through the network of stage 1's own loss, so both flatter models that were trained with it.
+# A kernel distance only means something beside its references (see evaluate). Like LPIPS it uses
+# the network of stage 1's loss, so both flatter models that were trained with it.
 
 def compare(x_hat, x, lpips):                           # (B,3,H,W) in [-1,1], twice
-    """-> {name: (B,)}. One more measure is one more line here."""
+    """-> {name: (B,)}. A new measure needs one line here."""
     mse = F.mse_loss(x_hat, x, reduction="none").mean((1, 2, 3))
     numbers = {"mse": mse, "psnr": 10 * torch.log10(4 / mse.clamp(min=1e-10))}  # dB: range²/error
     if lpips:
@@ -1624,12 +1627,12 @@ def kernel_distance(a, b):
     def kernel(u, v):                                                     # (n,n)
         return (u @ v.T / u.shape[1] + 1) ** 3
     pairs = kernel(a, a) + kernel(b, b) - 2 * kernel(a, b)
-    # Without the diagonal, since an image and itself are no pair, nor are a[i] and maybe its copy.
+    # Without the diagonal: an image and itself are no pair, nor are a[i] and b[i], maybe its copy.
     return float((pairs.sum() - pairs.trace()) / (len(a) * (len(a) - 1)))
 
 def near_copies(samples, unseen, known):
-    """Percent of samples nearer to a training image than 99 % of unseen images are. Chance makes 1.
-    known: the training images, in parts. Networks can memorise small sets (arXiv 2402.01054)."""
+    """Percent of samples nearer to a training image than 99 % of unseen images are. By chance it is
+    1. known: the training images, in parts. Networks can memorise small sets (arXiv 2402.01054)."""
     def shrink(images):
         return F.interpolate(to_float(images), (32, 32), mode="area").flatten(1)
     trained = torch.cat([shrink(part) for part in known])
@@ -1662,11 +1665,11 @@ def evaluate(cfg, state):                               # -> metrics.json, evalu
         numbers["latent_std"] = float(z0.std())
         if lpips:
             # Each set is compared with real. kernel_perfect is what a better stage 2 approaches:
-            # other unseen images, with stage 1's errors alone. (recon shows the same images as
-            # real.)
+            # other unseen images, with stage 1's errors alone. (kernel_recon has the images of real
+            # itself.)
             perfect = reconstruct(vqgan, other, None, mixed)[1]
             sets = {"kernel": made, "kernel_perfect": perfect, "kernel_recon": recon,
-                    "kernel_real": other}                   # no model, so what chance alone makes
+                    "kernel_real": other}                   # no model, so chance alone
             a = features(lpips, real)
             for name, images_of in sets.items():
                 numbers[name] = kernel_distance(a, features(lpips, images_of))
@@ -1678,16 +1681,17 @@ def evaluate(cfg, state):                               # -> metrics.json, evalu
         say(f"{name:20}{value:10.4g}")
     draw_rows(folder / "evaluate.png", pictures)
     (folder / "metrics.json").write_text(json.dumps(numbers, indent=1))
-    for name, made in pictures.items() if cfg.images else ():
-        (new / name).mkdir(parents=True)
-        for i, image in enumerate(made):
-            write_png(image, f"{new}/{name}/{i:05d}.png")
+    if cfg.images:
+        for name, made in pictures.items():
+            (new / name).mkdir(parents=True)
+            for i, image in enumerate(made):
+                write_png(image, f"{new}/{name}/{i:05d}.png")
 # ------------------------------------------------------------------------------------------------
 # F. Muon
 # Every matrix is a sum of directions u vᵀ, each with a strength s (its singular value
-# decomposition). In a kernel's gradient, read as a matrix (c_out, rest), a few directions far
-# outweigh the others, which hardly learn with Adam, since it evens out the sizes of single entries.
-# Muon evens out the strengths of directions (kellerjordan.github.io/posts/muon).
+# decomposition). In a kernel's gradient, read as a matrix (first axis, rest), a few directions far
+# outweigh the others. Adam evens out single entries, not directions, so those hardly learn. Muon
+# evens out the strengths of directions (kellerjordan.github.io/posts/muon).
 
 def orthogonal(g):
     """g (r,n) = U S Vᵀ -> nearly U Vᵀ. All strengths but the tiniest become 0.7 to 1.2.
@@ -1726,7 +1730,7 @@ def flag(name):                                         # class_ -> --class
     return "--" + name.strip("_").replace("_", "-")
 
 def build_parser(command, cls):
-    """Each field of the command's settings becomes a flag. The comment at its line is its help."""
+    """Each field of the command's settings becomes a flag. The comment on its line is its help."""
     parser = Parser(prog=f"vqldm.py {command}", description=cls.__doc__, allow_abbrev=False,
                     argument_default=argparse.SUPPRESS)       # what is not typed has no value
     text = "".join(getsource(base) for base in cls.__mro__[:-1])
@@ -1747,9 +1751,9 @@ def build_parser(command, cls):
 def run_command(argv):                                  # -> exit status; None is 0
     command, *rest = argv or ["--help"]
     if command in ("-h", "--help"):
-        say(__doc__, "\nCOMMAND --help lists the settings of any of the four")
+        say(__doc__, "\nCOMMAND --help lists that command's settings")
         return
-    demand(command in COMMANDS, f"{command}: no command; there are {list(COMMANDS)}")
+    demand(command in COMMANDS, f"{command}: is no command; choose one of {list(COMMANDS)}")
     cls, function = COMMANDS[command]
     parser = build_parser(command, cls)
     typed = vars(parser.parse_args(rest))
@@ -1781,14 +1785,14 @@ def main(argv):
     except KeyboardInterrupt:               # while preparing or sampling
         status = 130
     except (MemoryError, OSError, RuntimeError) as e:
-        cause = e if isinstance(e, OSError) else e.__context__ or e     # the disk's, not torch's
+        cause = e if isinstance(e, OSError) else e.__context__ or e     # the disk's own error
         if re.search("out of memory|allocate|MemoryError", repr(e)):
             cause = "out of memory: a smaller --batch-size (or stage 1's --size) helps"
         elif not isinstance(cause, OSError):
             raise
         print("vqldm:", cause, file=sys.stderr)
     finally:
-        signal(SIGINT, default_int_handler)     # as before a training, for notebooks
+        signal(SIGINT, default_int_handler)     # as before training, for notebooks
         signal(SIGTERM, SIG_DFL)
     if status:
         raise SystemExit(status)
