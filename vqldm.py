@@ -4,7 +4,7 @@
 Stage 1, the VQGAN, learns to write an image as a small grid of code numbers and to read it back.
 Stage 2, latent diffusion, learns to turn noise into new grids, which stage 1 turns into images.
 Grids are small, so all of this fits on a laptop. The images are skin lesions seen through a
-dermatoscope, drawn by the program, or real ones (ISIC), or any other folder of images.
+dermatoscope, either drawn by the program or real (ISIC), or any other folder of images.
 
   x ───Enc───► z ───nearest code───► z_q ───Dec───► x_hat       stage 1: VQGAN        (train-vq)
   (B,3,H,W)    (B,d,h,w)  │          (B,d,h,w)      (B,3,H,W)
@@ -59,7 +59,7 @@ from tqdm import tqdm
 # the checkpoint apply, and only the settings in MAY_CHANGE may differ from them.
 
 class UserError(argparse.ArgumentTypeError):    # argparse catches it and puts the flag's name first
-    """A mistake that only the user can put right. It ends in one sentence and exit status 2."""
+    """A mistake that only the user can mend, reported in one sentence with exit status 2."""
 def demand(ok, text):
     if not ok:
         raise UserError(text)
@@ -85,24 +85,24 @@ def source(text):                       # a folder is recorded with its full pat
 @dataclass(frozen=True)
 class Settings:
     """Settings of every command."""
-    seed: int = 0                       # seeds all that is random, except what is held out
+    seed: int = 0                       # seeds everything random, except the held-out split
     device: str = "auto"                # auto, or a device of torch, such as cpu or cuda:1
     out: str = ""                       # empty means runs/vq, ldm, samples, or --ckpt's folder
     @property
-    def folder(self):                   # kind stands below. evaluate has none, but uses --out
+    def folder(self):                   # subclasses set kind. evaluate has none, only --out
         return Path(self.out or f"runs/{self.kind}").expanduser()
 
 @dataclass(frozen=True)
 class Training(Settings):
     """Settings of both trainings."""
-    preset: str = "default"             # tiny takes seconds, report is the papers' plain system
+    preset: str = "default"             # tiny is a quick test, report is the papers' plain system
     upsample: choice("nearest", "transposed") = "nearest"       # how UpBlocks double the grid
     lr: amount = 1e-3                   # learning rate of everything that has none of its own
     minutes: amount = 0.0               # if above 0, train for this long instead of --epochs
 
 @dataclass(frozen=True)
 class Sampling:
-    """How images are made. train-ldm records it, and sample and evaluate follow unless told."""
+    """How images are made. sample and evaluate follow what train-ldm recorded, unless told."""
     sampler: choice("ddim", "ddpm") = "ddim"        # ddim, or ddpm, which needs many more steps
     steps: whole = 50                   # S, steps from noise to image, at most T
     guidance: amount = 2.2              # 1 is off. Weak networks need more. Too much costs variety
@@ -115,7 +115,7 @@ class VQConfig(Training):
     n_images: whole = 4096              # how many to draw if synthetic
     size: whole = 64                    # side of the square images, in pixels
     widths: wholes = (16, 64)           # channels of the m DownBlocks, and f = 2^m
-    z_dim: whole = 3                    # d, the length of a code. Of 2, 3 and 4 the best (NOTES.md)
+    z_dim: whole = 3                    # d, the length of a code. 3 beat 2 and 4 (NOTES.md)
     codes: whole = 2048                 # K, the number of codes
     lpips: choice("auto", "off") = "auto"       # auto: use LPIPS if its weights can be loaded
     lpips_weight: amount = 0.1          # weight of LPIPS, a learned distance between images
@@ -141,7 +141,7 @@ class LDMConfig(Sampling, Training):
     balance: bool = False               # draw every class equally often, however rare it is
     T: whole = 1000                     # noise levels
     schedule: choice("cosine", "linear") = "cosine"     # how the noise grows with t
-    target: choice("v", "eps") = "v"    # what the UNet predicts; eps wants --schedule linear
+    target: choice("v", "eps") = "v"    # what the UNet predicts; use eps with --schedule linear
     widths: wholes = (64, 128)          # channels of the UNet's DownBlocks
     ema: amount = 0.995                 # decay of the running mean of the weights
     batch_size: whole = 32              # latents in a step, over all processes
@@ -162,7 +162,7 @@ class EvaluateConfig(Sampling, Settings):
     reads = "ldm", "vq"
     ckpt: str = "runs/ldm"              # run folder or checkpoint of either stage
     data: source = ""                   # folder of other images. Empty means unseen ones of --ckpt
-    n: whole = 500                      # at most so many images, as many others, as many samples
+    n: whole = 500                      # at most this many images, and as many others and samples
     images: str = ""                    # new folder for PNGs, for other tools. Empty means none
 
 PRESETS = {"default": {},           # a preset is a list of flags, and typed flags beat it
@@ -180,7 +180,7 @@ MAY_CHANGE = {"device", "out", "lpips", "epochs", "minutes", "sampler", "steps",
 
 def pick_device(cfg):
     """-> device, and a context (autocast) in which matrix products run in bf16, where supported.
-    bf16 is a 16-bit float with the range of fp32 and two or three digits. It doubles the speed."""
+    bf16 is a 16-bit float with fp32's range and 2-3 decimal digits. It is often twice as fast."""
     name = cfg.device
     if name == "auto":
         name = torch.accelerator.current_accelerator(check_available=True) or "cpu"
@@ -195,16 +195,16 @@ def pick_device(cfg):
     bf16 = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
     if device.type == "cuda":                   # not where bf16 is only emulated, which is slower
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    say("device", device, "in bf16" if bf16 else "in fp32: no bf16 units known")
+    say("device", device, "in bf16" if bf16 else "in fp32 (no bf16 units found)")
     return device, torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 def rng(*key):
     """The random numbers that belong to a key, such as (seed, "turns", step). Randomness is looked
     up, never carried along. Step 700 draws the same numbers whether the run got there in one go or
-    was killed and resumed, so a checkpoint has no random state to forget. Torch keeps 32 bits of a
-    CPU's seed, so among 50,000 keys two may share numbers. That is harmless."""
+    was killed and resumed, so a checkpoint needs no random state. Torch keeps 32 bits of a CPU
+    generator's seed, so among 50,000 keys two may share numbers. That is harmless."""
     return torch.Generator().manual_seed(digest(key))
-def digest(key):                        # anything printable -> 63 bits, in any process the same
+def digest(key):                        # anything printable -> 63 bits, the same in any process
     return random.Random(repr(key)).getrandbits(63)
 
 # torchrun starts this program once for each GPU. There are world() processes, this one is rank(),
@@ -214,7 +214,7 @@ def digest(key):                        # anything printable -> 63 bits, in any 
 #   between steps     the mean of the progress, so that all stop at the same step
 #   every ten steps   the mean of the losses that are logged
 #   every fifty       the first process's restarted codes
-# All else is of a process's own share, or is computed alike from the same seeds.
+# All else concerns a process's own share, or is computed alike from the same seeds.
 def world():
     return dist.get_world_size() if dist.is_initialized() else 1
 def rank():
@@ -244,9 +244,9 @@ def bar(items, name, total=None):       # a progress bar, on a terminal only
 
 class Images:
     """All images of a run, as squares of one size. Appendix B finds and reads them. labels holds
-    the class number of each, train and val the row numbers of those to train on and of those held
-    out. seen holds the marks (checksums) of all images that this run or an earlier one trained on.
-    These are never held out, however the folder has changed since."""
+    the class number of each, train and val hold the row numbers of training and held-out images,
+    seen holds the marks (checksums) of all images that this run or an earlier one trained on. These
+    are never held out, however the folder has changed since."""
     def __init__(self, source, cfg, cache, seen=()):
         self.pixels, entries = prepare_images(source, cfg, cache)         # uint8 (n,3,H,W)
         self.names, kinds, draws, marks = zip(*entries)
@@ -256,7 +256,7 @@ class Images:
         before = torch.as_tensor(seen, dtype=torch.int64)
         draw = torch.tensor(draws)
         held = draw % 10 == 0                       # draw is a hash (B), so about a tenth
-        if not held.any():                          # so few images
+        if not held.any():                          # too few images for that
             held = draw == draw.min()
         held &= ~torch.isin(self.marks, before)
         self.train = (~held).nonzero().flatten()
@@ -269,7 +269,7 @@ class Images:
     def rows(self, rows):               # row numbers (B,) -> uint8 (B,3,H,W)
         return self.pixels[rows]
 
-def to_float(x):                        # uint8 0…255 -> [-1,1], which x_hat alone may leave
+def to_float(x):                        # uint8 0…255 -> [-1,1]. Only x_hat may go beyond
     return x.float() / 127.5 - 1
 def to_bytes(x):                        # and back, on the CPU
     return ((x.clamp(-1, 1) + 1) * 127.5).round().byte().cpu()
@@ -297,7 +297,7 @@ def set_learning_rate(optimizer, factor):
 
 def descend(loss, net, *optimizers):
     """One step down. -> True, or False if a gradient is not finite, and then nothing has moved.
-    trap: the generator's loss leaves gradients in D. Not zeroed, they would push D(fake) up."""
+    trap: the generator's loss leaves gradients in D. Unless zeroed, they would push D(fake) up."""
     net.zero_grad()
     loss.backward()
     average_gradients(net)
@@ -328,8 +328,8 @@ def zero(layer):
     return layer
 
 class ResBlock(nn.Module):
-    """Norm, SiLU, Conv, twice, plus the shortcut. emb sets a scale and a shift of what the second
-    Norm gives. This is AdaGN (Dhariwal & Nichol 2021, arXiv 2105.05233)."""
+    """Norm, SiLU, Conv, twice, plus the shortcut. emb sets a scale and a shift for the output of
+    the second Norm. This is AdaGN (Dhariwal & Nichol 2021, arXiv 2105.05233)."""
     def __init__(self, c_in, c_out, emb_dim=None):
         super().__init__()
         self.norm1 = Norm(c_in)
@@ -350,7 +350,7 @@ class ResBlock(nn.Module):
         return self.shortcut(x) + y                                       # (B,c_out,H,W)
 
 class AttentionBlock(nn.Module):
-    """Every place looks at every other place (VQGAN Table 7), while a convolution only sees its
+    """Every place sees all others (VQGAN Table 7), while a convolution shows it only its
     neighbours. Linear maps give each place a query, a key and a value. A place's output is the mean
     of all values, weighted by how well their keys fit its query: softmax(q·k/√C), Vaswani 2017.
     Only the MidBlock has attention, because its cost grows with (h·w)²."""
@@ -393,8 +393,8 @@ class MidBlock(nn.Module):
 
 class UpBlock(nn.Module):
     """The grid doubles, the skip's channels are appended, and two ResBlocks follow.
-    trap: in a transposed convolution, even and odd pixels get different sums of weights, and a mesh
-    shows in the image (Odena 2016, distill.pub). Copying each cell to 2×2 avoids it."""
+    trap: a transposed convolution computes even and odd pixels with different weights, and a mesh
+    can show in the image (Odena 2016, distill.pub). Copying each cell to 2×2 avoids it."""
     def __init__(self, c_in, c_out, emb_dim=None, c_skip=0, upsample="nearest"):
         super().__init__()
         self.up = nn.Upsample(scale_factor=2, mode="nearest")
@@ -410,14 +410,14 @@ class UpBlock(nn.Module):
         return self.res2(self.res1(y, emb), emb)                          # (B,c_out,2h,2w)
 
 def levels(widths):
-    """(c_in, c_out) of each DownBlock: (16, 64) -> (16, 16), (16, 64). UpBlocks go backwards."""
+    """(c_in, c_out) of each DownBlock: (16, 64) -> (16, 16), (16, 64). UpBlocks reverse it."""
     return list(zip([widths[0], *widths[:-1]], widths))
 # ------------------------------------------------------------------------------------------------
 # 5. Stage 1: the VQGAN
-# The encoder makes the grid small, the codebook makes it discrete, and the decoder undoes both. Why
-# discrete? In the VQGAN paper, because its stage 2 predicts code numbers one by one, like words of
-# a text. Here, because rounding to the nearest code corrects what stage 2 gets slightly wrong. The
-# codebook, K learned vectors, is delicate. Choosing the nearest one has no gradient, and a code
+# The encoder makes the grid small, the codebook makes it discrete, and the decoder maps it back.
+# Why discrete? In the VQGAN paper, because its stage 2 predicts code numbers one by one, like words
+# of a text. Here, because rounding to the nearest code corrects what stage 2 gets slightly wrong.
+# The codebook, K learned vectors, is delicate. Choosing the nearest one has no gradient, and a code
 # that is never chosen never learns. Watch the share of codes in use and their perplexity, the
 # exponential of the entropy of code frequencies. It is K if all codes are used equally.
 
@@ -495,8 +495,8 @@ class Codebook(nn.Module):
         codebook_loss = F.mse_loss(z_q, z.detach())             # mean of (sg[z] - e)²
         commit_loss = F.mse_loss(z, z_q.detach())               # mean of (z - sg[e])²
         # Straight through (VQ sec. 3.2). The value is z_q, but the gradient goes to z. Rounding has
-        # no slope, so z gets the gradient that the decoder has for z_q, unchanged. This is a lie,
-        # but one that points downhill while z and z_q are close. The two losses keep them close.
+        # no slope, so z gets the decoder's gradient for z_q, unchanged. This is a lie, but one that
+        # points downhill while z and z_q are close. The two losses keep them close.
         # trap: if codebook_loss came after this line, from the new z_q, no code would ever learn.
         z_q = z + (z_q - z).detach()
         return z_q, k, codebook_loss, commit_loss
@@ -519,7 +519,7 @@ class Codebook(nn.Module):
             dist.broadcast(self.embedding.weight.data, 0)
 
     def count_wins(self, k):
-        """Note which codes were chosen in this step, by any process."""
+        """Add up how often each code was chosen in this step, in all processes."""
         wins = torch.bincount(k.flatten(), minlength=len(self.wins)).float()
         self.wins += sum_over_processes(wins)
 
@@ -544,13 +544,13 @@ class VQGAN(nn.Module):
         return self.decoder(self.codebook.lookup(k))
 
 def frequencies(k, codes):
-    """How often each code occurs in the grids k -> (K,), of sum 1."""
+    """How often each code occurs in the grids k -> (K,), summing to 1."""
     return torch.bincount(k.flatten(), minlength=codes) / k.numel()
 # ------------------------------------------------------------------------------------------------
 # 6. Stage 1: the losses
 # The squared error alone gives blur, because its best answer is the mean of all sharp images that
 # fit. LPIPS sends both images through a frozen network that was trained to classify photographs,
-# and sums the differences between their feature maps. Blurred and sharp hair give different
+# and sums weighted differences of their feature maps. Blurred and sharp hair give different
 # features. What still gives a reconstruction away is left to a GAN, two networks that compete. The
 # discriminator D learns to give high numbers (logits) to real images and low ones to
 # reconstructions. The VQGAN, here the generator, learns to get high ones for its reconstructions.
@@ -558,7 +558,7 @@ def frequencies(k, codes):
 def load_lpips(wanted, device):
     """LPIPS (Zhang 2018, arXiv 1801.03924) for images in [-1,1]. None if it is off or its weights
     are missing. It is called outside autocast, so never in bf16.
-    trap: as a part of the VQGAN, its dropout would be switched on by .train(), and every checkpoint
+    trap: if it were part of the VQGAN, .train() would switch on its dropout, and every checkpoint
     would carry its weights."""
     if wanted == "off":
         return None
@@ -594,27 +594,27 @@ def hinge_loss(real, fake):
     return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
 
 def adaptive_weight(rec, adversarial, last, limit):
-    """lam = ‖∇_L rec‖ / (‖∇_L adversarial‖ + δ), VQGAN eq. 7. It makes both losses push equally
-    hard, though the gradient of adversarial may be a thousand times larger or smaller than that of
-    rec, and changes as D learns. L is the decoder's last layer, since all weights would cost two
-    more backward passes. lam is a constant for backward(). Otherwise the VQGAN could lower its loss
-    by shrinking lam instead of improving its images."""
+    """lam = ‖∇_L rec‖ / (‖∇_L adversarial‖ + δ), VQGAN eq. 7. Below its limit it makes both losses
+    push equally hard, though the gradient of adversarial may be a thousand times larger or smaller
+    than that of rec, and changes as D learns. L is the decoder's last layer, since all weights
+    would cost two more backward passes. lam is a constant for backward(). Otherwise the VQGAN could
+    lower its loss by shrinking lam instead of improving its images."""
     def push(loss):                                         # ‖∇_L loss‖, without a graph of its own
         (gradient,) = torch.autograd.grad(loss, last, retain_graph=True)
         return mean_over_processes(gradient).norm()
     lam = push(rec) / (push(adversarial) + 1e-4)            # δ: the push may be nearly 0
     # trap: a D that cannot tell real from fake has a tiny, meaningless gradient. VQGAN's code
     # allows a lam of 1e4, which makes it count: x_hat jumps about, and D can never catch up. Our
-    # 0.004 is low enough to hold in three steps of four.
+    # limit of 0.004 is so low that lam reaches it in three of four steps.
     return lam.clamp(max=limit)
 # ------------------------------------------------------------------------------------------------
 # 7. Stage 1: training
 # In each step the generator learns first, then D learns on the same images. D joins after a tenth
-# of the run, because from early blobs it would learn only that blur is fake. Watch mse and lpips
+# of the run, since from the first blobs it would learn only that blur is fake. Watch mse and lpips
 # fall while codes used and perplexity rise. Watch also D's mean logits. A gap d_real - d_fake of
-# 0.2 to 0.6 is healthy. Above 1, D is far ahead. At 0, it is blind. From the appendices come Run,
-# which counts steps, saves and says when to measure (C), draw_rows for pictures (D), reconstruct,
-# which measures (E), and Muon, the optimiser of the kernels (F).
+# 0.2 to 0.6 is healthy. Above 1, D is far ahead. At 0, it is blind. The appendices hold Run, which
+# counts steps, saves and says when to measure (C), draw_rows for pictures (D), reconstruct, which
+# measures (E), and Muon, the optimiser of the kernels (F).
 
 def build_vq(cfg, device):
     """-> VQGAN and D, with their initial weights."""
@@ -626,7 +626,7 @@ def build_vq(cfg, device):
     return vqgan.to(device), PatchDiscriminator(cfg.widths).to(device)
 
 def vq_optimizers(vqgan, disc, cfg):
-    """-> Adam and Muon for the VQGAN, Adam for D with pix2pix's betas. Muon: see appendix F."""
+    """-> Adam and Muon for the VQGAN, Adam for D with VQGAN's betas. For Muon see appendix F."""
     enc, dec = vqgan.encoder, vqgan.decoder
     blocks = nn.ModuleList([enc.down, enc.mid, dec.mid, dec.up])
     kinds = nn.Conv2d, nn.ConvTranspose2d
@@ -650,7 +650,7 @@ def start_codes(vqgan, images, seed):
 
 def augment(x, turns):
     """Turn or mirror each image of x (B,C,H,H). turns (B,) in 0…7 picks one of the square's eight
-    symmetries. A skin lesion has no top, so all eight are equally likely pictures."""
+    symmetries. A skin lesion has no right way up, so all eight are equally likely."""
     turned = []
     for image, turn in zip(x, turns.tolist()):
         if turn >= 4:
@@ -682,7 +682,7 @@ def train_vq(cfg, state=None):
         # ---- the generator: encoder, codebook, decoder ----
         with mixed:
             x_hat, z, k, codebook_loss, commit_loss = vqgan(x)
-        mse = F.mse_loss(x_hat, x)                      # so in both papers. VQGAN's code has L1
+        mse = F.mse_loss(x_hat, x)                      # as in both papers. VQGAN's code uses L1
         losses = {"mse": mse, "codebook": codebook_loss}
         rec = mse
         if lpips:
@@ -706,7 +706,7 @@ def train_vq(cfg, state=None):
 
         # ---- the discriminator, on the same images ----
         if gan_on:
-            # trap: without detach, D's loss would teach the VQGAN to give itself away. D(x_hat) is
+            # trap: without detach, d_loss would also run back through the VQGAN. D(x_hat) is
             # computed anew, since loss.backward() freed its graph, but not that of real.
             with mixed:
                 fake = disc(x_hat.detach())
@@ -727,7 +727,7 @@ def train_vq(cfg, state=None):
     return run.finish("next: python vqldm.py train-ldm --vq")
 # ------------------------------------------------------------------------------------------------
 # 8. Stage 2: diffusion
-# Noise is added to a latent in T small steps, until nothing of it is left. A network learns to tell
+# Noise is added to a latent in T small steps, until only noise is left. A network learns to tell
 # the noise from the latent. Sampling starts from pure noise and walks back.
 #
 # The noise levels are t = 0…T-1. Level 0 already has a little noise, so the clean latent z0 lies
@@ -746,7 +746,7 @@ def train_vq(cfg, state=None):
 # about z0. There v is close to -z0. At low noise levels v is close to ε. So v is always what z_t
 # hides. From either answer, predict() makes two estimates, z0_hat and eps_hat.
 #
-# Why many steps, if the first already gives z0_hat? From much noise, many different z0 are
+# Why many steps, if the first already gives z0_hat? Under heavy noise, many different z0 are
 # possible, and the best answer under squared error is their mean, which is a blur. So we go a
 # little way towards it and ask again. By then fewer z0 are possible.
 
@@ -756,7 +756,7 @@ class Diffusion:
         self.T, self.target = T, target
         if schedule == "linear":
             # trap: 1e-4 and 0.02 belong to T = 1000. Unscaled, T = 50 ends at ᾱ = 0.60, and
-            # sampling starts from a noise that the network never saw.
+            # sampling starts from noise that the network never saw.
             beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T
         else:                                   # Nichol & Dhariwal 2021, arXiv 2102.09672, eq. 17
             part = torch.arange(T + 1, dtype=torch.float64) / T              # 0…1
@@ -766,7 +766,7 @@ class Diffusion:
             beta = 1 - curve[1:] / curve[:-1]           # α is the quotient of neighbouring ᾱ
         alpha = 1 - beta.clamp(max=0.999)       # β = 1 gives ᾱ = 0, and predict() divides by √ᾱ
         alpha_bar = alpha.cumprod(0)            # in float64: rounded once, not T times
-        demand(alpha_bar[T - 1] < 0.05, "--T: so few levels do not end in pure noise")
+        demand(alpha_bar[T - 1] < 0.05, "--T: too few levels to end in pure noise")
         # We append a 1, so that alpha_bar[-1] belongs to level -1, to z0 itself.
         self.alpha_bar = F.pad(alpha_bar, (0, 1), value=1).float()            # (T+1,)
 
@@ -781,7 +781,7 @@ class Diffusion:
         return abar.sqrt() * z0 + (1 - abar).sqrt() * eps                     # (B,d,h,w)
 
     def goal(self, z0, eps, abar):
-        """What the network should answer. One more target is a branch here and in predict()."""
+        """What the network should answer. A new target needs a branch here and in predict()."""
         if self.target == "eps":
             return eps
         return abar.sqrt() * eps - (1 - abar).sqrt() * z0       # v, Salimans app. D
@@ -802,7 +802,7 @@ class Diffusion:
         return z0_hat, eps_hat
 
     def loss(self, net, z0, t, eps, label):
-        """Algorithm 1 -> (B,), the mean of (goal - net(z_t, t))². An answer of 0 has about 1."""
+        """Algorithm 1 -> (B,), the mean of (goal - net(z_t, t))². An output of 0 costs about 1."""
         out = net(self.add_noise(z0, t, eps), t, label)
         goal = self.goal(z0, eps, self.abar_at(t, z0))
         return F.mse_loss(out, goal, reduction="none").flatten(1).mean(1)     # (B,)
@@ -811,7 +811,7 @@ class Diffusion:
         """How much level t (B,) counts in training v. It is 1 where ᾱ = 1/2, and 1/4 at both ends.
         At low noise levels, an error of v enters z0_hat multiplied by √(1-ᾱ), which is nearly 0. At
         high ones v is about -z0, of which z_t shows nothing, so the error stays near 1. But for the
-        1/4, this is the sigmoid weight of Kingma & Gao 2023 (arXiv 2303.00848)."""
+        1/4, and with cosine, this is the sigmoid weight of Kingma & Gao 2023 (arXiv 2303.00848)."""
         abar = self.alpha_bar.to(t.device)[t]
         if self.target == "eps":                    # all levels count alike, as in DDPM
             return torch.ones_like(abar)
@@ -834,7 +834,7 @@ class Diffusion:
             z0_hat, eps_hat = self.predict(net(z, t_all), z, t_all)
 
             if sampler == "ddim":
-                # Noise z0_hat again, up to level t_prev, with the noise that was found. Nothing
+                # Add the noise just found to z0_hat again, but only up to level t_prev. Nothing
                 # here is random, so the first z decides everything (DDIM eq. 12 with σ = 0).
                 z = abar_prev.sqrt() * z0_hat + (1 - abar_prev).sqrt() * eps_hat
             else:
@@ -850,9 +850,9 @@ class Diffusion:
             yield z, z0_hat
 # ------------------------------------------------------------------------------------------------
 # 9. Stage 2: the UNet
-# The same blocks as in the VQGAN. Two things are new. Every ResBlock is told t, which says how
-# noisy z_t is, and the class. And skip connections carry what no bottleneck can carry, the noise
-# itself, which is independent at every place.
+# The same blocks as in the VQGAN. Two things are new. Every ResBlock is told the noise level t and
+# the class. And skip connections carry what no bottleneck can carry, the noise itself, which is
+# independent at every place.
 
 def time_embedding(t, dim):
     """t (B,) -> (B,dim), sines and cosines of growing period (Vaswani 2017, arXiv 1706.03762). The
@@ -863,9 +863,9 @@ def time_embedding(t, dim):
     return torch.cat([angle.sin(), angle.cos()], dim=1)                   # (B,dim)
 
 class UNet(nn.Module):
-    """(z_t, t, class) -> v or ε. The classes are 0…n_classes-1. The number n_classes means that the
-    class is not told, as with one training latent in ten (section 10). Guidance needs such answers
-    too (section 11). With n_classes = 0 the network is unconditional."""
+    """(z_t, t, class) -> v or ε. The classes are 0…n_classes-1. The number n_classes stands for an
+    unknown class, as with one training latent in ten (section 10). Guidance needs such answers too
+    (section 11). With n_classes = 0 the network is unconditional."""
     def __init__(self, z_dim, widths, n_classes, upsample="nearest"):
         super().__init__()
         E = 4 * widths[0]
@@ -961,7 +961,7 @@ class Latents:
 @torch.no_grad()
 def update_ema(ema, net, step, decay):
     """ema <- decay·ema + (1-decay)·net, the running mean of the weights, used for sampling. Single
-    steps jump about the goal, and their mean lies closer to it.
+    steps scatter around the optimum, and their mean lies closer to it.
     trap: with a decay of 0.9999 from the first step on, 1,000 steps keep 90 % of the first weights,
     and samples are noise."""
     decay = min(decay, (1 + step) / (10 + step))        # 0.1 at step 0, 0.9 at 80, 0.99 at 890
@@ -1009,7 +1009,7 @@ def train_ldm(cfg, state=None):
             p = 1 / data.class_counts[data.labels[images.train]]          # (n,) up to a factor
             chosen = p.multinomial(cfg.batch_size, replacement=True, generator=dice)      # instead
         rows = images.train[chosen]                                           # (B,)
-        # trap: 0…T-2 never trains pure noise, where sampling starts, 1…T-1 not the cleanest z_t.
+        # trap: 0…T-2 would leave out pure noise, where sampling starts, 1…T-1 the cleanest z_t.
         t = torch.randint(cfg.T, (cfg.batch_size,), generator=dice)           # (B,) in 0…T-1
         eps = torch.randn(cfg.batch_size, vq_cfg.z_dim, vq_cfg.side, vq_cfg.side, generator=dice)
         hidden = torch.rand(cfg.batch_size, generator=dice) < 0.1             # (B,)
@@ -1047,7 +1047,7 @@ def guided(net, guide, label, w, guide_until):
     direction in which the class pulls. (CFG's own w is this w minus 1.) At level
     guide_until and above there is no guidance, because it would cost variety there (Kynkäänniemi
     2024, arXiv 2404.07724).
-    ours: weak has two faults. It is not told the class, as in CFG, so w leads towards the class.
+    ours: weak has two faults. As in CFG, it is not told the class, so w leads towards the class.
     It is also the younger self, the running mean after a fifth of the run. It makes the mistakes of
     strong, only larger, so moving away from it also removes errors. (Karras 2024, arXiv 2406.02507,
     guides by a smaller and younger network that is told the class.)"""
@@ -1094,7 +1094,7 @@ class LatentDiffusion:
 
     def walk(self, how, numbers, label):
         """Yields (z at its new level, z0_hat) after each step. It runs only while you iterate, so
-        do that inside `mixed`. how is any settings with seed, sampler, steps and guidance."""
+        do that inside `mixed`. how is any object with seed, sampler, steps and guidance."""
         draw = self.noise(how.seed, numbers)
         # The first level with ᾱ below 0.1, found by counting. The last entry is no level, so -1.
         guide_until = (self.diffusion.alpha_bar >= 0.1).sum() - 1
@@ -1155,7 +1155,7 @@ def sample(cfg, state):
 # A. Drawn lesions
 # Images to begin with, without a download. (They are cached: after a change here clear runs/cache.)
 
-LESIONS = {             # colours, how ragged and soft the border is, its net (pale below 0)
+LESIONS = {             # colours, how ragged and soft the border is, pigment net (pale below 0)
     "keratosis-like": ("b89970 997a57 ccb894 8c7866", .09, .08, .05),
     "melanoma-like": ("42261c 734a33 545c78 8c4545", .20, .12, .20),
     "nevus-like": ("854f38 9e6647 613829 ad6b57", .04, .17, .24),
@@ -1184,7 +1184,7 @@ def synthetic(i, size, seed=0):
     # Skin: five tones mixed by random weights and clouds. Softmax lets one win. Then a grain.
     skin = mixture(SKIN, span(0, 6, 5, 1, 1) + noise(3, 5)) + .03 * noise(24)
 
-    # The body has patches of its class's four colours. The more ragged, the sharper they are.
+    # The body has patches of its class's four colours, sharper where the border is more ragged.
     body = mixture(colours, (3 + 40 * ragged) * noise(4, 4)) + .05 * noise(16)
 
     # The pigment network: walls where the two nearest of 40 points are about equally far away.
@@ -1212,13 +1212,13 @@ def synthetic(i, size, seed=0):
 # One bad image can end a run after hours, and decoding JPEGs would take most of a laptop's time. So
 # each image is opened once, before training, and its pixels are written into one file.
 
-SUFFIX = r"(?i)\.(bmp|gif|jfif|jpe?g|png|tiff?|webp)$"      # images, but no photographs are
+SUFFIX = r"(?i)\.(bmp|gif|jfif|jpe?g|png|tiff?|webp)$"      # images, except those of NO_PHOTO
 NO_PHOTO = (r"(?i)(_seg|_superpixels|_expert|-partial)[^/]*$|[_-]mask\.\w+$|(^|/)(masks|runs)/"
             r"|(^|/)(grid|trajectory|curves|evaluate|data_preview|\w+_epoch_[\d.]+)\.png$")
 HELD_OUT = r"(?i)(?<![^/])(val(id(ation)?)?|test(ing)?)/"   # (?<![^/]): at the start or after a /
 # Folders that are no class are cut out of a path: nevus/train/1.jpg is of class nevus.
 NO_CLASS = HELD_OUT + r"|(?<![^/])(train(ing)?|(HAM10000_)?images(_part_\d)?)/"
-# Columns of tables, in small letters. Of each line, the first one that is filled counts.
+# Columns of tables, in lower case. In each row, the first one that is not empty counts.
 ID = "isic_id", "image_id", "image_name", "image"
 CLASS = "diagnosis_3", "diagnosis_1", "dx", "diagnosis", "class", "label", "target"
 ONE_HOT = "mel", "nv", "bcc", "ak", "akiec", "bkl", "df", "vasc", "scc"     # the class's has a 1
@@ -1262,8 +1262,8 @@ def read_tables(folder, stems):
 
 def find_images(folder):
     """-> name, class, draw and stamp of each photograph under a folder. The class is the innermost
-    folder's name (NO_CLASS cut out), or else what a table says. draw is a number, and an image is
-    held out if it ends in 0. With folders val or test, draw is 0 in them and 1 elsewhere. Without
+    folder's name (NO_CLASS cut out), or else what a table says. draw is a number whose last digit
+    is 0 for a held-out image. With folders val or test, draw is 0 in them and 1 elsewhere. Without
     them it is a hash of the patient, or of the lesion if no patient is known, or else of the
     image's own name. stamp changes when the file does.
     trap: in a split by photograph, the network is measured on lesions seen in other photographs."""
@@ -1350,7 +1350,7 @@ def prepare_images(source, cfg, cache):
 #   step, seconds, log    how far the run is, and what it reported
 #   seen                  the marks of all images that it trained on
 #   scale, classes, class_counts, vq      in stage 2, what sampling needs
-# What makes a resume exact, by --epochs on one machine? All of these are restored, and the rest
+# What makes a resume exact (on one machine, with --epochs)? All of these are restored, and the rest
 # follows. Random numbers and the order of the images follow from seed and step (rng), learning
 # rates from step and progress, the split from names, tables and seen.
 
@@ -1386,7 +1386,7 @@ def load_checkpoint(where, name, *kinds):
     with reading(path):
         state = torch.load(path, map_location="cpu", weights_only=True)
         kind, _ = state["kind"], state["seen"]      # fails if it is none of ours
-    demand(kind in kinds, f"{name} {where}: is of the other stage")
+    demand(kind in kinds, f"{name} {where}: belongs to the other stage")
     return {**state, "folder": path.parent}
 
 def code_checksum():
@@ -1430,7 +1430,7 @@ class Run:
     def __init__(self, cfg, images, parts, facts, state):
         self.n = len(images.train)
         demand(self.n, "--data: no images to train on, all are held out")
-        demand(cfg.batch_size % world() == 0, "--batch-size: no multiple of torchrun's processes")
+        demand(cfg.batch_size % world() == 0, "--batch-size: not a multiple of the process count")
         self.cfg, self.parts = cfg, parts
         self.facts = {**facts, "seen": images.seen, "code": code_checksum()}
         self.step = self.bad = self.looks = self.status = 0     # bad: skipped steps in a row
@@ -1464,7 +1464,7 @@ class Run:
         return self.cfg.folder / f"{name}_epoch_{epoch:06.2f}.png"
 
     def __iter__(self):
-        # Ctrl-C and SIGTERM only ask. The step is finished and saved. A second Ctrl-C ends at once.
+        # Ctrl-C and SIGTERM only ask to finish the step and save. A second Ctrl-C ends at once.
         def ask(number, frame):
             self.status = 128 + number
             signal(SIGINT, SIG_DFL)             # not SIGTERM, of which torchrun may send several
@@ -1560,7 +1560,7 @@ def draw_preview(path, images):                         # 16 training images of 
         rows[images.classes[c]] = images.rows(images.train[label == c][:16])
     draw_rows(path, rows)
 
-# The curves that share a panel of curves.png, of both stages. Other numbers are in log.csv.
+# Which curves share a panel of curves.png, in either stage. Other numbers are only in log.csv.
 PANELS = ("mse held_mse", "lpips held_lpips", "codebook d_loss", "d_real d_fake", "lam",
           "held_perplexity", "loss held_loss", "held_latent_std")
 
@@ -1627,7 +1627,7 @@ def kernel_distance(a, b):
     def kernel(u, v):                                                     # (n,n)
         return (u @ v.T / u.shape[1] + 1) ** 3
     pairs = kernel(a, a) + kernel(b, b) - 2 * kernel(a, b)
-    # Without the diagonal: an image and itself are no pair, nor are a[i] and b[i], maybe its copy.
+    # Without the diagonal: no image is paired with itself, nor a[i] with b[i], maybe its copy.
     return float((pairs.sum() - pairs.trace()) / (len(a) * (len(a) - 1)))
 
 def near_copies(samples, unseen, known):
@@ -1690,7 +1690,7 @@ def evaluate(cfg, state):                               # -> metrics.json, evalu
 # F. Muon
 # Every matrix is a sum of directions u vᵀ, each with a strength s (its singular value
 # decomposition). In a kernel's gradient, read as a matrix (first axis, rest), a few directions far
-# outweigh the others. Adam evens out single entries, not directions, so those hardly learn. Muon
+# outweigh the others. Adam evens out entries, not directions, so the weak ones hardly learn. Muon
 # evens out the strengths of directions (kellerjordan.github.io/posts/muon).
 
 def orthogonal(g):
