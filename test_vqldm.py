@@ -129,9 +129,11 @@ def test_codes_start_again_on_encoder_outputs_and_only_those_that_shall(monkeypa
     book.restart_unused(z[:1, :, :1, :1], rng(0))
     assert e.isfinite().all()                               # a single vector has no spread
     monkeypatch.setattr(vqldm, "world", lambda: 2)          # all processes take the first's
-    monkeypatch.setattr("torch.distributed.broadcast", lambda codes, source: codes.fill_(source))
+    broadcast = Mock()
+    monkeypatch.setattr("torch.distributed.broadcast", broadcast)
     book.restart_unused(z, rng(0))
-    assert not e.any()
+    codes, source = broadcast.call_args.args
+    assert codes.data_ptr() == e.data_ptr() and source == 0
 
 # ---- 6. The losses of stage 1 ------------------------------------------------------------------
 def test_discriminator_is_convolutions_with_norm_and_leaky_relu_and_gives_raw_logits():
@@ -153,19 +155,21 @@ def test_lam_is_the_ratio_of_both_pushes_on_the_last_layer_up_to_its_limit(rec, 
 
 def test_lam_is_measured_in_float32_under_autocast():
     """At the last layer: its output, and so its gradient, is that of a float32 convolution."""
-    decoder, seen = rough(vqldm.Decoder((8, 8), 4)), []
-    decoder.last.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
+    decoder = rough(vqldm.Decoder((8, 8), 4))
+    last = Mock(wraps=decoder.last.forward)
+    decoder.last.forward = last
     with bf16():
         x_hat = decoder(randn(1, 4, 4, 4))
         assert vqldm.PatchDiscriminator((8, 8))(x_hat).dtype == torch.float32
-    want = F.conv2d(seen[0].float(), *decoder.last.parameters(), padding=1)
+    (y,) = last.call_args.args
+    want = F.conv2d(y.float(), *decoder.last.parameters(), padding=1)
     assert x_hat.dtype == torch.float32 and torch.allclose(x_hat, want, atol=1e-6)
 
 def test_lpips_is_frozen_in_eval_mode_and_sees_images_from_minus_1_to_1(monkeypatch):
     """And passes a gradient to the image. The features are its last map's means over places."""
     blind_lpips(monkeypatch)
     torch.manual_seed(0)
-    lpips, seen = ORIGINAL.load_lpips("auto", "cpu"), []
+    lpips = ORIGINAL.load_lpips("auto", "cpu")
     modules = list(lpips.modules())
     assert not any(m.training for m in modules) and any(isinstance(m, nn.Dropout) for m in modules)
     assert not any(p.requires_grad for p in lpips.parameters())
@@ -174,10 +178,8 @@ def test_lpips_is_frozen_in_eval_mode_and_sees_images_from_minus_1_to_1(monkeypa
     # Features
     u8 = (60 * x.detach().clamp(-2, 2) + 128).byte()
     large = F.interpolate(u8 / 255 * 2 - 1, (224, 224), mode="bilinear")
-    lpips.scaling_layer.register_forward_hook(lambda *words: seen.extend(words[1:]))
-    found = vqldm.features(lpips, u8)
-    assert torch.allclose(seen[0][0], large, atol=1e-4)
-    assert torch.allclose(found.float(), lpips.net(seen[1])[-1].mean((2, 3)), atol=1e-5)
+    want = lpips.net(lpips.scaling_layer(large))[-1].mean((2, 3))
+    assert torch.allclose(vqldm.features(lpips, u8).float(), want, atol=1e-5)
 
 # ---- 7, 10. References: both trainings, written out plainly ------------------------------------
 # They share the program's modules and the keys of its random numbers, and nothing of its loops.
@@ -235,7 +237,8 @@ def plain_vq(cfg, mixed):
         x, joined = vqldm.augment(images[rows], turns), progress - cfg.gan_start
         with mixed:
             z = net.encoder(x).float()
-            code = book.lookup(k := book.nearest(z))
+            k = book.nearest(z)
+            code = book.lookup(k)
             x_hat = net.decoder(z + (code - z).detach())
         mse = F.mse_loss(x_hat, x)
         rec = mse + cfg.lpips_weight * blurred(x_hat, x).mean()
@@ -470,7 +473,8 @@ def test_reference_sampling_ends_with_the_latents_of_the_papers_written_out(runs
         with runs.mixed, torch.no_grad():
             out = strong(z, t_all, label[some])
             if a > 0.1:
-                out = (weak := young(z, t_all)) + cfg.guidance * (out - weak)
+                weak = young(z, t_all)
+                out = weak + cfg.guidance * (out - weak)
         eps = out if runs.cfg.target == "eps" else (1 - a).sqrt() * z + a.sqrt() * out
         z0 = (z - (1 - a).sqrt() * eps) / a.sqrt()
         if cfg.sampler == "ddim":
@@ -580,7 +584,9 @@ def hook(patch, owner, name, before=lambda *a: None, after=lambda result, *a: No
 
 def recorded(patch, owner, name):       # -> a list that gets (arguments, result) of each call
     calls = []
-    hook(patch, owner, name, after=lambda result, *a: calls.append((a, result)))
+    def note(result, *a):
+        calls.append((a, result))
+    hook(patch, owner, name, after=note)
     return calls
 
 @pytest.fixture()
@@ -588,7 +594,8 @@ def refused(capsys):
     def call(*words):                   # -> the one sentence with which it ends, status 2
         capsys.readouterr()
         assert cli(*words) == 2
-        assert re.fullmatch("vqldm: .+\n", said := capsys.readouterr().err), said
+        said = capsys.readouterr().err
+        assert re.fullmatch("vqldm: .+\n", said), said
         return said
     return call
 
@@ -740,11 +747,15 @@ def test_images_are_decoded_once_and_again_when_they_change(tmp_path, load, monk
         before = now
 
 # ---- 11, D, E. What the commands write ---------------------------------------------------------
+def draw_once(draw, path, *a):
+    if not path.exists():
+        draw(path, *a)
+
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")        # the four commands ran there in a row
     with pytest.MonkeyPatch.context() as patch:
-        pictures(patch, lambda draw, path, *a: path.exists() or draw(path, *a))
+        pictures(patch, draw_once)
         blind_lpips(patch)
         patch.chdir(folder)
         for words in ("train-vq --preset tiny --lpips off --n-images 80 --epochs 1",
@@ -922,8 +933,9 @@ def test_evaluate_takes_other_images_too_and_caches_beside_its_out(calm, monkeyp
 
 def test_what_evaluate_and_resume_would_get_wrong_is_refused(calm, monkeypatch, refused):
     assert "unseen" in refused(*"evaluate --ckpt calm/vq --data photos/train".split())
-    hook(monkeypatch, vqldm.Images, "__init__",
-         after=lambda _, images, *a: vars(images).update(classes=["other"]))
+    def rename(_, images, *a):
+        images.classes = ["other"]
+    hook(monkeypatch, vqldm.Images, "__init__", after=rename)
     assert "classes" in refused(*STAGES["ldm"], "--resume", "--out", "calm/ldm")
     monkeypatch.setattr(vqldm, "next_rows", None)       # what cannot be written: before any step
     assert "File exists" in refused(*STAGES["vq"], "--out", "photos/train/15.png")
@@ -1029,7 +1041,7 @@ def test_unused_codes_restart_every_50_steps_to_the_end(calm, tmp_path, monkeypa
 def test_a_finished_run_stays_may_grow_and_can_be_overwritten(calm, tmp_path, monkeypatch):
     bars = recorded(monkeypatch, vqldm, "bar")
     monkeypatch.setattr("csv.DictWriter", Mock(side_effect=PermissionError))     # open in Excel
-    shutil.copytree("calm/ldm", out := tmp_path / "ldm")
+    out = shutil.copytree("calm/ldm", tmp_path / "ldm")
     for name in ("samples_epoch_007.png", "mine.png", "evaluate.png", "metrics.json"):
         (out / name).touch()
     old = state_of("calm/ldm/last.pt")
@@ -1052,7 +1064,8 @@ def test_a_renaming_waits_for_who_reads_the_old_file(tmp_path, monkeypatch):    
 
 TWO = """
 import sys, vqldm, torch
-for name in [name for name in dir(vqldm) if name.startswith("draw_")]: setattr(vqldm, name, print)
+for name in filter(lambda name: name.startswith("draw_"), dir(vqldm)):
+    setattr(vqldm, name, print)
 vqldm.pick_device = lambda cfg: (torch.device("cpu"), torch.autocast("cpu", enabled=False))
 vqldm.main(sys.argv[1:])
 """
@@ -1090,10 +1103,13 @@ def test_each_process_of_torchrun_takes_its_own_gpu(monkeypatch):
 
 def test_no_process_leaves_before_the_first_has_saved(calm, tmp_path, monkeypatch, capsys):
     """torchrun ends all as soon as one has failed: a signal to the second is to lose nothing."""
-    did, out = [], tmp_path / "a b"
-    hook(monkeypatch, vqldm.Run, "save", after=lambda *a: did.append("save"))
-    hook(monkeypatch, vqldm, "mean_over_processes", after=lambda *a: did.append("meet"))
-    assert cli(*STAGES["ldm"], "--out", out) == 0 and did[-2:] == ["save", "meet"]
+    saves, out = recorded(monkeypatch, vqldm.Run, "save"), tmp_path / "a b"
+    saved_when_they_met = []
+    def note(*a):
+        saved_when_they_met.append(len(saves))
+    hook(monkeypatch, vqldm, "mean_over_processes", note)
+    assert cli(*STAGES["ldm"], "--out", out) == 0
+    assert saved_when_they_met[-2] < saved_when_they_met[-1] == len(saves)
     assert f"--ckpt '{out}'" in capsys.readouterr().out         # can be pasted into a shell
     monkeypatch.setattr(vqldm, "rank", lambda: 1)
     vqldm.Run.save(None)                                # writes nothing
@@ -1101,10 +1117,12 @@ def test_no_process_leaves_before_the_first_has_saved(calm, tmp_path, monkeypatc
 @pytest.mark.parametrize("stage, name", [("vq", "augment"), ("ldm", "standardise")])
 def test_bad_batches_are_skipped_and_five_in_a_row_end_the_run(
         calm, tmp_path, monkeypatch, capsys, stage, name):
-    steps, bad, make = [-1], {2, 4, 6, 7, 8, 9, 10}, getattr(vqldm, name)
-    hook(monkeypatch, vqldm, "next_rows", lambda n, step, *a: steps.append(step))
-    monkeypatch.setattr(
-        vqldm, name, lambda *a: make(*a) * (math.nan if steps[-1] in bad else 1))
+    bad, make = {2, 4, 6, 7, 8, 9, 10}, getattr(vqldm, name)
+    begun = recorded(monkeypatch, vqldm, "next_rows")
+    def spoiled(*a):
+        (_, step, *_), _ = begun[-1]
+        return make(*a) * (math.nan if step in bad else 1)
+    monkeypatch.setattr(vqldm, name, spoiled)
     assert cli(*STAGES[stage], "--out", tmp_path) == 2
     told, sentence = capsys.readouterr()
     assert told.count("is skipped") == len(bad) and "--lr" in sentence
@@ -1116,7 +1134,7 @@ def test_bad_batches_are_skipped_and_five_in_a_row_end_the_run(
     ("out of memory", "augment", lambda *a: torch.empty(2**55))])
 def test_a_full_disk_or_memory_is_one_sentence_and_harms_no_checkpoint(
         calm, tmp_path, monkeypatch, refused, told, name, spoil):
-    shutil.copytree("calm/vq", out := tmp_path / "vq")
+    out = shutil.copytree("calm/vq", tmp_path / "vq")
     monkeypatch.setattr(vqldm, name, spoil, raising=False)
     assert told in refused(*"train-vq --resume --epochs 4 --out".split(), out)
     assert (out / "last.pt").read_bytes() == Path("calm/vq/last.pt").read_bytes()
@@ -1294,8 +1312,10 @@ def test_help_shows_every_flag_with_its_meaning_and_default(command, capsys, mon
 @pytest.fixture()
 def told(monkeypatch):                  # the settings that each command was given; it does nothing
     seen = []
+    def note(cfg, *a):
+        seen.append(cfg)
     for name, (cls, _) in [*vqldm.COMMANDS.items()]:
-        monkeypatch.setitem(vqldm.COMMANDS, name, (cls, lambda cfg, *a: seen.append(cfg)))
+        monkeypatch.setitem(vqldm.COMMANDS, name, (cls, note))
     return seen
 
 def test_default_yields_to_preset_to_recorded_to_typed(trained, told):
