@@ -1148,7 +1148,8 @@ def sample(cfg, state):
         for i, image in zip(part.tolist(), pictures):       # written as soon as they are made
             write_png(image, f"{folders[label[i]]}/{i:05d}.png")
     made = torch.cat(made)
-    draw_rows(cfg.folder / "grid.png", {model.classes[c]: made[label == c] for c in classes})
+    rows = {model.classes[c]: made[label == c] for c in label.unique()}
+    draw_rows(cfg.folder / "grid.png", rows)
     say(f"latents have std {torch.stack(stds).mean():.2f} (healthy: 1)")
     say(f"look at {cfg.folder}/grid.png")
 # ------------------------------------------------------------------------------------------------
