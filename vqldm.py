@@ -87,9 +87,9 @@ class Settings:
     """Settings of every command."""
     seed: int = 0                       # seeds everything random, except the held-out split
     device: str = "auto"                # auto, or a device of torch, such as cpu or cuda:1
-    out: str = ""                       # empty means runs/vq, ldm, samples, or --ckpt's folder
+    out: str = ""                       # empty: runs/vq, runs/ldm, runs/samples, or --ckpt's folder
     @property
-    def folder(self):                   # subclasses set kind. evaluate has none, only --out
+    def folder(self):                   # evaluate uses this with --out only
         return Path(self.out or f"runs/{self.kind}").expanduser()
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ class LDMConfig(Sampling, Training):
 class SampleConfig(Sampling, Settings):
     """make new images with a trained stage 2"""
     kind = "samples"
-    reads = ("ldm",)
+    reads = ("ldm",)                    # the stages whose checkpoints it can use
     ckpt: str = "runs/ldm"              # run folder or checkpoint of train-ldm
     n: whole = 64                       # how many images, over all classes
     class_: str = ""                    # only this class. Empty means all, in turn
@@ -162,7 +162,7 @@ class EvaluateConfig(Sampling, Settings):
     reads = "ldm", "vq"
     ckpt: str = "runs/ldm"              # run folder or checkpoint of either stage
     data: source = ""                   # folder of other images. Empty means unseen ones of --ckpt
-    n: whole = 500                      # at most this many images, and as many others and samples
+    n: whole = 500                      # at most 2n unseen images, in two sets, and n samples
     images: str = ""                    # new folder for PNGs, for other tools. Empty means none
 
 PRESETS = {"default": {},           # a preset is a list of flags, and typed flags beat it
@@ -209,11 +209,11 @@ def digest(key):                        # anything printable -> 63 bits, the sam
 
 # torchrun starts this program once for each GPU. There are world() processes, this one is rank(),
 # and each takes an equal share of every batch. What they combine, and when:
-#   in each step      the mean of all gradients before they are clipped, and of the two behind lam
+#   in each step      the mean of all gradients before they are clipped, and of lam's two gradients
 #                     the sum of wins, that is how often each code was chosen
 #   between steps     the mean of the progress, so that all stop at the same step
 #   every ten steps   the mean of the losses that are logged
-#   every fifty       the first process's restarted codes
+#   every fifty       all take over the first process's restarted codes
 # All else concerns a process's own share, or is computed alike from the same seeds.
 def world():
     return dist.get_world_size() if dist.is_initialized() else 1
@@ -244,7 +244,7 @@ def bar(items, name, total=None):       # a progress bar, on a terminal only
 
 class Images:
     """All images of a run, as squares of one size. Appendix B finds and reads them. labels holds
-    the class number of each, train and val hold the row numbers of training and held-out images,
+    the class number of each, train and val hold the row numbers of training and held-out images.
     seen holds the marks (checksums) of all images that this run or an earlier one trained on. These
     are never held out, however the folder has changed since."""
     def __init__(self, source, cfg, cache, seen=()):
@@ -255,7 +255,7 @@ class Images:
         self.marks = torch.tensor(marks)
         before = torch.as_tensor(seen, dtype=torch.int64)
         draw = torch.tensor(draws)
-        held = draw % 10 == 0                       # draw is a hash (B), so about a tenth
+        held = draw % 10 == 0                       # draw ends in 0 for about a tenth (B)
         if not held.any():                          # too few images for that
             held = draw == draw.min()
         held &= ~torch.isin(self.marks, before)
@@ -317,7 +317,7 @@ class Norm(nn.GroupNorm):
     """GroupNorm for any width. It brings each group of channels to mean 0 and std 1, and then
     scales and shifts each channel as learned. Each image is treated alone, whatever the batch."""
     def __init__(self, c):
-        groups = math.gcd(32, c, c // 4 or 1)   # divides c, at most 32, of 4 channels and more
+        groups = math.gcd(32, c, c // 4 or 1)   # divides c, at most 32, each of 4 channels or more
         super().__init__(groups, c)
 
 def zero(layer):
@@ -456,7 +456,7 @@ class Decoder(nn.Module):
         for block in self.up:
             y = block(y)                                                  # the grid doubles m times
         y = F.silu(self.norm(y))
-        # In fp32, since adaptive_weight (section 6) needs this layer's gradient precisely.
+        # In fp32, since adaptive_weight compares two gradients of this layer. bf16 has few digits.
         with torch.autocast(y.device.type, enabled=False):
             return self.last(y.float())                                   # (B,3,H,W)
 
@@ -506,7 +506,7 @@ class Codebook(nn.Module):
     # codes start on encoder outputs, and unused ones restart there (Jukebox, arXiv 2005.00341).
     @torch.no_grad()
     def restart_unused(self, z, generator):
-        """Move codes without a win since the last restart (the first time, all) to vectors of z."""
+        """Move codes without a win since the last restart (at first, all) to vectors of z."""
         unused = self.wins == 0                                           # (K,)
         n = int(unused.sum())
         flat = rearrange(z, "B d h w -> (B h w) d")                       # (B·N,d)
@@ -549,7 +549,7 @@ def frequencies(k, codes):
 # ------------------------------------------------------------------------------------------------
 # 6. Stage 1: the losses
 # The squared error alone gives blur, because its best answer is the mean of all sharp images that
-# fit. LPIPS sends both images through a frozen network that was trained to classify photographs,
+# fit the code. LPIPS sends both images through a frozen network trained to classify photographs,
 # and sums weighted differences of their feature maps. Blurred and sharp hair give different
 # features. What still gives a reconstruction away is left to a GAN, two networks that compete. The
 # discriminator D learns to give high numbers (logits) to real images and low ones to
@@ -594,18 +594,18 @@ def hinge_loss(real, fake):
     return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
 
 def adaptive_weight(rec, adversarial, last, limit):
-    """lam = ‖∇_L rec‖ / (‖∇_L adversarial‖ + δ), VQGAN eq. 7. Below its limit it makes both losses
-    push equally hard, though the gradient of adversarial may be a thousand times larger or smaller
-    than that of rec, and changes as D learns. L is the decoder's last layer, since all weights
-    would cost two more backward passes. lam is a constant for backward(). Otherwise the VQGAN could
-    lower its loss by shrinking lam instead of improving its images."""
-    def push(loss):                                         # ‖∇_L loss‖, without a graph of its own
+    """lam = ‖∇_L rec‖ / (‖∇_L adversarial‖ + δ), VQGAN eq. 7. Below its limit, lam·adversarial
+    pushes as hard as rec, though its own gradient may be a thousand times larger or smaller than
+    that of rec, and changes as D learns. L is the decoder's last layer, since all weights would
+    cost two more backward passes. lam is a constant for backward(). Otherwise the VQGAN could lower
+    its loss by shrinking lam instead of improving its images."""
+    def push(loss):                                         # ‖∇_L loss‖, a constant: no create_graph
         (gradient,) = torch.autograd.grad(loss, last, retain_graph=True)
         return mean_over_processes(gradient).norm()
     lam = push(rec) / (push(adversarial) + 1e-4)            # δ: the push may be nearly 0
     # trap: a D that cannot tell real from fake has a tiny, meaningless gradient. VQGAN's code
-    # allows a lam of 1e4, which makes it count: x_hat jumps about, and D can never catch up. Our
-    # limit of 0.004 is so low that lam reaches it in three of four steps.
+    # allows a lam of 1e4, which makes it count: x_hat jumps about, and D can never catch up. At our
+    # limit, reached in three of four steps, the GAN pushes less than rec does.
     return lam.clamp(max=limit)
 # ------------------------------------------------------------------------------------------------
 # 7. Stage 1: training
@@ -621,7 +621,7 @@ def build_vq(cfg, device):
     unit = 4 * 2 ** len(cfg.widths)             # 4·f, since the UNet's default halves h and w twice
     demand(32 <= cfg.size <= 4096 and cfg.size % unit == 0,
            f"--size: from 32 to 4096, a multiple of {unit}")
-    torch.manual_seed(cfg.seed % 2**63)
+    torch.manual_seed(cfg.seed % 2**63)         # so that any --seed is accepted
     vqgan = VQGAN(cfg.widths, cfg.z_dim, cfg.codes, cfg.upsample)
     return vqgan.to(device), PatchDiscriminator(cfg.widths).to(device)
 
@@ -781,7 +781,7 @@ class Diffusion:
         return abar.sqrt() * z0 + (1 - abar).sqrt() * eps                     # (B,d,h,w)
 
     def goal(self, z0, eps, abar):
-        """What the network should answer. A new target needs a branch here and in predict()."""
+        """What the network should answer. A new target changes predict() and weight() too."""
         if self.target == "eps":
             return eps
         return abar.sqrt() * eps - (1 - abar).sqrt() * z0       # v, Salimans app. D
@@ -789,8 +789,8 @@ class Diffusion:
     def predict(self, out, z_t, t):
         """The network's answer -> (z0_hat, eps_hat), both (B,d,h,w).
         trap: with ε, an error of the network enters z0_hat multiplied by √(1-ᾱ)/√ᾱ. At t = 999 that
-        is 157 with linear and 20,291 with cosine, so colours are off. With v it is at most 1.
-        Clipping z0_hat to ±1 is right for pixels. Here z0 has std 1 and goes beyond ±1."""
+        is 157 with linear and 20,291 with cosine, so colours are off. With v it is at most 1. Much
+        code clips z0_hat to ±1, right for pixels. Here z0 has std 1 and goes beyond."""
         abar = self.abar_at(t, z_t)
         if self.target == "eps":                    # DDPM eq. 4, solved for z0
             z0_hat = (z_t - (1 - abar).sqrt() * out) / abar.sqrt()
@@ -808,10 +808,11 @@ class Diffusion:
         return F.mse_loss(out, goal, reduction="none").flatten(1).mean(1)     # (B,)
 
     def weight(self, t):
-        """How much level t (B,) counts in training v. It is 1 where ᾱ = 1/2, and 1/4 at both ends.
+        """The weight of level t (B,) in training on v. It is 1 where ᾱ = 1/2, and 1/4 at both ends.
         At low noise levels, an error of v enters z0_hat multiplied by √(1-ᾱ), which is nearly 0. At
-        high ones v is about -z0, of which z_t shows nothing, so the error stays near 1. But for the
-        1/4, and with cosine, this is the sigmoid weight of Kingma & Gao 2023 (arXiv 2303.00848)."""
+        high ones v is about -z0, of which z_t shows nothing, so the error stays near 1. With
+        cosine, but for the 1/4, this is the sigmoid weight of Kingma & Gao 2023 (arXiv
+        2303.00848)."""
         abar = self.alpha_bar.to(t.device)[t]
         if self.target == "eps":                    # all levels count alike, as in DDPM
             return torch.ones_like(abar)
@@ -901,8 +902,8 @@ class UNet(nn.Module):
         return self.last(F.silu(self.norm(y))).float()                    # (B,d,h,w)
 
 def build_unet(cfg, vq_cfg, classes):
-    halvings = 2 ** len(cfg.widths)
-    demand(vq_cfg.side % halvings == 0, "--widths: the codes' grid cannot be halved so many times")
+    factor = 2 ** len(cfg.widths)
+    demand(vq_cfg.side % factor == 0, "--widths: the codes' grid cannot be halved so many times")
     n_classes = 0 if cfg.unconditional else len(classes)
     return UNet(vq_cfg.z_dim, cfg.widths, n_classes, cfg.upsample)
 # ------------------------------------------------------------------------------------------------
@@ -1009,7 +1010,7 @@ def train_ldm(cfg, state=None):
             p = 1 / data.class_counts[data.labels[images.train]]          # (n,) up to a factor
             chosen = p.multinomial(cfg.batch_size, replacement=True, generator=dice)      # instead
         rows = images.train[chosen]                                           # (B,)
-        # trap: 0…T-2 would leave out pure noise, where sampling starts, 1…T-1 the cleanest z_t.
+        # trap: 0…T-2 would leave out pure noise, where sampling starts; 1…T-1 the cleanest z_t.
         t = torch.randint(cfg.T, (cfg.batch_size,), generator=dice)           # (B,) in 0…T-1
         eps = torch.randn(cfg.batch_size, vq_cfg.z_dim, vq_cfg.side, vq_cfg.side, generator=dice)
         hidden = torch.rand(cfg.batch_size, generator=dice) < 0.1             # (B,)
@@ -1114,7 +1115,7 @@ class LatentDiffusion:
         has class label[i], and noise that follows from how.seed and its number."""
         pictures, latents = [], []
         starts = range(0, len(label), 32)
-        for i in bar(starts, "sampling") if len(starts) > 1 else starts:
+        for i in (bar(starts, "sampling") if len(starts) > 1 else starts):
             batch = slice(i, i + 32)
             with self.mixed:
                 for z_t, _ in self.walk(how, numbers[batch], label[batch]):
@@ -1213,7 +1214,7 @@ def synthetic(i, size, seed=0):
 # One bad image can end a run after hours, and decoding JPEGs would take most of a laptop's time. So
 # each image is opened once, before training, and its pixels are written into one file.
 
-SUFFIX = r"(?i)\.(bmp|gif|jfif|jpe?g|png|tiff?|webp)$"      # images, except those of NO_PHOTO
+SUFFIX = r"(?i)\.(bmp|gif|jfif|jpe?g|png|tiff?|webp)$"      # images. NO_PHOTO: masks, our own pictures
 NO_PHOTO = (r"(?i)(_seg|_superpixels|_expert|-partial)[^/]*$|[_-]mask\.\w+$|(^|/)(masks|runs)/"
             r"|(^|/)(grid|trajectory|curves|evaluate|data_preview|\w+_epoch_[\d.]+)\.png$")
 HELD_OUT = r"(?i)(?<![^/])(val(id(ation)?)?|test(ing)?)/"   # (?<![^/]): at the start or after a /
@@ -1222,8 +1223,8 @@ NO_CLASS = HELD_OUT + r"|(?<![^/])(train(ing)?|(HAM10000_)?images(_part_\d)?)/"
 # Columns of tables, in lower case. In each row, the first one that is not empty counts.
 ID = "isic_id", "image_id", "image_name", "image"
 CLASS = "diagnosis_3", "diagnosis_1", "dx", "diagnosis", "class", "label", "target"
-ONE_HOT = "mel", "nv", "bcc", "ak", "akiec", "bkl", "df", "vasc", "scc"     # the class's has a 1
-Image.MAX_IMAGE_PIXELS = 50_000_000     # PIL refuses images above twice this, 1 GB and more
+ONE_HOT = "mel", "nv", "bcc", "ak", "akiec", "bkl", "df", "vasc", "scc"     # a 1 marks the class
+Image.MAX_IMAGE_PIXELS = 50_000_000     # PIL refuses images of twice so many pixels
 
 def read_image(file, size):                             # -> uint8 (3,size,size)
     # PIL ignores the suffix. It would open 40 kinds of files, and start Ghostscript for one kind.
@@ -1480,7 +1481,7 @@ class Run:
                 yield self.step - 1             # steps are numbered from 0
                 self.line.update()
     def goes_on(self):
-        # A signal adds 130 or more, so the mean reaches 1 in all of up to 130 processes.
+        # A signal in one process adds 130 or more, so the mean of up to 130 processes reaches 1.
         done = torch.tensor(self.fraction_done() + self.status, dtype=torch.float64)
         self.progress = float(mean_over_processes(done))
         return self.progress < 1
@@ -1666,8 +1667,8 @@ def evaluate(cfg, state):                               # -> metrics.json, evalu
         numbers["latent_std"] = float(z0.std())
         if lpips:
             # Each set is compared with real. kernel_perfect is what a better stage 2 approaches:
-            # other unseen images, with stage 1's errors alone. (kernel_recon has the images of real
-            # itself.)
+            # other unseen images, with stage 1's errors alone. (kernel_recon repeats the images of
+            # real, so it is no goal.)
             perfect = reconstruct(vqgan, other, None, mixed)[1]
             sets = {"kernel": made, "kernel_perfect": perfect, "kernel_recon": recon,
                     "kernel_real": other}                   # no model, so chance alone
@@ -1786,7 +1787,7 @@ def main(argv):
     except KeyboardInterrupt:               # while preparing or sampling
         status = 130
     except (MemoryError, OSError, RuntimeError) as e:
-        cause = e if isinstance(e, OSError) else e.__context__ or e     # the disk's own error
+        cause = e if isinstance(e, OSError) else e.__context__ or e     # may hide the disk's
         if re.search("out of memory|allocate|MemoryError", repr(e)):
             cause = "out of memory: a smaller --batch-size (or stage 1's --size) helps"
         elif not isinstance(cause, OSError):
