@@ -599,7 +599,7 @@ def adaptive_weight(rec, adversarial, last, limit):
     that of rec, and changes as D learns. L is the decoder's last layer, since all weights would
     cost two more backward passes. lam is a constant for backward(). Otherwise the VQGAN could lower
     its loss by shrinking lam instead of improving its images."""
-    def push(loss):                                         # ‖∇_L loss‖, a constant: no create_graph
+    def push(loss):                                         # ‖∇_L loss‖, and no create_graph
         (gradient,) = torch.autograd.grad(loss, last, retain_graph=True)
         return mean_over_processes(gradient).norm()
     lam = push(rec) / (push(adversarial) + 1e-4)            # δ: the push may be nearly 0
@@ -865,8 +865,8 @@ def time_embedding(t, dim):
 
 class UNet(nn.Module):
     """(z_t, t, class) -> v or ε. The classes are 0…n_classes-1. The number n_classes stands for an
-    unknown class, as with one training latent in ten (section 10). Guidance needs such answers too
-    (section 11). With n_classes = 0 the network is unconditional."""
+    unknown class, given to one training latent in ten (section 10), since guidance needs an answer
+    without it (section 11). With n_classes = 0 the network is unconditional."""
     def __init__(self, z_dim, widths, n_classes, upsample="nearest"):
         super().__init__()
         E = 4 * widths[0]
@@ -1214,7 +1214,7 @@ def synthetic(i, size, seed=0):
 # One bad image can end a run after hours, and decoding JPEGs would take most of a laptop's time. So
 # each image is opened once, before training, and its pixels are written into one file.
 
-SUFFIX = r"(?i)\.(bmp|gif|jfif|jpe?g|png|tiff?|webp)$"      # images. NO_PHOTO: masks, our own pictures
+SUFFIX = r"(?i)\.(bmp|gif|jfif|jpe?g|png|tiff?|webp)$"      # images. NO_PHOTO: masks, our pictures
 NO_PHOTO = (r"(?i)(_seg|_superpixels|_expert|-partial)[^/]*$|[_-]mask\.\w+$|(^|/)(masks|runs)/"
             r"|(^|/)(grid|trajectory|curves|evaluate|data_preview|\w+_epoch_[\d.]+)\.png$")
 HELD_OUT = r"(?i)(?<![^/])(val(id(ation)?)?|test(ing)?)/"   # (?<![^/]): at the start or after a /
