@@ -207,8 +207,8 @@ def rng(*key):
 def digest(key):                        # anything printable -> 63 bits, the same in any process
     return random.Random(repr(key)).getrandbits(63)
 
-# torchrun starts this program once for each GPU. There are world() processes, this one is rank(),
-# and each takes an equal share of every batch. What they combine, and when:
+# torchrun starts a training once for each GPU. There are world() processes, this one is rank(), and
+# each takes an equal share of every batch. What they combine, and when:
 #   in each step      the mean of all gradients before they are clipped, and of lam's two gradients
 #                     the sum of wins, that is how often each code was chosen
 #   between steps     the mean of the progress, so that all stop at the same step
@@ -506,7 +506,8 @@ class Codebook(nn.Module):
     # codes start on encoder outputs, and unused ones restart there (Jukebox, arXiv 2005.00341).
     @torch.no_grad()
     def restart_unused(self, z, generator):
-        """Move codes without a win since the last restart (at first, all) to vectors of z."""
+        """Move codes without a win since the last restart (at first, all) to vectors of z. Whatever
+        else is kept for each code must start again here, too, after the broadcast."""
         unused = self.wins == 0                                           # (K,)
         n = int(unused.sum())
         flat = rearrange(z, "B d h w -> (B h w) d")                       # (B·N,d)
@@ -611,10 +612,10 @@ def adaptive_weight(rec, adversarial, last, limit):
 # 7. Stage 1: training
 # In each step the generator learns first, then D learns on the same images. D joins after a tenth
 # of the run, since from the first blobs it would learn only that blur is fake. Watch mse and lpips
-# fall while codes used and perplexity rise. Watch also D's mean logits. A gap d_real - d_fake of
-# 0.2 to 0.6 is healthy. Above 1, D is far ahead. At 0, it is blind. The appendices hold Run, which
-# counts steps, saves and says when to measure (C), draw_rows for pictures (D), reconstruct, which
-# measures (E), and Muon, the optimiser of the kernels (F).
+# fall while codes used and perplexity rise. Watch also D's mean logits. With the hinge loss, a gap
+# d_real - d_fake of 0.2 to 0.6 is healthy. Above 1, D is far ahead. At 0, it is blind. The
+# appendices hold Run, which counts steps, saves and says when to measure (C), draw_rows for
+# pictures (D), reconstruct, which measures (E), and Muon, the optimiser of the kernels (F).
 
 def build_vq(cfg, device):
     """-> VQGAN and D, with their initial weights."""
@@ -751,7 +752,8 @@ def train_vq(cfg, state=None):
 # little way towards it and ask again. By then fewer z0 are possible.
 
 class Diffusion:
-    """A noise schedule, the loss of DDPM (Algorithm 1) and two samplers (Algorithm 2, DDIM)."""
+    """A noise schedule, the loss of DDPM (Algorithm 1) and two samplers (Algorithm 2, DDIM). A new
+    schedule is a word in LDMConfig and a branch here."""
     def __init__(self, T=1000, schedule="cosine", target="v"):
         self.T, self.target = T, target
         if schedule == "linear":
@@ -781,7 +783,7 @@ class Diffusion:
         return abar.sqrt() * z0 + (1 - abar).sqrt() * eps                     # (B,d,h,w)
 
     def goal(self, z0, eps, abar):
-        """What the network should answer. A new target changes predict() and weight() too."""
+        """What the network should answer. A new target is a branch here, in predict(), in weight()."""
         if self.target == "eps":
             return eps
         return abar.sqrt() * eps - (1 - abar).sqrt() * z0       # v, Salimans app. D
@@ -1584,7 +1586,7 @@ def draw_curves(path, log):
 # the network of stage 1's loss, so both flatter models that were trained with it.
 
 def compare(x_hat, x, lpips):                           # (B,3,H,W) in [-1,1], twice
-    """-> {name: (B,)}. A new measure needs one line here."""
+    """-> {name: (B,)}. A new measure needs one line here, and is logged at each look, too."""
     mse = F.mse_loss(x_hat, x, reduction="none").mean((1, 2, 3))
     numbers = {"mse": mse, "psnr": 10 * torch.log10(4 / mse.clamp(min=1e-10))}  # dB: range²/error
     if lpips:
