@@ -783,7 +783,7 @@ class Diffusion:
         return abar.sqrt() * z0 + (1 - abar).sqrt() * eps                     # (B,d,h,w)
 
     def goal(self, z0, eps, abar):
-        """What the network should answer. A new target is a branch here, in predict(), in weight()."""
+        """What the network should answer. A new target: branches here, in predict and weight."""
         if self.target == "eps":
             return eps
         return abar.sqrt() * eps - (1 - abar).sqrt() * z0       # v, Salimans app. D
