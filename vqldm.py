@@ -95,7 +95,7 @@ class Settings:
 @dataclass(frozen=True)
 class Training(Settings):
     """Settings of both trainings."""
-    preset: str = "default"             # tiny is a quick test, report is the papers' plain system
+    preset: str = "default"             # tiny is a quick test, report a course report's system
     upsample: choice("nearest", "transposed") = "nearest"       # how UpBlocks double the grid
     lr: amount = 1e-3                   # learning rate of everything that has none of its own
     minutes: amount = 0.0               # if above 0, train for this long instead of --epochs
@@ -260,7 +260,7 @@ class Images:
             held = draw == draw.min()
         held &= ~torch.isin(self.marks, before)
         self.train = (~held).nonzero().flatten()
-        val = held.nonzero().flatten()              # sorted by class in a folder, so mixed
+        val = held.nonzero().flatten()              # a folder is in order of class, so mix them
         self.val = val[torch.randperm(len(val), generator=rng("held out"))]
         self.seen = torch.cat([before, self.marks[self.train]]).unique()
         say("data", source, len(self.names), "images:", *self.classes)
@@ -506,8 +506,8 @@ class Codebook(nn.Module):
     # codes start on encoder outputs, and unused ones restart there (Jukebox, arXiv 2005.00341).
     @torch.no_grad()
     def restart_unused(self, z, generator):
-        """Move codes without a win since the last restart (at first, all) to vectors of z. Whatever
-        else is kept for each code must start again here, too, after the broadcast."""
+        """Move codes without a win since the last restart (at first, all) to vectors of z.
+        Adam's averages stay. If you keep more for each code, reset it after the broadcast."""
         unused = self.wins == 0                                           # (K,)
         n = int(unused.sum())
         flat = rearrange(z, "B d h w -> (B h w) d")                       # (B·N,d)
@@ -600,12 +600,12 @@ def adaptive_weight(rec, adversarial, last, limit):
     that of rec, and changes as D learns. L is the decoder's last layer, since all weights would
     cost two more backward passes. lam is a constant for backward(). Otherwise the VQGAN could lower
     its loss by shrinking lam instead of improving its images."""
-    def push(loss):                                         # ‖∇_L loss‖, and no create_graph
+    def push(loss):                                         # ‖∇_L loss‖, without create_graph
         (gradient,) = torch.autograd.grad(loss, last, retain_graph=True)
         return mean_over_processes(gradient).norm()
-    lam = push(rec) / (push(adversarial) + 1e-4)            # δ: the push may be nearly 0
+    lam = push(rec) / (push(adversarial) + 1e-4)    # a constant. δ, as the push may be nearly 0
     # trap: a D that cannot tell real from fake has a tiny, meaningless gradient. VQGAN's code
-    # allows a lam of 1e4, which makes it count: x_hat jumps about, and D can never catch up. At our
+    # allows a lam of 1e4, which enlarges it: x_hat jumps about, and D can never catch up. At our
     # limit, reached in three of four steps, the GAN pushes less than rec does.
     return lam.clamp(max=limit)
 # ------------------------------------------------------------------------------------------------
@@ -810,11 +810,11 @@ class Diffusion:
         return F.mse_loss(out, goal, reduction="none").flatten(1).mean(1)     # (B,)
 
     def weight(self, t):
-        """The weight of level t (B,) in training on v. It is 1 where ᾱ = 1/2, and 1/4 at both ends.
-        At low noise levels, an error of v enters z0_hat multiplied by √(1-ᾱ), which is nearly 0. At
-        high ones v is about -z0, of which z_t shows nothing, so the error stays near 1. With
-        cosine, but for the 1/4, this is the sigmoid weight of Kingma & Gao 2023 (arXiv
-        2303.00848)."""
+        """The weight of level t (B,) in training on v. It is 1 where ᾱ = 1/2, and 1/4 at both ends,
+        so that all levels are learned. At low noise levels, an error of v enters z0_hat multiplied
+        by √(1-ᾱ), which is nearly 0. At high ones v is about -z0, of which z_t shows nothing, so
+        the error stays near 1. With cosine, but for the 1/4, this is the sigmoid weight of Kingma &
+        Gao 2023 (arXiv 2303.00848)."""
         abar = self.alpha_bar.to(t.device)[t]
         if self.target == "eps":                    # all levels count alike, as in DDPM
             return torch.ones_like(abar)
@@ -868,7 +868,7 @@ def time_embedding(t, dim):
 class UNet(nn.Module):
     """(z_t, t, class) -> v or ε. The classes are 0…n_classes-1. The number n_classes stands for an
     unknown class, given to one training latent in ten (section 10), since guidance needs an answer
-    without it (section 11). With n_classes = 0 the network is unconditional."""
+    without a class (section 11). With n_classes = 0 the network is unconditional."""
     def __init__(self, z_dim, widths, n_classes, upsample="nearest"):
         super().__init__()
         E = 4 * widths[0]
@@ -928,7 +928,7 @@ def encode_images(vqgan, images, device, mixed):
 
 def measure_scale(k, e):
     """Mean and std of the codes e (K,d), weighted by how often they occur in the grids k -> (2,d).
-    One pair for each channel, as in Karras 2024 (arXiv 2312.02696). LDM has one std (app. G)."""
+    One pair for each channel, as in Karras 2024 (arXiv 2312.02696). LDM's app. G has one std."""
     p = frequencies(k, len(e)).to(e)[:, None]                             # (K,1)
     mean = (p * e).sum(0)
     variance = (p * (e - mean) ** 2).sum(0)
@@ -1226,7 +1226,7 @@ NO_CLASS = HELD_OUT + r"|(?<![^/])(train(ing)?|(HAM10000_)?images(_part_\d)?)/"
 ID = "isic_id", "image_id", "image_name", "image"
 CLASS = "diagnosis_3", "diagnosis_1", "dx", "diagnosis", "class", "label", "target"
 ONE_HOT = "mel", "nv", "bcc", "ak", "akiec", "bkl", "df", "vasc", "scc"     # a 1 marks the class
-Image.MAX_IMAGE_PIXELS = 50_000_000     # PIL refuses images of twice so many pixels
+Image.MAX_IMAGE_PIXELS = 50_000_000     # PIL refuses images of more than twice that
 
 def read_image(file, size):                             # -> uint8 (3,size,size)
     # PIL ignores the suffix. It would open 40 kinds of files, and start Ghostscript for one kind.
@@ -1412,8 +1412,8 @@ def open_run(cfg, typed, resume, overwrite):
     demand(not differ, f"--resume goes on with the recorded settings: {differ}")
     if state["code"] != code_checksum():
         say("WARNING the run began with another version of this file: losses may not be comparable")
-    if "epochs" in typed:               # beats recorded --minutes, and if it makes the run longer,
-        old = replace(old, minutes=0.0)         # progress falls back and learning rates rise again
+    if "epochs" in typed:               # beats recorded --minutes. In a longer run, progress
+        old = replace(old, minutes=0.0)         # falls back and learning rates rise again
     typed["out"] = cfg.out                              # where it is now, since it may have moved
     return replace(old, **typed), state
 
@@ -1457,7 +1457,7 @@ class Run:
         say(f"{weights:,} weights, {self.n} images to train on, from step {self.step}")
     def seconds(self):
         return time.perf_counter() - self.began
-    def fraction_done(self):
+    def fraction_done(self):            # by this process, while progress is the mean of all
         if self.cfg.minutes:
             return self.seconds() / 60 / self.cfg.minutes
         return self.step / self.steps
@@ -1582,8 +1582,8 @@ def draw_curves(path, log):
             ax.legend(fontsize=7)
 # ------------------------------------------------------------------------------------------------
 # E. Measuring
-# A kernel distance only means something beside its references (see evaluate). Like LPIPS it uses
-# the network of stage 1's loss, so both flatter models that were trained with it.
+# A kernel distance only means something beside its references (see evaluate). Its features are
+# LPIPS's, a loss of stage 1, so both flatter models that were trained with it.
 
 def compare(x_hat, x, lpips):                           # (B,3,H,W) in [-1,1], twice
     """-> {name: (B,)}. A new measure needs one line here, and is logged at each look, too."""
@@ -1789,7 +1789,7 @@ def main(argv):
     except KeyboardInterrupt:               # while preparing or sampling
         status = 130
     except (MemoryError, OSError, RuntimeError) as e:
-        cause = e if isinstance(e, OSError) else e.__context__ or e     # may hide the disk's
+        cause = e if isinstance(e, OSError) else e.__context__ or e     # torch wraps disk errors
         if re.search("out of memory|allocate|MemoryError", repr(e)):
             cause = "out of memory: a smaller --batch-size (or stage 1's --size) helps"
         elif not isinstance(cause, OSError):

@@ -61,7 +61,7 @@ WALLS = [       # what, now, at most
     ("line of the first backward", line_of(r"\.backward\(\)"), 800),
     ("% of its sentences with two marks", marks[0], 12),
     ("marks in 100 of its words", marks[1], 5),
-    ("lines of the tests", TESTS.read_text(encoding="utf8").count("\n"), 1300),
+    ("lines of the tests", TESTS.read_text(encoding="utf8").count("\n"), 1380),
     ("lines of README", readme.count("\n"), 140),
     ("words of README", len(re.findall(r"\S*\w\S*", readme)), 1600),
     ("% of its sentences over 25 words", readme_marks[2], 8),
