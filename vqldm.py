@@ -1578,7 +1578,8 @@ def draw_curves(path, log):
             for name in names:
                 rows = [row for row in log if name in row]
                 ax.plot([row["step"] for row in rows], [row[name] for row in rows], label=name)
-            ax.set_yscale("linear" if "d_real" in names else "log")
+            losses = names[-1] not in ("d_fake", "held_perplexity", "held_latent_std")
+            ax.set_yscale("log" if losses else "linear")
             ax.legend(fontsize=7)
 # ------------------------------------------------------------------------------------------------
 # E. Measuring
