@@ -1342,6 +1342,21 @@ def test_every_command_in_the_readme_can_be_typed(elsewhere, monkeypatch, told):
     assert [words for words in typed if cli(*words.split()) != 0] == []
     assert [words.split()[0] for words in typed[:3]] == [*vqldm.COMMANDS][:3]
 
+def test_readmes_tables_show_the_numbers_of_the_runs():
+    """.github/results.json holds what evaluate measured, {header of the table: {row: numbers}}."""
+    results = json.loads((HERE / ".github/results.json").read_text(encoding="utf8"))
+    found = 0
+    for table in re.findall(r"(?:^\|.*\n)+", (HERE / "README.md").read_text("utf8"), re.M):
+        head, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]]
+                          for line in table.splitlines()]
+        for row in rows if head[0] in results else []:
+            shown = [float(cell.replace(",", "").rstrip(" %")) for cell in row[1:]]
+            places = [len(cell.rstrip(" %").partition(".")[2]) for cell in row[1:]]
+            known = results[head[0]][row[0].split(":")[0].replace("*", "")]
+            assert shown == [round(number, n) for number, n in zip(known, places)], row
+            found += 1
+    assert found == sum(map(len, results.values()))
+
 def test_notebook_ran_without_errors_and_runs_in_its_short_form(tmp_path):
     path = HERE / "tutorial.ipynb"
     cells = json.loads(path.read_text(encoding="utf8"))["cells"]
