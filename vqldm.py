@@ -984,6 +984,14 @@ def look_ldm(model, data, rows, path, steps):
     draw_rows(path, {"samples": pictures})
     return {"loss": float(loss.mean()), "latent_std": float(latents.std())}
 
+def build_ldm(cfg, vq_cfg, classes, device):
+    """-> UNet, ema (its running mean), guide (an early copy of ema, see guided), Adam."""
+    torch.manual_seed(cfg.seed % 2**63)         # the initial weights
+    net = build_unet(cfg, vq_cfg, classes).to(device)
+    ema = deepcopy(net).requires_grad_(False)
+    adam = torch.optim.Adam(net.parameters(), cfg.lr, betas=(0.9, 0.99), fused=True)
+    return net, ema, deepcopy(ema), adam
+
 def train_ldm(cfg, state=None):
     """Stage 2, from a stage-1 checkpoint to one that holds both stages. -> exit status"""
     diffusion = Diffusion(cfg.T, cfg.schedule, cfg.target)
@@ -991,14 +999,9 @@ def train_ldm(cfg, state=None):
     vq = state["vq"] if state else load_checkpoint(cfg.vq, "--vq", "vq")
     vqgan, vq_cfg = load_vqgan(vq, device)
     images = Images(vq_cfg.data, vq_cfg, cfg.folder.parent / "cache", (state or vq)["seen"])
-    same = not state or cfg.unconditional or state["classes"] == images.classes
-    demand(same, "--resume: the classes have changed")
-    torch.manual_seed(cfg.seed % 2**63)         # the initial weights
-    net = build_unet(cfg, vq_cfg, images.classes).to(device)
-    ema = deepcopy(net).requires_grad_(False)
-    guide = deepcopy(ema)                       # an early copy of ema, see guided
-    adam = torch.optim.Adam(net.parameters(), cfg.lr, betas=(0.9, 0.99), fused=True)
+    net, ema, guide, adam = build_ldm(cfg, vq_cfg, images.classes, device)
     data = Latents(cfg, images, vqgan, device, mixed)
+    demand(not state or data.classes == state["classes"], "--resume: the classes have changed")
     parts = {"model": net, "ema": ema, "guide": guide, "adam": adam}
     facts = {"scale": data.scale.cpu(), "classes": data.classes, "class_counts": data.class_counts,
              "vq": {name: vq[name] for name in ("config", "model")}}
