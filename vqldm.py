@@ -32,7 +32,6 @@ Run it    python vqldm.py train-vq, then train-ldm, then sample. evaluate measur
 import argparse, csv, functools, glob, io, json, math, os, random, re, shlex, sys, time, warnings
 import zlib
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass, fields, replace
@@ -1146,7 +1145,8 @@ def sample(cfg, state):
     folders = [cfg.folder / re.sub(r"[^\w ,+-]", "_", name) for name in model.classes]
     for c in classes:                           # now, so that an unwritable place fails at once
         folders[c].mkdir(parents=True, exist_ok=True)
-    made, stds = [], []
+    made = []
+    stds = []
     for part in bar(torch.arange(cfg.n).split(32), "sampling"):
         pictures, latents = model.images(cfg, part.tolist(), label[part])
         made.append(pictures)
@@ -1327,21 +1327,12 @@ def prepare_images(source, cfg, cache):
 
     pixels = torch.empty(len(found), 3, cfg.size, cfg.size, dtype=torch.uint8)
     good, bad = [], []
-    def attempt(row):
+    for name, kind, draw, _ in bar(found, "preparing images"):
         try:
-            return read(row[0])
+            pixels[len(good)], mark = read(name)
+            good.append((name, kind, draw, mark))
         except Exception as e:                  # PIL raises nearly anything on a broken file
-            bad.append((row[0], repr(e)))
-            return None
-    # Few threads, since a large photograph takes memory in each. They get 64 images at a time,
-    # since a pool finishes what it was given, even after Ctrl-C.
-    with ThreadPoolExecutor(4) as pool:
-        for start in bar(range(0, len(found), 64), "preparing images, 64 at a time"):
-            part = found[start:start + 64]
-            for (name, kind, draw, _), result in zip(part, pool.map(attempt, part)):
-                if result:
-                    pixels[len(good)], mark = result
-                    good.append((name, kind, draw, mark))
+            bad.append((name, repr(e)))
     if bad:
         say("skipped", len(bad), "images that cannot be read:", *sorted(bad)[:5])
     demand(len(bad) <= 0.2 * len(found), "--data: that is more than a fifth of all images")
