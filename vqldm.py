@@ -1360,10 +1360,6 @@ def write_whole(path, write):           # all or nothing: write beside it, flush
             write(f)
             f.flush()
             os.fsync(f.fileno())
-        for _ in range(20):
-            with suppress(PermissionError):     # Windows refuses while somebody reads the old one
-                return os.replace(tmp, path)    # done
-            time.sleep(0.1)
         os.replace(tmp, path)
     finally:
         tmp.unlink(missing_ok=True)
@@ -1398,6 +1394,7 @@ def open_run(cfg, typed, resume, overwrite):
     demand(resume or overwrite, f"--out {cfg.folder}: holds a run; --resume or --overwrite it")
     state = load_checkpoint(last, "--resume" if resume else "--overwrite", cfg.kind)
     if overwrite:
+        say("WARNING pictures and metrics.json of the old run stay in", cfg.folder)
         return cfg, None
     with reading(last):
         old = type(cfg)(**state["config"])
@@ -1440,10 +1437,6 @@ class Run:
                     part.load_state_dict(state[name])
                 self.step, self.log = state["step"], state["log"]
                 self.began -= state["seconds"]
-        elif (cfg.folder / "last.pt").exists():         # overwritten: its old pictures must go
-            for own in "*_epoch_[0-9]*.png", "curves.png", "evaluate.png", "metrics.json":
-                for old in cfg.folder.glob(own):
-                    old.unlink(missing_ok=True)         # another process may be faster
         self.steps_per_epoch = self.n / cfg.batch_size
         self.steps = math.ceil(cfg.epochs * self.n / cfg.batch_size)
         self.looks = self.looks_due()           # a resumed run repeats none
