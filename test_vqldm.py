@@ -1246,6 +1246,8 @@ def test_curves_show_training_beside_held_out_values_under_their_names(tmp_path,
     ORIGINAL.draw_curves(tmp_path / "curves.png", log)
     lines = [drawing[0].get_lines() for drawing, _ in drawn]
     assert [" ".join(line.get_label() for line in panel) for panel in lines] == panels
+    linear = [i for i, (drawing, _) in enumerate(drawn) if drawing[0].get_yscale() == "linear"]
+    assert linear == [3, 5, 7]                          # logits, perplexity, std; losses are log
     for line in itertools.chain(*lines):
         assert line.get_ydata().tolist() == [row[line.get_label()] for row in log]
     ORIGINAL.draw_curves(tmp_path / "curves.png", [{"step": 1, "loss": 2.0}])   # only what is there
