@@ -1362,4 +1362,4 @@ def test_notebook_ran_without_errors_and_runs_in_its_short_form(tmp_path):
     code[:0] = ["import os", f"os.chdir({str(tmp_path)!r})"]
     done = run_python(tmp_path, "\n".join(code), VQLDM_FAST="1", MPLBACKEND="Agg")
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("✅ right") == 39           # as many as there are exercises
+    assert done.stdout.count("✓ right") == 39           # as many as there are exercises
