@@ -95,7 +95,7 @@ class Settings:
 class Training(Settings):
     """Settings of both trainings."""
     preset: str = "default"             # tiny is a quick test, report a course report's system
-    upsample: choice("nearest", "transposed") = "nearest"       # how UpBlocks double the grid
+    upsample: choice("nearest", "transposed") = "nearest"   # nearest or transposed: how grids double
     lr: amount = 1e-3                   # learning rate of everything that has none of its own
     minutes: amount = 0.0               # if above 0, train for this long instead of --epochs
 
@@ -113,7 +113,7 @@ class VQConfig(Training):
     data: source = "synthetic"          # 'synthetic', or a folder of images. A subfolder is a class
     n_images: whole = 4096              # how many to draw if synthetic
     size: whole = 64                    # side of the square images, in pixels
-    widths: wholes = (16, 64)           # channels of the m DownBlocks, and f = 2^m
+    widths: wholes = (16, 64)           # channels of the m DownBlocks, such as 16,32,64; f = 2^m
     z_dim: whole = 3                    # d, the length of a code. 3 beat 2 and 4 (NOTES.md)
     codes: whole = 2048                 # K, the number of codes
     lpips: choice("auto", "off") = "auto"       # auto: use LPIPS if its weights can be loaded
@@ -139,8 +139,8 @@ class LDMConfig(Sampling, Training):
     unconditional: bool = False         # the UNet is not told the class of an image
     balance: bool = False               # draw every class equally often, however rare it is
     T: whole = 1000                     # noise levels
-    schedule: choice("cosine", "linear") = "cosine"     # how the noise grows with t
-    target: choice("v", "eps") = "v"    # what the UNet predicts; use eps with --schedule linear
+    schedule: choice("cosine", "linear") = "cosine"     # cosine or linear: how noise grows
+    target: choice("v", "eps") = "v"    # v or eps: what the UNet predicts. eps goes with linear
     widths: wholes = (64, 128)          # channels of the UNet's DownBlocks
     ema: amount = 0.995                 # decay of the running mean of the weights
     batch_size: whole = 32              # latents in a step, over all processes
