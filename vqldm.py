@@ -95,7 +95,7 @@ class Settings:
 class Training(Settings):
     """Settings of both trainings."""
     preset: str = "default"             # tiny is a quick test, report a course report's system
-    upsample: choice("nearest", "transposed") = "nearest"   # nearest or transposed: how grids double
+    upsample: choice("nearest", "transposed") = "nearest"   # nearest or transposed, to double grids
     lr: amount = 1e-3                   # learning rate of everything that has none of its own
     minutes: amount = 0.0               # if above 0, train for this long instead of --epochs
 
