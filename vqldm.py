@@ -782,7 +782,7 @@ class Diffusion:
         return abar.sqrt() * z0 + (1 - abar).sqrt() * eps                     # (B,d,h,w)
 
     def goal(self, z0, eps, abar):
-        """What the network should answer. A new target: branches here and in predict."""
+        """What the network should answer. A new target: branches here, in predict and weight."""
         if self.target == "eps":
             return eps
         return abar.sqrt() * eps - (1 - abar).sqrt() * z0       # v, Salimans app. D
@@ -803,10 +803,21 @@ class Diffusion:
         return z0_hat, eps_hat
 
     def loss(self, net, z0, t, eps, label):
-        """Algorithm 1: the mean of (goal - net(z_t, t))². An output of 0 costs about 1."""
+        """Algorithm 1 -> (B,), the mean of (goal - net(z_t, t))². An output of 0 costs about 1."""
         out = net(self.add_noise(z0, t, eps), t, label)
         goal = self.goal(z0, eps, self.abar_at(t, z0))
-        return F.mse_loss(out, goal)
+        return F.mse_loss(out, goal, reduction="none").flatten(1).mean(1)     # (B,)
+
+    def weight(self, t):
+        """The weight of level t (B,) in training on v. It is 1 where ᾱ = 1/2, and 1/4 at both ends,
+        so that all levels are learned. At low noise levels, an error of v enters z0_hat multiplied
+        by √(1-ᾱ), which is nearly 0. At high ones v is about -z0, of which z_t shows nothing, so
+        the error stays near 1. With cosine, but for the 1/4, this is the sigmoid weight of Kingma &
+        Gao 2023 (arXiv 2303.00848)."""
+        abar = self.alpha_bar.to(t.device)[t]
+        if self.target == "eps":                    # all levels count alike, as in DDPM
+            return torch.ones_like(abar)
+        return (4 * abar * (1 - abar)).sqrt().clamp(min=0.25)                 # (B,)
 
     def pairs(self, steps):
         """Exactly `steps` pairs (t, t_prev), from T-1 down to -1. Each step goes from t to t_prev.
@@ -966,11 +977,11 @@ def look_ldm(model, data, rows, path, steps):
     t = (torch.arange(len(z0), device=z0.device) * model.cfg.T) // len(z0)  # (n,) evenly spaced
     eps = torch.randn(z0.shape, generator=rng("held-out noise")).to(z0.device)
     with model.mixed:
-        loss = model.diffusion.loss(model.net, z0, t, eps, label)
+        loss = model.diffusion.loss(model.net, z0, t, eps, label)                         # (n,)
     classes = model.trained[(torch.arange(16) * len(model.trained)) // 16]    # evenly spread
     pictures, latents = model.images(replace(model.cfg, steps=steps), range(16), classes)
     draw_rows(path, {"samples": pictures})
-    return {"loss": float(loss), "latent_std": float(latents.std())}
+    return {"loss": float(loss.mean()), "latent_std": float(latents.std())}
 
 def build_ldm(cfg, vq_cfg, classes, device):
     """-> UNet, ema (its running mean), guide (an early copy of ema, see guided), Adam."""
@@ -1012,15 +1023,16 @@ def train_ldm(cfg, state=None):
         t, eps, label = [share(x).to(device) for x in (t, eps, label)]
 
         with mixed:
-            loss = diffusion.loss(net, z0, t, eps, label)                     # Algorithm 1
-        if run.skip_step(descend(loss, net, adam)):
+            loss = diffusion.loss(net, z0, t, eps, label)                     # (B,) Algorithm 1
+        weighted = (loss * diffusion.weight(t)).mean()
+        if run.skip_step(descend(weighted, net, adam)):
             continue
         update_ema(ema, net, step, cfg.ema)
         if run.progress < 0.2:                  # no more copies after that, so it stays young
             guide.load_state_dict(ema.state_dict())
 
         # ---- report; look as in stage 1 ----
-        run.report({"loss": loss})              # 1 = nothing learned
+        run.report({"loss": loss.mean()})       # without the weight, so that 1 = nothing learned
         if run.begin_look():
             model = LatentDiffusion(run.checkpoint(), device, mixed)
             steps = cfg.steps if run.fraction_done() >= 1 else min(cfg.steps, 100)    # quick looks
