@@ -1334,6 +1334,9 @@ def test_every_command_in_the_readme_can_be_typed(elsewhere, monkeypatch, told):
     typed = re.findall(r"(?:python3?|torchrun .*?) +vqldm\.py +([^#\n&]+)", blocks)
     assert [words for words in typed if cli(*words.split()) != 0] == []
     assert [words.split()[0] for words in typed[:3]] == [*vqldm.COMMANDS][:3]
+    cells = json.loads((HERE / "tutorial.ipynb").read_text(encoding="utf8"))["cells"]
+    (shell,) = re.findall(r"```sh\n(.*?)```", "\n".join("".join(c["source"]) for c in cells), re.S)
+    assert shell in text                                # the notebook's commands are README's
 
 def test_readmes_tables_show_the_numbers_of_the_runs():
     """.github/results.json holds what evaluate measured, {header of the table: {row: numbers}}."""
