@@ -847,6 +847,7 @@ def test_a_drawing_shows_each_strip_upright_and_from_left_to_right(tmp_path):
     red, green, blue, yellow = [                                        # (y, x) of their middles
         ((drawn - colour).abs().sum(2) < 99).nonzero().double().mean(0) for colour in colours]
     assert abs(red[0] - green[0]) < 2 and red[0] < yellow[0] < blue[0] and red[1] < green[1]
+    assert abs(red[1] - blue[1]) < 2                    # a shorter strip begins at the left, too
 
 # ---- The report's system -----------------------------------------------------------------------
 def test_the_report_preset_trains_and_samples_the_reports_system(elsewhere, monkeypatch, capsys):

@@ -1541,6 +1541,7 @@ def draw_rows(path, rows):
         for ax, (label, images) in zip(axes, rows.items()):
             strip = make_grid(images[:16], columns, pad_value=255)
             ax.imshow(strip.permute(1, 2, 0).numpy())
+            ax.set_anchor("W")                  # a shorter strip begins at the left, too
             ax.set_title(label, fontsize=9, loc="left", parse_math=False)
             ax.axis("off")
 
