@@ -43,6 +43,9 @@ def markdown(text):
     blocks = re.split(r"\n\s*\n|\n(?=[-*#|>\d])", text)
     return [b for b in blocks if b.strip() and b.strip()[0] not in "|#!<"]
 
+def words(text):
+    return len(re.findall(r"\S*\w\S*", text))
+
 def line_of(pattern):           # the first line of the code that matches
     return source[:re.search(pattern, source, re.M).start()].count("\n") + 1
 
@@ -63,7 +66,8 @@ WALLS = [       # what, now, at most
     ("marks in 100 of its words", marks[1], 5),
     ("lines of the tests", TESTS.read_text(encoding="utf8").count("\n"), 1380),
     ("lines of README", readme.count("\n"), 140),
-    ("words of README", len(re.findall(r"\S*\w\S*", readme)), 1600),
+    ("words of README", words(readme), 1600),
+    ("words of its longest paragraph", max(words(b) for b in markdown(readme)), 70),
     ("% of its sentences over 25 words", readme_marks[2], 8),
     ("marks in 100 of README's words", readme_marks[1], 4),
     ("cells of the notebook", len(cells), 240),
