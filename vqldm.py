@@ -1572,7 +1572,7 @@ def draw_curves(path, log):
 # ------------------------------------------------------------------------------------------------
 # E. Measuring
 # A kernel distance only means something beside its references (see evaluate), and over several
-# seeds: on photographs, four runs of one command were up to 5 apart. Its features are LPIPS's, a
+# seeds: on photographs, five runs of one command were up to 5 apart. Its features are LPIPS's, a
 # loss of stage 1, so both flatter models that were trained with it.
 
 def compare(x_hat, x, lpips):                           # (B,3,H,W) in [-1,1], twice
