@@ -284,8 +284,7 @@ def next_rows(n, step, batch_size, seed):
     return torch.stack([shuffled(n, seed, i // n)[i % n] for i in stream])
 
 def rate(step, progress):
-    """Factor of all learning rates. It rises during the first 50 steps, and during the last 60 % of
-    the run it falls to 0.01."""
+    """Factor of all learning rates. It rises for 50 steps. In the last 60 % it falls to 0.01."""
     up = (step + 1) / 50
     down = (1 - progress) / 0.6
     return max(0.01, min(1, up, down))
@@ -558,8 +557,7 @@ def frequencies(k, codes):
 def load_lpips(wanted, device):
     """LPIPS (Zhang 2018, arXiv 1801.03924) for images in [-1,1]. None if it is off or its weights
     are missing. It is called outside autocast, so never in bf16.
-    trap: if it were part of the VQGAN, .train() would switch on its dropout, and every checkpoint
-    would carry its weights."""
+    trap: as a part of the VQGAN it would be in every checkpoint, and .train() start its dropout."""
     if wanted == "off":
         return None
     try:
@@ -853,8 +851,7 @@ class Diffusion:
 # ------------------------------------------------------------------------------------------------
 # 9. Stage 2: the UNet
 # The same blocks as in the VQGAN. Two things are new. Every ResBlock is told the noise level t and
-# the class. And skip connections carry what no bottleneck can carry, the noise itself, which is
-# independent at every place.
+# the class. And skip connections carry what no bottleneck can, the noise, new at every place.
 
 def time_embedding(t, dim):
     """t (B,) -> (B,dim), sines and cosines of growing period (Vaswani 2017, arXiv 1706.03762). The
@@ -964,8 +961,7 @@ class Latents:
 def update_ema(ema, net, step, decay):
     """ema <- decay·ema + (1-decay)·net, the running mean of the weights, used for sampling. Single
     steps scatter around the optimum, and their mean lies closer to it.
-    trap: with a decay of 0.9999 from the first step on, 1,000 steps keep 90 % of the first weights,
-    and samples are noise."""
+    trap: with 0.9999 from the first step on, 1,000 steps keep 90 % of the random first weights."""
     decay = min(decay, (1 + step) / (10 + step))        # 0.1 at step 0, 0.9 at 80, 0.99 at 890
     for mean, p in zip(ema.parameters(), net.parameters()):
         mean.lerp_(p, 1 - decay)
@@ -1119,7 +1115,9 @@ class LatentDiffusion:
         has class label[i], and noise that follows from how.seed and its number."""
         pictures, latents = [], []
         starts = range(0, len(label), 32)
-        for i in (bar(starts, "sampling") if len(starts) > 1 else starts):
+        if len(starts) > 1:
+            starts = bar(starts, "sampling")
+        for i in starts:
             batch = slice(i, i + 32)
             with self.mixed:
                 for z_t, _ in self.walk(how, numbers[batch], label[batch]):
@@ -1305,8 +1303,7 @@ def find_images(folder):
 
 def prepare_images(source, cfg, cache):
     """-> pixels, uint8 (n,3,size,size), and the name, class, draw and mark of each image. A mark is
-    a checksum of the file, or of drawn pixels. Images are drawn or decoded once, and then kept in
-    cache."""
+    a checksum of the file, or of drawn pixels. What is drawn or decoded is kept in cache."""
     folder = Path(source)
     if source == "synthetic":
         kinds = list(LESIONS) * cfg.n_images    # in turn; a tenth of each has a draw ending in 0
@@ -1379,8 +1376,8 @@ def load_checkpoint(where, name, *kinds):
     demand(path.is_file(), f"{name} {where}: no checkpoint is there")
     with reading(path):
         state = torch.load(path, map_location="cpu", weights_only=True)
-        kind, _ = state["kind"], state["seen"]      # fails if it is none of ours
-    demand(kind in kinds, f"{name} {where}: belongs to the other stage")
+        state["kind"], state["seen"]                # fails if it is none of ours
+    demand(state["kind"] in kinds, f"{name} {where}: belongs to the other stage")
     return {**state, "folder": path.parent}
 
 def code_checksum():
@@ -1428,7 +1425,7 @@ class Run:
         demand(cfg.batch_size % world() == 0, "--batch-size: not a multiple of the process count")
         self.cfg, self.parts = cfg, parts
         self.facts = {**facts, "seen": images.seen, "code": code_checksum()}
-        self.step = self.bad = self.looks = self.status = 0     # bad: skipped steps in a row
+        self.step = self.bad = self.status = 0          # bad: skipped steps in a row
         self.log = []
         self.began = time.perf_counter()
         if state:
@@ -1616,8 +1613,7 @@ def features(lpips, images):
 def kernel_distance(a, b):
     """How far apart two sets of features (n,512) lie, 0 on average if they are of one kind. A
     kernel, (u·v/512 + 1)³, says how alike two features are. The distance is its mean over pairs
-    within a, plus that within b, minus twice that across. It is a squared MMD, as in KID (arXiv
-    1801.01401)."""
+    within a, plus that within b, minus twice that across: a squared MMD (KID, arXiv 1801.01401)."""
     def kernel(u, v):                                                     # (n,n)
         return (u @ v.T / u.shape[1] + 1) ** 3
     pairs = kernel(a, a) + kernel(b, b) - 2 * kernel(a, b)
@@ -1630,8 +1626,10 @@ def near_copies(samples, unseen, known):
     def shrink(images):
         return F.interpolate(to_float(images), (32, 32), mode="area").flatten(1)
     trained = torch.cat([shrink(part) for part in known])
-    near, far = [torch.cdist(shrink(images), trained).amin(1) for images in (samples, unseen)]
-    return 100 * float((near < far.quantile(0.01)).float().mean())
+    def distance(images):                               # to the nearest training image, (n,)
+        return torch.cdist(shrink(images), trained).amin(1)
+    near = distance(samples) < distance(unseen).quantile(0.01)
+    return 100 * float(near.float().mean())
 
 def evaluate(cfg, state):                               # -> metrics.json, evaluate.png
     folder = cfg.folder if cfg.out else state["folder"]
@@ -1659,8 +1657,7 @@ def evaluate(cfg, state):                               # -> metrics.json, evalu
         numbers["latent_std"] = float(z0.std())
         if lpips:
             # Each set is compared with real. kernel_perfect is what a better stage 2 approaches:
-            # other unseen images, with stage 1's errors alone. (kernel_recon repeats the images of
-            # real, so it is no goal.)
+            # other unseen images, with stage 1's errors alone. (kernel_recon repeats real.)
             perfect = reconstruct(vqgan, other, None, mixed)[1]
             sets = {"kernel": made, "kernel_perfect": perfect, "kernel_recon": recon,
                     "kernel_real": other}                   # no model, so chance alone
