@@ -16,12 +16,11 @@ from torch import nn
 from vqldm import Diffusion, rng
 
 torch.set_num_threads(1)        # these tensors are small: more threads only wait for each other
-HERE, CPU = Path(vqldm.__file__).parent, torch.device("cpu")
+HERE = Path(vqldm.__file__).parent
 SOURCE = Path(vqldm.__file__).read_text(encoding="utf8")        # now: it may be edited meanwhile
 ORIGINAL = SimpleNamespace(**vars(vqldm))         # what at_home replaces, as it was
 vqldm.build_parser = functools.cache(vqldm.build_parser)    # the dearest part of a short command
 vqldm.build_parser()
-
 def randn(*shape, key=0):
     """Normal numbers that are the same in each run, whatever ran before."""
     return torch.randn(shape, generator=rng("test", key))
@@ -75,7 +74,6 @@ def test_residual_branches_start_as_nothing():
     assert torch.equal(vqldm.ResBlock(8, 8, 16)(x, emb), x)
     assert torch.equal(wider(x), wider.shortcut(x)) and torch.equal(vqldm.AttentionBlock(8)(x), x)
     assert not vqldm.UNet(8, (8, 12), 1)(x, torch.tensor([0, 5])).any()
-
 def res(block, x, emb):
     """emb scales and shifts what the second norm puts out: AdaGN (Dhariwal & Nichol 2021)."""
     y = block.norm2(block.conv1(F.silu(block.norm1(x))))
@@ -181,7 +179,6 @@ def test_lam_is_measured_in_float32_under_autocast(monkeypatch):
         assert vqldm.PatchDiscriminator((8, 8))(x_hat).dtype == torch.float32
     want = F.conv2d(calls[0][0][0].float(), *decoder.last.parameters(), padding=1)
     assert x_hat.dtype == torch.float32 and torch.allclose(x_hat, want, atol=1e-6)
-
 def blind_lpips(patch):
     import lpips                        # with a random trunk: enough, and without a download
     patch.setattr(lpips, "LPIPS", functools.partial(lpips.LPIPS, pnet_rand=True))
@@ -204,7 +201,6 @@ def test_lpips_is_frozen_in_eval_mode_and_sees_images_from_minus_1_to_1(monkeypa
 
 # ---- 7, 10. References: both trainings, written out plainly ------------------------------------
 # They share the program's modules and the keys of its random numbers, and nothing of its loops.
-
 def drawn(cfg):
     """-> all images in [-1,1], rows to train on, held-out rows, as the embedded data has them."""
     def content(i):
@@ -287,7 +283,6 @@ def plain_vq(cfg, mixed):
     x = images[val]
     told.update(held_mse=F.mse_loss(x_hat, x), held_lpips=blurred(x_hat, x).mean())
     return net, disc, book.wins, {name: float(value.detach()) for name, value in told.items()}
-
 def plain_ldm(cfg, vq_cfg, vqgan, scale, mixed):
     """-> UNet, its mean, its guide, held-out losses of the first two, the last loss told."""
     (images, train, val), seed, B = drawn(vq_cfg), cfg.seed, cfg.batch_size
@@ -299,7 +294,7 @@ def plain_ldm(cfg, vq_cfg, vqgan, scale, mixed):
             codes.append(book.lookup(book.nearest(vqgan.encoder(turned))))
     codes = torch.stack(codes, 1)                                               # (n,8,d,h,w)
     each = codes[train].movedim(2, 0).flatten(1)
-    assert torch.allclose(scale, torch.stack([each.mean(1), each.std(1, correction=0)]), rtol=1e-4)
+    assert torch.allclose(scale, torch.stack([each.mean(1), each.std(1, correction=0)]), rtol=1e-5)
     latents = (codes - scale[0].view(-1, 1, 1)) / scale[1].view(-1, 1, 1)
     torch.manual_seed(seed)
     net = vqldm.UNet(vq_cfg.z_dim, cfg.widths, n_classes, cfg.upsample)
@@ -335,7 +330,6 @@ def plain_ldm(cfg, vq_cfg, vqgan, scale, mixed):
     eps = torch.randn(latents[val, 0].shape, generator=rng("held-out noise"))
     both = [errors(m, latents[val, 0], t, eps, labels[val]).detach() for m in (ema, net)]
     return net, ema, guide, *both, told
-
 def blurred(x_hat, x):          # stands in for LPIPS, which wants float32
     assert not torch.is_autocast_enabled("cpu")
     return F.avg_pool2d(x_hat.float() - x, 4).square().mean((1, 2, 3))
@@ -344,7 +338,6 @@ REPORT = dict(                          # the report's system, as settings of bo
             lam_max=1e4, gan_start=0.267, muon_lr=0.0, lr=3e-4, codes_lr=3e-4, d_lr=3e-4),
     ldm=dict(upsample="transposed", unconditional=True, balance=False, target="eps",
              schedule="linear", sampler="ddpm", steps=1000, guidance=1.0))
-
 @pytest.fixture(scope="module", params=["float32", "bfloat16", "report"])
 def runs(request, tmp_path_factory):
     """Both stages, trained by the program: with Muon and v (D joins late, lest rounding decides
@@ -372,7 +365,6 @@ def runs(request, tmp_path_factory):
     model = vqldm.LatentDiffusion(ldm, "cpu", mixed)
     return SimpleNamespace(
         kind=kind, mixed=mixed, vq_cfg=vq_cfg, cfg=cfg, vq=vq, ldm=ldm, model=model)
-
 def assert_same(state, net):            # or how far off the worst are, in units of the allowed
     off = {name: float(((state[name] - p).abs() / (1e-4 + 1e-3 * p.abs())).max().detach())
            for name, p in net.named_parameters()}
@@ -538,23 +530,19 @@ def cli(*words):                        # the command, run in this process -> ex
         return vqldm.main([str(word) for word in words]) or 0
     except SystemExit as e:
         return e.code
-
 def pictures(patch):                    # none: they take most of a tiny run's time
     for name in ("draw_rows", "draw_curves"):
         patch.setattr(vqldm, name, lambda *a: None)
-
 @pytest.fixture(autouse=True)
 def at_home(request, monkeypatch):      # in the folder of the runs that a test asks for, no LPIPS
     pictures(monkeypatch)
     monkeypatch.setattr(vqldm, "load_lpips", lambda *a: None)
     for name in {"trained", "calm"} & {*request.fixturenames}:
         monkeypatch.chdir(request.getfixturevalue(name)[0])
-
 @pytest.fixture()
 def elsewhere(at_home, tmp_path, monkeypatch):         # in an empty folder
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
 @pytest.fixture()
 def refused(capsys):
     def call(*words):                   # -> the one sentence with which it ends, status 2
@@ -586,7 +574,6 @@ def test_drawn_lesions_follow_from_seed_and_number_and_show_their_class(tmp_path
     monkeypatch.setattr(vqldm, "synthetic", lambda *a: 255 - ORIGINAL.synthetic(*a))
     assert torch.equal(load(8, 1, "another processor")[0].marks, ones.marks)
     assert len(torch.cat([ones.marks, images.marks]).unique()) == 168
-
 def picture(mode="RGB", left="red", right="blue", size=(40, 40)):
     im = Image.new(mode, size, left)
     im.paste(right, (size[0] // 2, 0, *size))
@@ -708,7 +695,6 @@ def test_patients_lesions_and_copies_stay_on_one_side_whatever_else_changes(tmp_
     [path.unlink() for path in folder.glob("*7.bmp")]
     [path.rename(path.with_name("new" + path.name)) for path in folder.glob("copies/6*6.bmp")]
     assert sides(range(599, -1, -1)) == first
-
 def tabled(folder):                     # ways to change a folder after training
     rows = "".join(f"{i},{i % 9}\n" for i in range(99))
     (folder / "metadata.csv").write_text("isic_id,lesion_id\n" + rows)
@@ -773,11 +759,9 @@ def test_a_run_logs_and_draws_what_it_measures_under_its_step(trained, run, scor
     told = [{k: float(v) for k, v in zip(names, row) if v} for row in rows]
     assert told == [pytest.approx(row) for row in log] and len(looks) > 8
     assert held[-1]["held_" + score] < held[0]["held_" + score]
-
 def bytes_of(images):
     return [x.numpy().tobytes() for x in images]
 def test_evaluate_measures_each_distance_to_the_set_that_it_names(trained):
-    """Near copies are samples nearer to a training image than 99 % of the unseen images are."""
     numbers = json.loads(Path("runs/ldm/metrics.json").read_text())
     _, shown, looked, calls, near, made = trained
     ((_, real, *_), (_, recon)), ((_, other, *_), (_, perfect)) = looked
@@ -874,13 +858,12 @@ def test_curves_show_training_beside_held_out_values_over_steps_under_their_name
 # ---- C. Keeping a run --------------------------------------------------------------------------
 STAGES = {"vq": ("train-vq --lpips-weight 0 --device cpu --size 32 --widths 8,8 --codes 16 "
                  "--epochs 3 --data photos --gan-start .4").split(),
-          "ldm": ("train-ldm --device cpu --T 3 --steps 3 --widths 8 --batch-size 8 --epochs 3 "
-                  "--vq calm/vq").split()}
+          "ldm": "train-ldm --device cpu --vq calm/vq --T 3 --steps 3 --widths 8 "
+                 "--batch-size 8 --epochs 3".split()}
 
 @pytest.fixture(scope="session")
 def calm(tmp_path_factory):
-    """Both stages, undisturbed, 12 steps each, on red photographs; blue ones are held out, too."""
-    folder = tmp_path_factory.mktemp("stopped")
+    folder = tmp_path_factory.mktemp("calm")            # both stages, undisturbed, 12 steps each
     fill(folder / "photos/train", [f"{i}.bmp" for i in range(36)], (200, 120, 90))
     fill(folder / "photos/val", [f"{i}.bmp" for i in range(12)], (90, 120, 200))
     with pytest.MonkeyPatch.context() as patch:
@@ -992,7 +975,7 @@ def test_two_processes_end_with_the_weights_of_one_and_save_before_any_leaves(
     more = {"vq": "--muon-lr 0 --data synthetic --n-images 90 --gan-start 0 --lam-max 1e4 "
                   "--d-lr .001 --batch-size 20", "ldm": "--balance"}
     words = [*STAGES[stage], *more[stage].split(), "--epochs", "1", "--out"]
-    monkeypatch.setattr(vqldm, "pick_device", lambda cfg: (CPU, nullcontext))
+    monkeypatch.setattr(vqldm, "pick_device", lambda cfg: ("cpu", nullcontext))
     assert cli(*words, tmp_path / "one") == 0
     meeting, both, status, saved_by = Barrier(2), [None, None], [], []
     mine, begun, ready = local(), Event(), Event()
@@ -1053,7 +1036,7 @@ def test_a_full_disk_or_memory_is_one_sentence_and_harms_no_checkpoint(
     assert (out / "last.pt").read_bytes() == Path("calm/vq/last.pt").read_bytes()
     assert not list(out.glob(".*"))                 # no half of one lies beside it
 
-def test_progress_and_signals_are_those_of_all_processes_and_a_look_is_taken_each_ten_minutes(
+def test_progress_signals_and_pushes_are_means_over_processes_and_looks_come_each_ten_minutes(
         monkeypatch):
     monkeypatch.setattr(vqldm, "world", lambda: 2)
     run = SimpleNamespace(own_progress=lambda: 0.4, status=0)
@@ -1061,6 +1044,11 @@ def test_progress_and_signals_are_those_of_all_processes_and_a_look_is_taken_eac
         monkeypatch.setattr(vqldm.dist, "all_reduce", lambda x: x.add_(torch.tensor(other)))
         assert vqldm.Run.goes_on(run) == goes_on
     assert run.progress == pytest.approx(1.05)
+    others = iter(([0, 4.0], [0, 2.0]))
+    monkeypatch.setattr(vqldm.dist, "all_reduce", lambda x: x.add_(torch.tensor(next(others))))
+    last = torch.zeros(2, requires_grad=True)           # my pushes: (3, 0) and (0, 1)
+    lam = vqldm.adaptive_weight(3 * last[0], last[1], last, 1e4)
+    assert float(lam) == pytest.approx(2.5 / (1.5 + 1e-4))
     late = SimpleNamespace(looks=0, own_progress=float, seconds=lambda: 601)
     late.looks_due = lambda: vqldm.Run.looks_due(late)
     assert vqldm.Run.begin_look(late) and not vqldm.Run.begin_look(late)
@@ -1114,15 +1102,12 @@ def told(monkeypatch):                  # the settings that each command was giv
     for name, (cls, _) in [*vqldm.COMMANDS.items()]:
         monkeypatch.setitem(vqldm.COMMANDS, name, (cls, lambda cfg, *a: seen.append(cfg)))
     return seen
-DEFAULTS = ("train-vq --out new --seed 0 --device auto --preset default --upsample nearest "
-            "--lr .001 --minutes 0 --data synthetic --n-images 4096 --size 64 --widths 16,64 "
-            "--z-dim 3 --codes 2048 --lpips-weight .1 --commit-weight .25 --gan-weight .2 "
-            "--lam-max .004 --gan-start .1 --muon-lr .02 --codes-lr .02 --d-lr 4e-4 --batch-size 8 "
-            "--epochs 3",
-            "train-ldm --out new --seed 0 --lr .001 --sampler ddim --steps 50 --guidance 1.5 "
-            "--vq runs/vq --T 1000 --schedule cosine --target v --widths 64,128 --ema .995 "
-            "--batch-size 32 --epochs 36 --upsample nearest --device auto --preset default "
-            "--minutes 0")
+BOTH = " --out new --seed 0 --device auto --preset default --upsample nearest --lr .001 --minutes 0"
+DEFAULTS = ("train-vq --data synthetic --n-images 4096 --size 64 --widths 16,64 --z-dim 3 "
+            "--codes 2048 --gan-start .1 --lpips-weight .1 --commit-weight .25 --gan-weight .2 "
+            "--lam-max .004 --muon-lr .02 --codes-lr .02 --d-lr 4e-4 --batch-size 8 --epochs 3" + BOTH,
+            "train-ldm --sampler ddim --steps 50 --guidance 1.5 --vq runs/vq --T 1000 --target v "
+            "--schedule cosine --widths 64,128 --ema .995 --batch-size 32 --epochs 36" + BOTH)
 TINY = {"size": 32, "n_images": 200, "widths": (16, 32), "codes": 64, "epochs": 2}
 
 def test_default_yields_to_preset_to_recorded_to_typed(trained, told):
@@ -1146,21 +1131,44 @@ def test_default_yields_to_preset_to_recorded_to_typed(trained, told):
     assert sample == vqldm.SampleConfig(class_="mole", steps=8)         # as the model was trained
 
 # ---- Words -------------------------------------------------------------------------------------
-def test_the_readmes_python_runs_as_it_stands(trained):
-    text = (HERE / "README.md").read_text(encoding="utf8")
-    code, there = re.search(r"```python\n(.*?)```", text, re.S)[1], {}
-    exec(code, there)
+README = (HERE / "README.md").read_text(encoding="utf8")
+NOTES = (HERE / ".github/NOTES.md").read_text(encoding="utf8")
+
+def test_the_python_of_readme_and_notes_runs_as_it_stands(trained):
+    """README's makes images. NOTES' writes folders of unseen images and samples."""
+    readme, notes = [re.search(r"```python\n(.*?)```", text, re.S)[1] for text in (README, NOTES)]
+    there = {}
+    exec(readme, there)
     assert there["images"].shape == there["copies"].shape == (4, 3, 32, 32)
-    assert there["k"].shape == (4, 8, 8) and code.count("\n") <= 10
+    assert there["k"].shape == (4, 8, 8) and readme.count("\n") <= 10
+    exec(notes.replace("300", "3"), there)
+    for name in ("real", "recon", "samples"):
+        assert len([*Path("folders", name).glob("*.png")]) == len(there[name]) == 3
+    assert not torch.isin(there["images"].marks[there["unseen"], 0], there["seen"]).any()
 
 def test_every_command_in_the_readme_can_be_typed(elsewhere, monkeypatch, told):
-    text = (HERE / "README.md").read_text(encoding="utf8")
     monkeypatch.setattr(vqldm, "open_run", lambda cfg, *words: (cfg, None))
     monkeypatch.setattr(vqldm, "load_checkpoint", lambda *words: {"stage": "vq"})
-    blocks = "\n".join(re.findall(r"^```\w*\n(.*?)^```", text, re.M | re.S)).replace("\\\n", " ")
+    blocks = "\n".join(re.findall(r"^```\w*\n(.*?)^```", README, re.M | re.S)).replace("\\\n", " ")
     typed = re.findall(r"(?:python3?|torchrun .*?) +vqldm\.py +([^#\n&]+)", blocks)
     assert [words for words in typed if cli(*words.split()) != 0] == []
     assert [words.split()[0] for words in typed[:3]] == [*vqldm.COMMANDS][:3]
+
+def test_tables_show_the_numbers_of_the_runs():
+    """.github/results.json holds what was measured, {header of the table: {row: numbers}}."""
+    results, found = json.loads((HERE / ".github/results.json").read_text(encoding="utf8")), 0
+    for table in re.findall(r"(?:^\|.*\n)+", README + NOTES, re.M):
+        head, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]]
+                          for line in table.splitlines()]
+        for row in rows if head[0] in results else []:
+            known = results[head[0]][row[0].split(":")[0].replace("*", "")]
+            shown = re.findall(r"-?[\d,]*\.?\d+|–", "|".join(row[1:]))   # "33.5 to 33.7" is two
+            assert len(shown) == len(known), row
+            for text, number in zip(shown, known):
+                exact = None if text == "–" else float(text.replace(",", ""))
+                assert exact == (number and round(number, len(text.partition(".")[2]))), row
+            found += 1
+    assert found == sum(map(len, results.values()))
 
 def run_python(folder, code, **env):    # in a process of its own, with the file as it was at first
     for name, text in (("vqldm.py", SOURCE), ("script.py", code)):
@@ -1168,3 +1176,74 @@ def run_python(folder, code, **env):    # in a process of its own, with the file
     env = {**os.environ, "OMP_NUM_THREADS": "1", **env}
     return subprocess.run([sys.executable, folder / "script.py"], env=env, text=True,
                           capture_output=True, timeout=600)
+
+# ---- The notebook ------------------------------------------------------------------------------
+CELLS = json.loads((HERE / "tutorial.ipynb").read_text(encoding="utf8"))["cells"]
+SOURCES = ["".join(cell["source"]) for cell in CELLS]
+CODE = [source for cell, source in zip(CELLS, SOURCES) if cell["cell_type"] == "code"]
+TAUGHT = {"add_noise", "guess", "loss", "predict", "update_ema", "sample", "flow_step", "guided",
+          "nearest", "measure_scale"}
+
+def test_notebook_was_run_from_top_to_bottom_without_errors_and_its_links_lead_somewhere():
+    ran = [cell for cell in CELLS if cell["cell_type"] == "code"]
+    outputs = [output["output_type"] for cell in ran for output in cell["outputs"]]
+    assert [cell["execution_count"] for cell in ran] == [*range(1, len(ran) + 1)]
+    assert "error" not in outputs and outputs.count("display_data") > 30
+    text = "\n".join(SOURCES)
+    links = re.findall(r"\]\(#(.*?)\)", text)              # Jupyter names its headings like this
+    heads = {head.replace(" ", "-") for head in re.findall(r"^#+ (.*)$", text, re.M)}
+    assert len(links) > 20 and set(links) <= heads
+
+def run_page(tmp_path, code):
+    code = ["import os", f"os.chdir({str(tmp_path)!r})", *code]
+    done = run_python(tmp_path, "\n".join(code), VQLDM_FAST="1", MPLBACKEND="Agg")
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+def test_notebook_runs_in_its_short_form_though_nothing_is_answered(tmp_path):
+    out = run_page(tmp_path, CODE)
+    assert out.count("○") == 21 and "✓" not in out and out.count("yours: none yet") == 2
+
+# Wrong answers. `use` refuses each. Forced in past the check, each spoils the last picture.
+PLANTED = """
+import traceback
+def add_noise(d, z0, t, eps): return z0 + eps
+def predict(d, out, z_t, t): return z_t, out
+def sample(d, net, z, steps, sampler, noise): yield from [(z, z)] * steps
+def guided(net, guide, label, w): return lambda z_t, t: z_t
+def nearest(book, z): return torch.zeros(len(z), *z.shape[2:], dtype=torch.long)
+last_, z0_ = last, last_z0
+for wrong in (add_noise, predict, sample, guided, nearest):
+    name, place = wrong.__name__, PLACES[wrong.__name__]
+    good = getattr(place, name)
+    try:
+        use(wrong)
+    except NotYet as e:
+        (line,) = e._render_traceback_()            # all that Jupyter shows
+        print("PLANTED", name, line.startswith("not yet: ") and "\\n" not in line)
+    for function in (getattr(OWN, name), wrong):
+        setattr(place, name, function)
+        exec(LAST)
+        print("SAME", name, torch.allclose(last_z0, z0_, atol=1e-4) and torch.equal(last, last_))
+    setattr(place, name, good)
+def predict(d, out, z_t, t): return out.nothing
+try:
+    use(predict)
+except AttributeError as e:                         # a bug, with the line where it happened
+    print("BUG in", traceback.extract_tb(e.__traceback__)[-1].name)
+"""
+
+def test_notebook_draws_its_last_picture_with_right_answers_and_refuses_wrong_ones(tmp_path):
+    code = list(CODE)
+    for before, source in zip(SOURCES, SOURCES[1:]):        # solved in place, as a student would
+        solution = re.search(r">Solution.*?```python\n(.*?)```", source, re.S)
+        if solution:
+            code[code.index(before)] = solution[1]
+    (last,) = [source for source in CODE if "last, last_z0 = " in source]
+    out = run_page(tmp_path, [*code, f"LAST = {last!r}", PLANTED])
+    assert out.count("✓") == 21 and "○" not in out and "BUG in predict" in out
+    (yours,) = re.findall(r"mean of the pixels .*\nyours: (.*)\n", out.split("PLANTED")[0])
+    assert set(re.findall(r"(\w+) \([1-9]\d* calls\)", yours)) == TAUGHT
+    for name in ("add_noise", "predict", "sample", "guided", "nearest"):
+        assert f"PLANTED {name} True\n" in out
+        assert re.findall(rf"SAME {name} (\w+)", out) == ["True", "False"]   # own, wrong

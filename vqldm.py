@@ -78,7 +78,7 @@ def source(text):                       # a folder is recorded with its full pat
 
 @dataclass(frozen=True)
 class Settings:
-    seed: int = 0                       # seeds all but the held-out part of a folder and its noise
+    seed: int = 0                       # seeds all but a folder's split, held-out order and noise
     device: str = "auto"                # auto, or a device of torch, such as cpu or cuda:1
     out: str = ""                       # empty: runs/vq, runs/ldm, runs/samples, or --ckpt's folder
     @property
@@ -236,7 +236,7 @@ class Images:
         self.val = val[torch.randperm(len(val), generator=rng("held out"))]     # classes mixed
         say("data", source, len(found), "images:", *self.classes)
     def known(self, marks):
-        # -> (n,) bool: is an image among these marks, or any other image of its group?
+        # -> (n,) bool: is the content or the group of an image, or of one in its group, in marks?
         hit = torch.isin(self.marks, marks).any(1)
         return torch.isin(self.marks[:, 1], self.marks[hit, 1])
     def rows(self, rows):               # row numbers (B,) -> uint8 (B,3,H,W)
@@ -263,8 +263,8 @@ def rate(step, progress):
 
 def descend(loss, net, factor, *optimizers):
     """One step down, at factor times all learning rates. One bad batch must not end a night's run,
-    so if a gradient is not finite, nothing moves. (To add up several batches, call backward() for
-    each, the rest once.) trap: a loss of the generator also leaves gradients in D, the GAN's
+    so if a gradient is not finite, no weight moves. (To add up n batches, zero once, call backward
+    for each loss / n, the rest once.) trap: a loss of the generator also leaves gradients in D, the
     discriminator. Unless zeroed, they would teach it to praise what it should find out."""
     net.zero_grad()
     loss.backward()
@@ -565,10 +565,10 @@ def adaptive_weight(rec, adversarial, last, limit):
 # In each step the generator learns first, then D learns on the same images. D joins after a tenth
 # of the run, since from the first blobs it would learn only that blur is fake. Its lead, d_real -
 # d_fake, is 0.4 to 0.7 on photographs. Above 1, D is far ahead. At 0 it is blind, as on drawn
-# images, which leave it nothing to find: there the GAN only costs time. By default you will see:
+# images, which leave it nothing to find: there --gan-weight 0 saves time. By default you will see:
 #                  10 %   50 %  100 % of the run              10 %   50 %  100 %
-#   psnr (dB)      29.4   PP.P   PP.P      perplexity        1,249  P,PPP  P,PPP
-#   lpips          .043   .0PP   .0PP      loss of stage 2    .PPP   .PPP   .PPP
+#   psnr (dB)      29.4   35.6   37.6      perplexity        1,249  1,326  1,403
+#   lpips          .043   .016   .011      loss of stage 2    .576   .535   .524
 # Run (appendix C) yields the steps, and its progress goes from 0 to 1. Muon is in appendix F.
 
 def build_vq(cfg, device):
@@ -582,7 +582,7 @@ def build_vq(cfg, device):
 
 def vq_optimizers(vqgan, disc, cfg):
     # -> Adam and Muon for the VQGAN, Adam for D with the betas of VQGAN's code. Muon (appendix F)
-    # takes the blocks' kernels. (What scales a kernel, as in weight_norm, needs its own group.)
+    # takes the blocks' kernels. (Scales of weight_norm have 4 axes, too: keep them from Muon.)
     rest = dict(vqgan.named_parameters())
     codes = [rest.pop("codebook.embedding.weight")]
     inner = [name for name, p in rest.items() if p.ndim == 4 and not re.search("first|last", name)]
@@ -596,7 +596,7 @@ def vq_optimizers(vqgan, disc, cfg):
 
 def augment(x, turns):
     # Turn or mirror each image of x (B,C,H,H). turns, B numbers in 0…7, picks one of the square's
-    # eight symmetries, 0 for none. A skin lesion has no right way up, so all are as good.
+    # eight symmetries, 0 for none. A lesion has no right way up. For what has one, return x.
     turned = []
     for image, turn in zip(x, turns):
         if turn >= 4:
@@ -789,7 +789,7 @@ class Diffusion:
     def weight(self, t):
         """ours: in training on v, level t (B,) counts 2·√ᾱ·√(1-ᾱ), which is 1 where signal equals
         noise, but 1/4 at least, so that none is forgotten. At low levels an error of v hardly
-        enters z0_hat. At high ones z_t shows nothing of v, about -z0: the error stays near 1."""
+        enters z0_hat. At high ones v is about -z0, which z_t hides: the error stays near 1."""
         abar = self.alpha_bar.to(t.device)[t]
         if self.target == "eps":                    # all levels count alike, as in DDPM
             return torch.ones_like(abar)
@@ -805,7 +805,7 @@ class Diffusion:
         """Walk back from z (B,d,h,w), standard normal noise. net(z_t, t) answers, and noise() draws
         fresh numbers in the shape of z. After each step this yields z at its new level, and z0_hat.
         The last z is the sample. A new sampler is a word in Sampling and a branch here, without a
-        division by 1-ᾱ_prev, since ᾱ_prev is 1 in the last step."""
+        division by 1-ᾱ_prev, 0 in the last step, or by 1-α, 0 where S > T repeats a level."""
         for t, t_prev in self.pairs(steps):
             abar = self.abar_at(t, z)
             abar_prev = self.abar_at(t_prev, z)
@@ -1184,9 +1184,9 @@ def prepare_images(source, cfg, cache):
     # -> pixels, uint8 (n,3,size,size), and of each image (class, held out?, content, group).
     # content is a checksum of the file's bytes. A group is all that is of one patient, or else of
     # one lesion, or else of one content. It is held out if its checksum ends in 0, and so is what
-    # lies in a folder val or test. So copies, renamed files and all photographs of a patient fall
-    # on the same side, whatever else changes. (After a change of read_image, clear the cache.)
-    # A split by photograph would measure a lesion again that was trained on in another photograph.
+    # lies in a folder val or test. So copies and all photographs of a patient are never on both
+    # sides, since Images drops from val what is known. (After a change of read_image, clear the
+    # cache.) A split by photograph would measure a lesion again that was trained on in another.
     folder = Path(source)
     drawn = source == "synthetic"
     names = {}                                  # and when each was last changed
@@ -1420,7 +1420,7 @@ def features(lpips, images):            # uint8 (n,3,H,W) -> (n,512)
     for part in images.split(32):
         x = to_float(part).to(lpips.scaling_layer.shift.device)
         x = F.interpolate(x, (224, 224), mode="bilinear", antialias=True)
-        last = lpips.net(lpips.scaling_layer(x))[-1]    # of the maps of all layers
+        last = lpips.net(lpips.scaling_layer(x))[-1]    # SqueezeNet's last map, (B,512,13,13)
         found.append(last.mean((2, 3)))                 # the mean over places
     return torch.cat(found).cpu().double()
 
@@ -1483,8 +1483,8 @@ def evaluate(cfg, state):               # -> metrics.json, evaluate.png
             a = features(lpips, real)
             for name, b in sets.items():
                 numbers[name] = kernel_distance(a, features(lpips, b))
-        # Near copies are nearer to a training image than 99 % of the unseen images are. Networks
-        # can learn small sets by heart. Of m unseen images, chance makes 1 + 98/(m+1) % (by rank).
+        # Near copies are nearer to a training image than 99 % of the m unseen images are. Chance
+        # alone makes 1 + 98/(m+1) %, since that bound has rank 1 + (m-1)/100 among m+1 places.
         trained = torch.isin(images.marks[:, 0], state["seen"]).nonzero().flatten()
         if len(trained) < often.sum():
             say("WARNING only", len(trained), "training images are here: not all copies are found")
