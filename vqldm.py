@@ -1412,8 +1412,8 @@ def draw_curves(path, log):
 # ------------------------------------------------------------------------------------------------
 # E. Measuring
 # The kernel distance says how far two sets of images are apart. Photographs: 0 between two sets of
-# real ones, 1 is within chance for 300 images, 5 is a good model, at 40 grain is missing. Drawn: 15
-# is good. Its features are LPIPS's, so like lpips it flatters models that were trained with LPIPS.
+# real ones, 1 is within chance for 300 images, 5 is a good model, at 40 grain is missing. Drawn: 27
+# by default. Its features are LPIPS's, so like lpips it flatters models trained with LPIPS.
 
 def features(lpips, images):            # uint8 (n,3,H,W) -> (n,512)
     found = []
