@@ -191,9 +191,9 @@ def rng(*key):
 def digest(key):                        # anything printable -> 63 bits, the same in any process
     return random.Random(repr(key)).getrandbits(63)
 
-# torchrun starts a training once for each GPU. There are world() processes, this one is rank(), and
-# each takes an equal share of every batch. In each step they take the mean of gradients, also those
-# in adaptive_weight, of codes' wins and of progress. All else is computed alike, from seeds.
+# torchrun starts a training once for each GPU. There are world() processes and this one is rank().
+# Each takes an equal share of every batch. In each step they average gradients (adaptive_weight's
+# too), codes' wins and progress. Random choices are alike, from seeds. Losses logged are rank 0's.
 def world():
     return dist.get_world_size() if dist.is_initialized() else 1
 def rank():
@@ -230,13 +230,13 @@ class Images:
         self.train = (~held).nonzero().flatten()
         before = torch.as_tensor(seen, dtype=torch.int64)
         self.seen = torch.cat([before, self.marks[self.train].flatten()]).unique()
-        # trap: an image may be a copy of a file or another photograph of a lesion, or a table may
-        # have come later. What is known from training must not be held out, or memory is measured.
+        # trap: a held-out image may copy a trained file or show a trained lesion. An earlier run
+        # may have trained on it before a table came. All this leaves val, or memory is measured.
         val = (held & ~self.known(self.seen)).nonzero().flatten()
         self.val = val[torch.randperm(len(val), generator=rng("held out"))]     # classes mixed
         say("data", source, len(found), "images:", *self.classes)
     def known(self, marks):
-        # -> (n,) bool: is the content or the group of an image, or of one in its group, in marks?
+        # -> (n,) bool: do marks hold the content or the group of any image in this image's group?
         hit = torch.isin(self.marks, marks).any(1)
         return torch.isin(self.marks[:, 1], self.marks[hit, 1])
     def rows(self, rows):               # row numbers (B,) -> uint8 (B,3,H,W)
@@ -294,7 +294,7 @@ def Norm(c):
 
 def zero(layer):
     # A zeroed layer adds nothing at first, so blocks start as their shortcut and the UNet answers
-    # 0. It still learns, since the gradient of its weights needs its input, not the weights.
+    # 0. It still learns: for y = W x the gradient of W is that of y times x, and x is not 0.
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
@@ -462,9 +462,9 @@ class Codebook(nn.Module):
         # commitment. Both losses have the same value, so no curve shows the swap.
         codebook_loss = F.mse_loss(z_q, z.detach())             # mean of (sg[z] - e)²
         commit_loss = F.mse_loss(z, z_q.detach())               # mean of (z - sg[e])²
-        # Straight through (VQ sec. 3.2). The value is z_q, but the gradient goes to z. Rounding has
-        # no slope, so z gets the decoder's gradient for z_q, unchanged. This is a lie, but one that
-        # points downhill while z and z_q are close. The two losses keep them close.
+        # Straight through (VQ sec. 3.2). Rounding has slope 0, so z would get no gradient. Instead
+        # it gets the decoder's gradient for z_q, unchanged. This is a lie, but it points downhill
+        # while z and z_q are close. The two losses keep them close. The value is still z_q.
         # trap: if codebook_loss came after this line, from the new z_q, no code would ever learn.
         z_q = z + (z_q - z).detach()
         return z_q, k, codebook_loss, commit_loss
@@ -546,11 +546,11 @@ def hinge_loss(real, fake):
     return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
 
 def adaptive_weight(rec, adversarial, last, limit):
-    """lam = ‖∇_L rec‖ / (‖∇_L adversarial‖ + δ), VQGAN eq. 7. The gradient of the GAN's loss may be
-    far larger or smaller than that of rec, and changes as D learns. Times gan_weight · lam, it has
-    gan_weight times the length of rec's: a fifth by default, 1 in the report, less if lam is at its
-    limit. L is the decoder's last layer, since all weights would cost two more backward passes. lam
-    is a constant for backward(). Otherwise the VQGAN would learn to change lam, not its images."""
+    """lam = ‖∇_L rec‖ / (‖∇_L adversarial‖ + δ), VQGAN eq. 7. L is the decoder's last layer, since
+    all weights would cost two more backward passes through the VQGAN. The GAN's gradient may be far
+    longer or shorter than rec's. Times gan_weight · lam, its length is gan_weight times that of
+    rec's: a fifth by default and 1 in the report. At lam's limit it is shorter. lam is a constant
+    for backward(). Otherwise the VQGAN would learn to change lam, not its images."""
     def push(loss):                                         # ‖∇_L loss‖
         (gradient,) = torch.autograd.grad(loss, last, retain_graph=True)
         return mean_over_processes(gradient).norm()
@@ -582,7 +582,7 @@ def build_vq(cfg, device):
 
 def vq_optimizers(vqgan, disc, cfg):
     # -> Adam and Muon for the VQGAN, Adam for D with the betas of VQGAN's code. Muon (appendix F)
-    # takes the blocks' kernels. (Scales of weight_norm have 4 axes, too: keep them from Muon.)
+    # takes the kernels in blocks, so not first and last. (Nor may it take weight_norm's scales.)
     rest = dict(vqgan.named_parameters())
     codes = [rest.pop("codebook.embedding.weight")]
     inner = [name for name, p in rest.items() if p.ndim == 4 and not re.search("first|last", name)]
@@ -674,8 +674,8 @@ def train_vq(cfg, state=None):
 
         # ---- the discriminator, on the same images ----
         if gan_on:
-            # trap: without detach, d_loss would also run back through the VQGAN. D(x_hat) is
-            # computed anew, since backward freed its graph. That of D(x) was not part of loss.
+            # trap: without detach, d_loss would also run back through the VQGAN. descend freed the
+            # graph of D(x_hat), so it is computed anew. loss left out D(x), so that graph is left.
             with mixed():
                 fake = disc(x_hat.detach())
             d_loss = hinge_loss(real, fake)
@@ -697,15 +697,15 @@ def train_vq(cfg, state=None):
 # Noise is added to a latent in T small steps, until only noise is left. A network learns to tell
 # the noise from the latent. Sampling starts from pure noise and walks back.
 #
-# The noise levels are t = 0…T-1. Level 0 already has a little noise, so the clean latent z0 lies
-# one level below it, at level -1. One step of noising mixes in fresh normal noise ε:
+# The noise levels are t = 0…T-1. Level 0 already has a little noise. So the clean latent z0 is not
+# z_t at t = 0 but one level below, at level -1. One step of noising mixes in fresh normal noise ε:
 #     z_t = √α_t z_(t-1) + √β_t ε                 where α_t + β_t = 1
 # If z_(t-1) has variance 1, then z_t also has variance α_t + β_t = 1.
 #
 # All steps up to t can be taken at once. With ᾱ_t = α_0 · … · α_t,
 #     z_t = √ᾱ_t z0 + √(1-ᾱ_t) ε                  DDPM eq. 4
-# To see this, substitute z_(t-1). The old noise now has variance α_t (1-ᾱ_(t-1)), the new noise
-# adds β_t, and the sum is 1-ᾱ_t. So ᾱ_t is the share of z_t's variance that comes from z0.
+# To see this, substitute z_(t-1). Its noise now has variance α_t (1-ᾱ_(t-1)) = α_t - ᾱ_t. The new
+# noise is independent and adds 1-α_t. The sum is 1-ᾱ_t, so ᾱ_t is z0's share of z_t's variance.
 #
 # The network is given z_t and t. Its answer is ε, as in DDPM, or by default
 #     v = √ᾱ_t ε - √(1-ᾱ_t) z0                    Salimans 2022
@@ -717,17 +717,17 @@ def train_vq(cfg, state=None):
 # possible, and the best answer under squared error is their mean, which is a blur. So we go a
 # little way towards it and ask again. By then fewer z0 are possible.
 #
-# One step back, from level t to a lower level t_prev, with α = ᾱ_t / ᾱ_prev. By Bayes' rule
-#     q(z_prev | z_t, z0) ∝ q(z_t | z_prev) · q(z_prev | z0)
+# One step back, from t to a lower t_prev, with α = ᾱ_t / ᾱ_prev. Bayes' rule for the densities q is
+#     q(z_prev | z_t, z0) ∝ q(z_t | z_prev) · q(z_prev | z0)      (given z_prev, z_t ignores z0)
 #                         = N(z_t; √α z_prev, 1-α) · N(z_prev; √ᾱ_prev z0, 1-ᾱ_prev)
-# As a function of z_prev, the first factor is a Gaussian of mean z_t/√α and variance (1-α)/α. In a
+# with N(z; mean, variance). Seen in z_prev, the first N has mean z_t/√α and variance (1-α)/α. In a
 # product of Gaussians the 1/variance add up, and the means are averaged with these as weights:
-#     1/β̃ = α/(1-α) + 1/(1-ᾱ_prev)                hence β̃ = (1-α)(1-ᾱ_prev)/(1-ᾱ_t)
+#     1/β̃ = α/(1-α) + 1/(1-ᾱ_prev)     with α ᾱ_prev = ᾱ_t this is β̃ = (1-α)(1-ᾱ_prev)/(1-ᾱ_t)
 #     mean = β̃ · ( √α z_t/(1-α) + √ᾱ_prev z0/(1-ᾱ_prev) )
-# We do not know z0. Put in the estimate z0_hat = (z_t - √(1-ᾱ_t) eps_hat)/√ᾱ_t and collect terms:
+# z0 is unknown. Put in z0_hat = (z_t - √(1-ᾱ_t) eps_hat)/√ᾱ_t and use √ᾱ_t = √α √ᾱ_prev:
 #     mean = (z_t - (1-α)/√(1-ᾱ_t) eps_hat) / √α  DDPM Algorithm 2, line 4
-# The variance is β̃ if z0 is known for certain, and 1-α if all we know is that z0 is standard
-# normal. The truth lies between the two (DDPM sec. 3.2). We take 1-α.
+# β̃ is the variance if z0 is known for certain. If z0 is only known to be standard normal, z_prev
+# and z_t have covariance √α, which leaves 1-α. The truth lies between (DDPM sec. 3.2). We take 1-α.
 
 class Diffusion:
     """A noise schedule, the loss of DDPM (Algorithm 1) and two samplers (Algorithm 2, DDIM)."""
@@ -760,7 +760,7 @@ class Diffusion:
         return abar.sqrt() * z0 + (1 - abar).sqrt() * eps                     # (B,d,h,w)
 
     def goal(self, z0, eps, abar):
-        # What the network should answer. A new target: branches here, in predict and weight.
+        # What the network should answer. A new one: LDMConfig's target, here, predict and weight.
         if self.target == "eps":
             return eps
         return abar.sqrt() * eps - (1 - abar).sqrt() * z0       # v, Salimans app. D
@@ -787,9 +787,9 @@ class Diffusion:
         return F.mse_loss(out, goal, reduction="none").flatten(1).mean(1)     # (B,)
 
     def weight(self, t):
-        """ours: in training on v, level t (B,) counts 2·√ᾱ·√(1-ᾱ), which is 1 where signal equals
-        noise, but 1/4 at least, so that none is forgotten. At low levels an error of v hardly
-        enters z0_hat. At high ones v is about -z0, which z_t hides: the error stays near 1."""
+        """ours: in training on v, level t (B,) has weight 2·√ᾱ·√(1-ᾱ), but 1/4 at least. It is 1
+        where ᾱ = 1/2. At low levels an error of v hardly enters z0_hat. At high levels v is about
+        -z0. There z_t hides z0, so the error stays near 1 whatever is learned."""
         abar = self.alpha_bar.to(t.device)[t]
         if self.target == "eps":                    # all levels count alike, as in DDPM
             return torch.ones_like(abar)
@@ -802,10 +802,10 @@ class Diffusion:
         return list(zip(ts, ts[1:]))                            # each with the next
     @torch.no_grad()
     def sample(self, net, z, steps, sampler, noise):
-        """Walk back from z (B,d,h,w), standard normal noise. net(z_t, t) answers, and noise() draws
-        fresh numbers in the shape of z. After each step this yields z at its new level, and z0_hat.
-        The last z is the sample. A new sampler is a word in Sampling and a branch here, without a
-        division by 1-ᾱ_prev, 0 in the last step, or by 1-α, 0 where S > T repeats a level."""
+        """Walk back from z (B,d,h,w), standard normal noise. net(z_t, t) answers. noise() draws
+        fresh numbers in the shape of z. After each step this yields z at its new level and z0_hat.
+        The last z is the sample. A new sampler is a word in Sampling and a branch here. It must not
+        divide by 1-ᾱ_prev (0 in the last step) or by 1-α (0 where S > T repeats a level)."""
         for t, t_prev in self.pairs(steps):
             abar = self.abar_at(t, z)
             abar_prev = self.abar_at(t_prev, z)
@@ -829,8 +829,8 @@ class Diffusion:
 # ------------------------------------------------------------------------------------------------
 # 9. Stage 2: the UNet
 # The same blocks as in the VQGAN. Two things are new. Every ResBlock is told the noise level t and
-# the class. And skip connections carry the noise across. It is new at every place, and so does not
-# fit through the small grid in the middle.
+# the class. And skip connections carry z_t past the small grid in the middle. The noise to be found
+# is different in every cell, so it would not fit through that grid.
 
 def time_embedding(t, dim):
     # t (B,) -> (B,dim), sines and cosines of growing period (Vaswani 2017, arXiv 1706.03762). The
@@ -962,7 +962,7 @@ def train_ldm(cfg, state=None):
             chosen = p.multinomial(cfg.batch_size, replacement=True, generator=dice)
         rows = images.train[chosen]                                           # (B,)
         turns = torch.randint(versions, (cfg.batch_size,), generator=dice)
-        # trap: 0…T-2 leaves out pure noise, where sampling starts, 1…T-1 the last of T steps.
+        # trap: without t = T-1, sampling starts at an unseen level. Without t = 0, it ends at one.
         t = torch.randint(cfg.T, (cfg.batch_size,), generator=dice)           # (B,) in 0…T-1
         eps = torch.randn(cfg.batch_size, *vq_cfg.latent_shape, generator=dice)
         hidden = torch.rand(cfg.batch_size, generator=dice) < 0.1             # (B,)
@@ -1039,7 +1039,7 @@ class LatentDiffusion:
         demand(known, f"--class: none of that name was trained on, choose one of {self.classes}")
         return torch.tensor(known)[torch.arange(n) % len(known)]
     def walk(self, settings, numbers, label):
-        """-> Diffusion.sample's generator, so nothing is computed before you iterate. settings has
+        """-> Diffusion.sample's generator, so no network runs before you iterate. settings has
         seed, sampler, steps, guidance. Image 7 gets the same noise in whatever batch it is made."""
         own = [rng(settings.seed, "sample", int(i)) for i in numbers]
         def noise():                                                      # (B,d,h,w)
@@ -1085,7 +1085,7 @@ def sample(cfg, state):
         pictures, z0 = model.images(cfg, part, label[part])
         for i, image in zip(part, pictures):            # written as soon as they are made
             write_png(image, f"{cfg.folder}/{names[label[i]]}/{i:05d}.png")
-        if not grid:                                    # shows the first 64 images
+        if not grid:                                    # of the first 64 images, 16 of a class
             grid = {names[c]: pictures[label[part] == c] for c in label.unique()}
     draw_rows(cfg.folder / "grid.png", grid)
     std = z0.std()                                      # of the last
@@ -1183,10 +1183,10 @@ def class_of(name, row):                # the innermost folder, or else what a t
 def prepare_images(source, cfg, cache):
     # -> pixels, uint8 (n,3,size,size), and of each image (class, held out?, content, group).
     # content is a checksum of the file's bytes. A group is all that is of one patient, or else of
-    # one lesion, or else of one content. It is held out if its checksum ends in 0, and so is what
-    # lies in a folder val or test. So copies and all photographs of a patient are never on both
-    # sides, since Images drops from val what is known. (After a change of read_image, clear the
-    # cache.) A split by photograph would measure a lesion again that was trained on in another.
+    # one lesion, or else of one content. Groups whose checksum ends in 0 are held out, and so are
+    # folders val and test. Images drops from val what is known, so copies and all photographs of a
+    # patient are never on both sides. If photographs were split one by one, val would show lesions
+    # that were trained on in another photograph. (If you change read_image, clear the cache.)
     folder = Path(source)
     drawn = source == "synthetic"
     names = {}                                  # and when each was last changed
@@ -1280,13 +1280,13 @@ def open_run(cfg, typed):
     differ = [f"{flag(name)} was {getattr(old, name)}" for name, value in typed.items()
               if name not in MAY_CHANGE and value != getattr(old, name)]
     demand(not differ, f"--resume goes on with the recorded settings: {differ}")
-    if "epochs" in typed:               # typed epochs replace recorded minutes. If the run is now
-        old = replace(old, minutes=0.0)     # longer, progress falls: rates rise, the GAN may rest
+    if "epochs" in typed:               # typed epochs replace recorded minutes. In a longer run
+        old = replace(old, minutes=0.0)     # progress is lower, so rates rise and the GAN may stop
     return replace(old, **{**typed, "out": cfg.out}), state         # the folder may have moved
 
 class Run:
     # Yields steps, logs, saves, until --epochs, --minutes or a signal ends it. parts are networks
-    # and optimisers, extra is what sampling needs besides. status: 128 + the signal's number, or 0.
+    # and optimisers, extra is the rest of a checkpoint. status: 128 + the signal's number, or 0.
     def __init__(self, cfg, images, parts, extra, state):
         self.cfg, self.parts, self.extra = cfg, parts, extra
         self.n = len(images.train)
@@ -1411,9 +1411,9 @@ def draw_curves(path, log):
             ax.legend(fontsize=7)
 # ------------------------------------------------------------------------------------------------
 # E. Measuring
-# The kernel distance says how far two sets of images are apart. Photographs: 0 between two sets of
-# real ones, 1 is within chance for 300 images, 5 is a good model, at 40 grain is missing. Drawn: 27
-# by default. Its features are LPIPS's, so like lpips it flatters models trained with LPIPS.
+# The kernel distance says how far two sets of images are apart. Two sets of 300 real photographs
+# have 0, give or take 1. A good model has 5 to 7, and one without grain 40. Drawn images have 27 by
+# default. Its features are LPIPS's, so like lpips it flatters models trained with LPIPS.
 
 def features(lpips, images):            # uint8 (n,3,H,W) -> (n,512)
     found = []
@@ -1467,7 +1467,7 @@ def evaluate(cfg, state):               # -> metrics.json, evaluate.png
     pictures = {"real": real, "recon": recon}
     if state["stage"] == "ldm":
         model = LatentDiffusion(state, device, mixed)
-        often = model.class_counts.float()              # classes as often as in training
+        often = model.class_counts.float()              # classes as among the training images
         label = often.multinomial(cfg.n, True, generator=rng(cfg.seed, "classes"))
         if cfg.class_:
             label = model.labels(cfg.n, cfg.class_)
@@ -1483,8 +1483,8 @@ def evaluate(cfg, state):               # -> metrics.json, evaluate.png
             a = features(lpips, real)
             for name, b in sets.items():
                 numbers[name] = kernel_distance(a, features(lpips, b))
-        # Near copies are nearer to a training image than 99 % of the m unseen images are. Chance
-        # alone makes 1 + 98/(m+1) %, since that bound has rank 1 + (m-1)/100 among m+1 places.
+        # A near copy is nearer to a training image than 99 % of the m unseen images. quantile puts
+        # this bound at rank r = 1 + (m-1)/100. Chance alone makes r/(m+1), which is 1 + 98/(m+1) %.
         trained = torch.isin(images.marks[:, 0], state["seen"]).nonzero().flatten()
         if len(trained) < often.sum():
             say("WARNING only", len(trained), "training images are here: not all copies are found")
@@ -1509,8 +1509,8 @@ def evaluate(cfg, state):               # -> metrics.json, evaluate.png
 
 def orthogonal(g):
     # g (r,n) = U S Vᵀ -> nearly U Vᵀ. All strengths but the tiniest become 0.7 to 1.2. This is
-    # Newton-Schulz. Since x xᵀ x = U S³ Vᵀ, sums of odd powers change S alone. Each round takes an
-    # s to 3.4445 s - 4.775 s³ + 2.0315 s⁵, where a small s grows threefold, one near 1 stays near.
+    # Newton-Schulz. Since x xᵀ x = U S³ Vᵀ, sums of odd powers change S alone. A round takes s to
+    # 3.4445 s - 4.775 s³ + 2.0315 s⁵. A small s grows threefold, others soon lie in 0.7 to 1.2.
     x = g / (g.norm() + 1e-7)                   # the norm is √ of the sum of all s², so s ≤ 1
     for _ in range(5):
         gram = x @ x.T                                                    # (r,r)
@@ -1547,7 +1547,7 @@ def build_parser():
     for command, (cls, _) in COMMANDS.items():
         own = commands.add_parser(command, help=cls.__doc__, description=cls.__doc__,
                                   allow_abbrev=False, argument_default=argparse.SUPPRESS)
-        text = "".join(getsource(base) for base in cls.__mro__[-2::-1])     # bases, then cls
+        text = "".join(getsource(base) for base in cls.__mro__[-2::-1])     # bases but object
         comments = dict(re.findall(r"^    (\w+): .*?# (.*)", text, re.MULTILINE))
         for f in fields(cls):
             how = {"choices": get_args(f.type)} if get_args(f.type) else {"type": f.type}
