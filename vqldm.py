@@ -234,7 +234,7 @@ class Images:
         # may have trained on it before a table came. All this leaves val, or memory is measured.
         val = (held & ~self.known(self.seen)).nonzero().flatten()
         self.val = val[torch.randperm(len(val), generator=rng("held out"))]     # classes mixed
-        say("data", source, len(found), "images:", *self.classes)
+        say("data", source, len(found), "images:", ", ".join(self.classes))
     def known(self, marks):
         # -> (n,) bool: do marks hold the content or the group of any image in this image's group?
         hit = torch.isin(self.marks, marks).any(1)
