@@ -655,8 +655,7 @@ def test_folders_are_classes_and_some_names_of_folders_are_the_split(tmp_path, l
     ("isic", "isic/a.csv", 'image,"a, b",MEL,NV\n0.PNG,,0.0,1.0\nx/1.bmp,,1,0', "nv mel"),
     ("isic", "isic/a.csv", "image_name,diagnosis,target,day\n0,,1,\n2,,,1", "1"),
     ("isic", "isic/a.csv", "name,dx\n0,scar", "")])
-def test_tables_in_the_folder_or_beside_it_tell_the_classes(
-        tmp_path, load, capsys, place, table, text, want):
+def test_tables_in_or_beside_it_tell_classes(tmp_path, load, capsys, place, table, text, want):
     """The first column that is filled counts. Tables add up, also one that breaks off."""
     fill(tmp_path / place, [f"{i}.bmp" for i in range(4)])
     (tmp_path / table).write_text(text, encoding="utf8")
@@ -668,6 +667,7 @@ def test_tables_in_the_folder_or_beside_it_tell_the_classes(
     assert re.findall("WARNING the table (.*) breaks off", told) == [str(mad)]
     n = max(1, text.count("\n", 0, -1) if want else 0)                  # mean.csv names one
     assert f"{{'split by image': 4, 'named in tables': {n}}}" in told
+    assert "images: " + ", ".join(images.classes) in told             # names may have spaces
 
 def test_patients_lesions_and_copies_stay_on_one_side_whatever_else_changes(tmp_path, load, capsys):
     """All of a patient, or else of a lesion, or else copies of a file. A tenth is held out."""
