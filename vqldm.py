@@ -474,7 +474,7 @@ class Codebook(nn.Module):
     # codes start on encoder outputs, and unused ones restart there (Jukebox, arXiv 2005.00341).
     @torch.no_grad()
     def restart_unused(self, z, generator):                               # (B,d,h,w)
-        # Move codes without a win since the last restart, at step 0 all, to random vectors of z.
+        # Move codes without a win since the last restart (at step 0: all) to random vectors of z.
         unused = self.wins == 0                                           # (K,)
         n = int(unused.sum())
         flat = rearrange(z, "B d h w -> (B h w) d")                       # (B·N,d)
@@ -596,7 +596,7 @@ def vq_optimizers(vqgan, disc, cfg):
 
 def augment(x, turns):
     # Turn or mirror each image of x (B,C,H,H). turns, B numbers in 0…7, picks one of the square's
-    # eight symmetries, 0 for none. A lesion has no right way up. For what has one, return x.
+    # eight symmetries, 0 for none. A lesion has no right way up. If yours have one, return x.
     turned = []
     for image, turn in zip(x, turns):
         if turn >= 4:
