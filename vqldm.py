@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: MIT
 """vqldm: VQGAN + latent diffusion in one file, from pixels to new images.
 
-Stage 1, the VQGAN, learns to write an image as a small grid of code numbers and to read it back.
-Stage 2, latent diffusion, learns to turn noise into new grids, which stage 1 turns into images.
-Grids are small, so all of this fits on a laptop. The images are skin lesions seen through a
-dermatoscope, either drawn by the program or real (ISIC), or any other folder of images.
+Stage 1, the VQGAN (vector quantised GAN), learns to write an image as a small grid of code numbers
+and to read it back. Stage 2, latent diffusion, learns to turn noise into new grids, which stage 1
+turns into images. Grids are small, so all of this fits on a laptop. The images are skin lesions
+seen through a dermatoscope, drawn by the program or photographs (ISIC), or any folder of images.
 
   x ───Enc───► z ───nearest code───► z_q ───Dec───► x_hat       stage 1: VQGAN        (train-vq)
   (B,3,H,W)    (B,d,h,w)  │          (B,d,h,w)      (B,3,H,W)
-                          └► k (B,h,w) in 0…K-1                 h = H/f, w = W/f, f = 2^m
+                          └► k (B,h,w) in 0…K-1                 h = H/f, w = W/f
   k → z_q → z0 = (z_q-mean)/std ──noise──► z_t ──UNet──► v      stage 2: diffusion    (train-ldm)
   noise ──UNet, S times──► z0 ──·std+mean──► nearest code ──Dec──► image              (sample)
 
 Letters   B batch · C channels · H W pixels · h w latent grid · d length of a code · K codes
-          N = h·w cells · m halvings · T noise levels · S sampling steps
+          N = h·w cells · m halvings of the grid, so f = 2^m · T noise levels · S sampling steps
           E length of emb, the vector that tells a block the noise level and the class
           x image in [-1,1] · z latent · z_q its code · k its number · z0 standardised z_q (DDPM's
           x_0) · z_t the same at noise level t in 0…T-1 · eps the noise ε · v a mix of ε and z0
@@ -78,9 +78,9 @@ def source(text):                       # a folder is recorded with its full pat
 
 @dataclass(frozen=True)
 class Settings:
-    seed: int = 0                       # seeds all but a folder's split, held-out order and noise
+    seed: int = 0                       # of all random choices but those about held-out images
     device: str = "auto"                # auto, or a device of torch, such as cpu or cuda:1
-    out: str = ""                       # empty: runs/vq, runs/ldm, runs/samples, or --ckpt's folder
+    out: str = ""                       # empty: runs/vq, runs/ldm, runs/samples. evaluate: --ckpt's
     @property
     def folder(self):
         return Path(self.out or f"runs/{self.stage}").expanduser()
@@ -111,7 +111,7 @@ class VQConfig(Training):
     codes: whole = 2048                 # K, the number of codes
     lpips_weight: amount = 0.1          # weight of LPIPS, a learned distance. At 0 only measured
     commit_weight: amount = 0.25        # weight of the commitment loss (section 5)
-    gan_weight: amount = 0.2            # the GAN's loss enters as gan_weight · lam; 0 for no GAN
+    gan_weight: amount = 0.2            # the GAN's loss is multiplied by this and lam; 0 for no GAN
     lam_max: amount = 0.004             # upper limit of lam, which balances the GAN (section 6)
     gan_start: amount = 0.1             # fraction of the run after which the GAN joins
     muon_lr: amount = 0.02              # rate of Muon, see appendix F. 0 for Adam at --lr
@@ -141,7 +141,7 @@ class LDMConfig(Sampling, Training):
 
 @dataclass(frozen=True)
 class SampleConfig(Sampling, Settings):
-    """make new images with a trained stage 2, by its recorded sampler unless told"""
+    """make new images with a trained stage 2, by its recorded sampler unless you name another"""
     stage = "samples"
     reads = ("ldm",)                    # the stages whose checkpoints it can use
     ckpt: str = "runs/ldm"              # run folder or checkpoint of train-ldm
@@ -153,7 +153,7 @@ class EvaluateConfig(SampleConfig):
     """measure a checkpoint of either stage on images that it was not trained on"""
     reads = ("ldm", "vq")
     data: source = ""                   # folder of other images. Empty means those of --ckpt
-    n: whole = 500                      # samples; also the most unseen images in each of two sets
+    n: whole = 500                      # samples to make, and a limit for each set of unseen images
 
 PRESETS = {                         # a preset is a list of flags, and typed flags beat it
     "tiny": {"train-vq": "--size 32 --n-images 200 --widths 16,32 --codes 64 --epochs 2",
@@ -191,9 +191,9 @@ def rng(*key):
 def digest(key):                        # anything printable -> 63 bits, the same in any process
     return random.Random(repr(key)).getrandbits(63)
 
-# torchrun starts a training once for each GPU. There are world() processes and this one is rank().
-# Each takes an equal share of every batch. In each step they average gradients (adaptive_weight's
-# too), codes' wins and progress. Random choices are alike, from seeds. Losses logged are rank 0's.
+# torchrun starts this program once for each GPU. There are world() such processes, and this one is
+# number rank(). Each takes an equal share of every batch. All make the same random choices and
+# average what must agree, such as gradients. Only process 0 logs, and its losses are of its share.
 def world():
     return dist.get_world_size() if dist.is_initialized() else 1
 def rank():
@@ -230,13 +230,13 @@ class Images:
         self.train = (~held).nonzero().flatten()
         before = torch.as_tensor(seen, dtype=torch.int64)
         self.seen = torch.cat([before, self.marks[self.train].flatten()]).unique()
-        # trap: a held-out image may copy a trained file or show a trained lesion. An earlier run
-        # may have trained on it before a table came. All this leaves val, or memory is measured.
+        # trap: a held-out image may be a copy of a trained one, or show its lesion, or have been
+        # trained on by an earlier run. All these leave val, or val would reward memorising.
         val = (held & ~self.known(self.seen)).nonzero().flatten()
         self.val = val[torch.randperm(len(val), generator=rng("held out"))]     # classes mixed
         say("data", source, len(found), "images:", ", ".join(self.classes))
     def known(self, marks):
-        # -> (n,) bool: do marks hold the content or the group of any image in this image's group?
+        # -> (n,) bool: True if marks hold the content or the group of any image of the same group.
         hit = torch.isin(self.marks, marks).any(1)
         return torch.isin(self.marks[:, 1], self.marks[hit, 1])
     def rows(self, rows):               # row numbers (B,) -> uint8 (B,3,H,W)
@@ -262,10 +262,10 @@ def rate(step, progress):
     return max(0.01, min(1, up, down))
 
 def descend(loss, net, factor, *optimizers):
-    """One step down, at factor times all learning rates. One bad batch must not end a night's run,
-    so if a gradient is not finite, no weight moves. (To add up n batches, zero once, call backward
-    for each loss / n, the rest once.) trap: a loss of the generator also leaves gradients in D, the
-    discriminator. Unless zeroed, they would teach it to praise what it should find out."""
+    """One step of the optimisers, at factor times their rates. One bad batch must not end a night's
+    run, so if a gradient is not finite, no weight moves. (To add up n batches, zero once, call
+    backward on each loss / n, and do the rest once.) trap: the generator's loss leaves gradients in
+    D, the discriminator. Unless zeroed, they would teach D to call reconstructions real."""
     net.zero_grad()
     loss.backward()
     if world() > 1:                     # all in one message, since one for each tensor is slower
@@ -288,13 +288,13 @@ def descend(loss, net, factor, *optimizers):
 # what the matching DownBlock computed before it downsampled (a skip connection).
 
 def Norm(c):
-    # GroupNorm brings each group of channels to mean 0 and std 1, then scales and shifts channels
-    # as learned, each image alone. At most 32 groups, of 4 channels or more: 64 -> 16, 16 -> 4.
+    # GroupNorm brings each group of an image's channels to mean 0 and std 1, then scales and shifts
+    # each channel as learned. At most 32 groups, of 4 channels or more (64 channels: 16 groups).
     return nn.GroupNorm(math.gcd(32, c, c // 4 or 1), c)
 
 def zero(layer):
     # A zeroed layer adds nothing at first, so blocks start as their shortcut and the UNet answers
-    # 0. It still learns: for y = W x the gradient of W is that of y times x, and x is not 0.
+    # 0. It still learns: for y = W x, W's gradient is y's gradient times x, and x is not 0.
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
@@ -322,9 +322,9 @@ class ResBlock(nn.Module):
         return self.shortcut(x) + y                                       # (B,c_out,H,W)
 
 class AttentionBlock(nn.Module):
-    """Every place sees all others, not only its neighbours. Linear maps give each a query, a key
-    and a value. A place's output is the mean of all values, weighted by how well their keys fit its
-    query: softmax(q·k/√C), Vaswani 2017. The cost grows with (h·w)², so only MidBlock has it."""
+    """Every cell sees all others, not only its neighbours. Linear maps give each a query, a key and
+    a value. A cell's output is the mean of all values, weighted by how well their keys fit its
+    query, softmax(query·key/√C), Vaswani 2017. This costs (h·w)², so only MidBlock has it."""
     def __init__(self, c):
         super().__init__()
         self.norm = Norm(c)
@@ -510,14 +510,14 @@ class VQGAN(nn.Module):
 # The squared error alone gives blur, because its best answer is the mean of all sharp images that
 # fit the code. LPIPS sends both images through a frozen network trained to classify photographs,
 # and sums weighted differences of their feature maps. Blurred and sharp hair give different
-# features. What still shows that an image is a reconstruction is left to a GAN, two networks that
-# compete. The discriminator D learns to give high numbers (logits) to real images and low ones to
+# features. What still betrays a reconstruction is left to a GAN, that is two networks that compete.
+# The discriminator D learns to give high numbers (logits) to real images and low ones to
 # reconstructions. The VQGAN, here the generator, learns to get high ones for its reconstructions.
 
 def load_lpips(device):
     # LPIPS (Zhang 2018, arXiv 1801.03924) for images in [-1,1]. None if its weights are missing.
-    # It is called outside autocast, so never in bf16. As a part of the VQGAN it would be in
-    # every checkpoint, and .train() would switch its dropout on.
+    # We call it outside autocast, so never in bf16. It is no part of the VQGAN, or every checkpoint
+    # would hold it, and .train() would switch its dropout on.
     try:
         warnings.filterwarnings("ignore", module="torchvision")     # meant for lpips' authors
         import lpips
@@ -541,16 +541,16 @@ class PatchDiscriminator(nn.Module):
     def forward(self, x):                                                 # (B,3,H,W)
         return self.layers(x).float()                                     # (B,1,h,w)
 def hinge_loss(real, fake):
-    """D's loss from its logits. A real one above 1 and a fake one below -1 cost nothing. VQGAN eq.
-    5 is a log loss, VQGAN's code has this one. The generator's loss is -fake.mean()."""
+    """D's loss from its logits. Real ones above 1 and fake ones below -1 cost nothing. VQGAN eq. 5
+    is a log loss, but VQGAN's code has this one. The generator's loss is -fake.mean()."""
     return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
 
 def adaptive_weight(rec, adversarial, last, limit):
     """lam = ‖∇_L rec‖ / (‖∇_L adversarial‖ + δ), VQGAN eq. 7. L is the decoder's last layer, since
     all weights would cost two more backward passes through the VQGAN. The GAN's gradient may be far
-    longer or shorter than rec's. Times gan_weight · lam, its length is gan_weight times that of
-    rec's: a fifth by default and 1 in the report. At lam's limit it is shorter. lam is a constant
-    for backward(). Otherwise the VQGAN would learn to change lam, not its images."""
+    longer or shorter than rec's. lam makes both equally long, and gan_weight then sets their ratio,
+    1/5 by default and 1 in the report. At lam's limit it is less. lam is a constant for backward().
+    Otherwise the VQGAN would learn to change lam, not its images."""
     def push(loss):                                         # ‖∇_L loss‖
         (gradient,) = torch.autograd.grad(loss, last, retain_graph=True)
         return mean_over_processes(gradient).norm()
@@ -563,9 +563,9 @@ def adaptive_weight(rec, adversarial, last, limit):
 # ------------------------------------------------------------------------------------------------
 # 7. Stage 1: training
 # In each step the generator learns first, then D learns on the same images. D joins after a tenth
-# of the run, since from the first blobs it would learn only that blur is fake. Its lead, d_real -
-# d_fake, is 0.4 to 0.7 on photographs. Above 1, D is far ahead. At 0 it is blind, as on drawn
-# images, which leave it nothing to find: there --gan-weight 0 saves time. By default you will see:
+# of the run, since from the first blobs it would learn only that blur is fake. Its lead (d_real -
+# d_fake, the gap of its mean logits) is 0.4 to 0.7 on photographs. Above 1, D is far ahead. At 0 it
+# tells nothing apart, as on drawn images, where --gan-weight 0 saves time. By default you will see:
 #                  10 %   50 %  100 % of the run              10 %   50 %  100 %
 #   psnr (dB)      29.4   35.6   37.6      perplexity        1,249  1,326  1,403
 #   lpips          .043   .016   .011      loss of stage 2    .576   .535   .524
@@ -582,7 +582,7 @@ def build_vq(cfg, device):
 
 def vq_optimizers(vqgan, disc, cfg):
     # -> Adam and Muon for the VQGAN, Adam for D with the betas of VQGAN's code. Muon (appendix F)
-    # takes the kernels in blocks, so not first and last. (Nor may it take weight_norm's scales.)
+    # moves the kernels of all blocks, and Adam the rest, so also the layers first and last.
     rest = dict(vqgan.named_parameters())
     codes = [rest.pop("codebook.embedding.weight")]
     inner = [name for name, p in rest.items() if p.ndim == 4 and not re.search("first|last", name)]
@@ -606,7 +606,7 @@ def augment(x, turns):
 
 @torch.no_grad()
 def reconstruct(vqgan, images, lpips, mixed):
-    # uint8 (n,3,H,W) -> numbers by name, which are logged at each look, and reconstructions.
+    # uint8 (n,3,H,W) -> mean measures by name, and the reconstructions as uint8 (n,3,H,W).
     codes = vqgan.codebook.embedding.weight
     numbers, grids, copies = Counter(), [], []
     for part in images.split(16):
@@ -642,7 +642,7 @@ def train_vq(cfg, state=None):
     for step in run:
         factor = rate(step, run.progress)
         rows = images.train[next_rows(run.n, step, cfg.batch_size, cfg.seed)]             # (B,)
-        if step % 50 == 0:                      # these images are the same in all processes
+        if step % 50 == 0:                      # not shared out, so codes move alike everywhere
             with torch.no_grad(), mixed():
                 z = vqgan.encoder(to_float(images.rows(rows[:16])).to(device)).float()
             vqgan.codebook.restart_unused(z, rng(cfg.seed, "restart", step))
@@ -674,15 +674,15 @@ def train_vq(cfg, state=None):
 
         # ---- the discriminator, on the same images ----
         if gan_on:
-            # trap: without detach, d_loss would also run back through the VQGAN. descend freed the
-            # graph of D(x_hat), so it is computed anew. loss left out D(x), so that graph is left.
+            # trap: without detach, d_loss would run back into the VQGAN, whose graph descend freed.
+            # It freed that of D(x_hat) too, so D(x_hat) is computed anew. D(x) was not in loss.
             with mixed():
                 fake = disc(x_hat.detach())
             d_loss = hinge_loss(real, fake)
             descend(d_loss, disc, factor, adam_d)
             losses.update(lam=lam, d_loss=d_loss, d_real=real.mean(), d_fake=fake.mean())
 
-        # ---- report; at each tenth of the run and every ten minutes measure, draw, save ----
+        # ---- report; a look (measure, draw, save) at each tenth of the run, every ten minutes ----
         run.report(losses)
         if run.begin_look():
             some = images.rows(images.val[:256])                              # never trained on
@@ -697,15 +697,15 @@ def train_vq(cfg, state=None):
 # Noise is added to a latent in T small steps, until only noise is left. A network learns to tell
 # the noise from the latent. Sampling starts from pure noise and walks back.
 #
-# The noise levels are t = 0…T-1. Level 0 already has a little noise. So the clean latent z0 is not
-# z_t at t = 0 but one level below, at level -1. One step of noising mixes in fresh normal noise ε:
+# The noise levels are t = 0…T-1. Level 0 already has a little noise, so z_t at t = 0 is not z0. The
+# clean latent z0 is one level below, at -1. One step of noising mixes in fresh normal noise ε:
 #     z_t = √α_t z_(t-1) + √β_t ε                 where α_t + β_t = 1
 # If z_(t-1) has variance 1, then z_t also has variance α_t + β_t = 1.
 #
 # All steps up to t can be taken at once. With ᾱ_t = α_0 · … · α_t,
 #     z_t = √ᾱ_t z0 + √(1-ᾱ_t) ε                  DDPM eq. 4
-# To see this, substitute z_(t-1). Its noise now has variance α_t (1-ᾱ_(t-1)) = α_t - ᾱ_t. The new
-# noise is independent and adds 1-α_t. The sum is 1-ᾱ_t, so ᾱ_t is z0's share of z_t's variance.
+# Proof: put eq. 4 for t-1 into the step. Its noise then has variance α_t (1-ᾱ_(t-1)) = α_t - ᾱ_t.
+# The fresh noise adds 1-α_t. The sum is 1-ᾱ_t, so ᾱ_t is z0's share of the variance.
 #
 # The network is given z_t and t. Its answer is ε, as in DDPM, or by default
 #     v = √ᾱ_t ε - √(1-ᾱ_t) z0                    Salimans 2022
@@ -720,14 +720,14 @@ def train_vq(cfg, state=None):
 # One step back, from t to a lower t_prev, with α = ᾱ_t / ᾱ_prev. Bayes' rule for the densities q is
 #     q(z_prev | z_t, z0) ∝ q(z_t | z_prev) · q(z_prev | z0)      (given z_prev, z_t ignores z0)
 #                         = N(z_t; √α z_prev, 1-α) · N(z_prev; √ᾱ_prev z0, 1-ᾱ_prev)
-# with N(z; mean, variance). Seen in z_prev, the first N has mean z_t/√α and variance (1-α)/α. In a
-# product of Gaussians the 1/variance add up, and the means are averaged with these as weights:
+# N(z; mean, variance) is a Gaussian. The first, read as one of z_prev, has mean z_t/√α and variance
+# (1-α)/α. In a product the 1/variance add up, and the means are averaged with these as weights:
 #     1/β̃ = α/(1-α) + 1/(1-ᾱ_prev)     with α ᾱ_prev = ᾱ_t this is β̃ = (1-α)(1-ᾱ_prev)/(1-ᾱ_t)
 #     mean = β̃ · ( √α z_t/(1-α) + √ᾱ_prev z0/(1-ᾱ_prev) )
 # z0 is unknown. Put in z0_hat = (z_t - √(1-ᾱ_t) eps_hat)/√ᾱ_t and use √ᾱ_t = √α √ᾱ_prev:
 #     mean = (z_t - (1-α)/√(1-ᾱ_t) eps_hat) / √α  DDPM Algorithm 2, line 4
-# β̃ is the variance if z0 is known for certain. If z0 is only known to be standard normal, z_prev
-# and z_t have covariance √α, which leaves 1-α. The truth lies between (DDPM sec. 3.2). We take 1-α.
+# β̃ is the variance if z0 is known. If z0 is only known to be standard normal, z_prev given z_t has
+# variance 1-α (their covariance is √α). The truth lies between (DDPM sec. 3.2). We take 1-α.
 
 class Diffusion:
     """A noise schedule, the loss of DDPM (Algorithm 1) and two samplers (Algorithm 2, DDIM)."""
@@ -744,7 +744,7 @@ class Diffusion:
             curve = torch.cos((part + 0.008) / 1.008 * math.pi / 2) ** 2
             beta = 1 - curve[1:] / curve[:-1]           # α is the quotient of neighbouring ᾱ
         alpha = 1 - beta.clamp(max=0.999)       # β = 1 gives ᾱ = 0, and predict() divides by √ᾱ
-        alpha_bar = alpha.cumprod(0)            # in float64: rounded once, not T times
+        alpha_bar = alpha.cumprod(0)            # in float64, so that T roundings do not add up
         demand(alpha_bar[T - 1] < 0.05, "--T: too few levels to end in pure noise")
         # We append a 1, so that alpha_bar[-1] belongs to level -1, to z0 itself.
         self.alpha_bar = F.pad(alpha_bar, (0, 1), value=1).float()            # (T+1,)
@@ -760,7 +760,7 @@ class Diffusion:
         return abar.sqrt() * z0 + (1 - abar).sqrt() * eps                     # (B,d,h,w)
 
     def goal(self, z0, eps, abar):
-        # What the network should answer. A new one: LDMConfig's target, here, predict and weight.
+        # What the network should answer. A new target changes LDMConfig, goal, predict and weight.
         if self.target == "eps":
             return eps
         return abar.sqrt() * eps - (1 - abar).sqrt() * z0       # v, Salimans app. D
@@ -768,8 +768,8 @@ class Diffusion:
     def predict(self, out, z_t, t):
         """The network's answer -> (z0_hat, eps_hat), both (B,d,h,w). trap: with ε, an error of the
         network enters z0_hat multiplied by √(1-ᾱ)/√ᾱ. At t = 999 that is 157 with linear and 20,291
-        with cosine. With v it is at most 1. Much code clips z0_hat to ±1, right for pixels.
-        Here z0 has std 1 and goes beyond."""
+        with cosine. With v it is at most 1. Much code clips z0_hat to ±1. Do so for pixels, not
+        here, where z0 has std 1 and goes beyond."""
         abar = self.abar_at(t, z_t)
         if self.target == "eps":                    # DDPM eq. 4, solved for z0
             z0_hat = (z_t - (1 - abar).sqrt() * out) / abar.sqrt()
@@ -787,9 +787,9 @@ class Diffusion:
         return F.mse_loss(out, goal, reduction="none").flatten(1).mean(1)     # (B,)
 
     def weight(self, t):
-        """ours: in training on v, level t (B,) has weight 2·√ᾱ·√(1-ᾱ), but 1/4 at least. It is 1
-        where ᾱ = 1/2. At low levels an error of v hardly enters z0_hat. At high levels v is about
-        -z0. There z_t hides z0, so the error stays near 1 whatever is learned."""
+        """ours: in training on v, middle levels count most. The weight of level t (B,) is
+        2·√ᾱ·√(1-ᾱ), so 1 where ᾱ = 1/2, but at least 1/4. At low levels an error of v hardly enters
+        z0_hat. At high levels z_t tells so little of z0 that the error of v stays near 1."""
         abar = self.alpha_bar.to(t.device)[t]
         if self.target == "eps":                    # all levels count alike, as in DDPM
             return torch.ones_like(abar)
@@ -802,10 +802,10 @@ class Diffusion:
         return list(zip(ts, ts[1:]))                            # each with the next
     @torch.no_grad()
     def sample(self, net, z, steps, sampler, noise):
-        """Walk back from z (B,d,h,w), standard normal noise. net(z_t, t) answers. noise() draws
-        fresh numbers in the shape of z. After each step this yields z at its new level and z0_hat.
-        The last z is the sample. A new sampler is a word in Sampling and a branch here. It must not
-        divide by 1-ᾱ_prev (0 in the last step) or by 1-α (0 where S > T repeats a level)."""
+        """Walk back from z (B,d,h,w), standard normal noise. net(z_t, t) is v or ε. noise() draws
+        such noise in z's shape. After each step this yields the new z and z0_hat. The last z is the
+        sample. To add a sampler, name it in Sampling and add a branch here. Never divide by
+        1-ᾱ_prev, which is 0 in the last step, or by 1-α, which is 0 where S > T repeats a level."""
         for t, t_prev in self.pairs(steps):
             abar = self.abar_at(t, z)
             abar_prev = self.abar_at(t_prev, z)
@@ -882,15 +882,15 @@ def build_unet(cfg, vq_cfg, classes):
     return UNet(vq_cfg.z_dim, cfg.widths, len(classes), cfg.upsample)
 # ------------------------------------------------------------------------------------------------
 # 10. Stage 2: training
-# The frozen encoder turns each image into grids of code numbers, once. The latents are these codes,
-# exactly what the decoder reads. (LDM takes z before quantisation.) Diffusion ends in noise of mean
-# 0 and std 1, so we bring the codes to that mean and std. Judge the model by its samples, since
-# even a perfect network's loss stays well above 0. LatentDiffusion is in section 11.
+# First the frozen encoder turns each image, in several orientations, into grids of code numbers.
+# Their codes are the latents, just what the decoder reads. (LDM takes z.) Noising ends at mean 0
+# and std 1, so we bring the codes to that mean and std. Judge the model by its samples, since even
+# a perfect network's loss stays well above 0. LatentDiffusion is in section 11.
 
 def encode_images(vqgan, images, versions, device, mixed):
-    # All images -> their code numbers (n,V,h,w), in the first V of the square's eight symmetries.
-    # trap: with one grid for each image, stage 2 learns 300 photographs by heart in 300 epochs.
-    # Most samples are copies then, and no distance between sets shows it.
+    # All images -> their code numbers (n,V,h,w), in V = versions of the square's eight symmetries.
+    # trap: with one grid for each image, 300 epochs on 300 photographs make most samples copies.
+    # Distances between sets of images (appendix E) do not show this.
     grids = []
     for rows in bar(torch.arange(len(images.labels)).split(16), "encoding"):
         x = to_float(images.rows(rows)).to(device)                        # (16,3,H,W)
@@ -924,7 +924,7 @@ def train_ldm(cfg, state=None):
     # Stage 2, from a stage-1 checkpoint to one that holds both stages. -> exit status
     device, mixed = pick_device(cfg)
     diffusion = Diffusion(cfg.T, cfg.schedule, cfg.target)
-    # A resumed run carries its own VQGAN, and in seen the marks of all that was trained on.
+    # A checkpoint to resume holds its VQGAN too, and in seen the marks of all images trained on.
     vq = state["vq"] if state else load_checkpoint(cfg.vq, "--vq", "vq")
     vqgan, vq_cfg = load_vqgan(vq, device)
     images = Images(vq_cfg.data, vq_cfg, cfg.folder.parent / "cache", (state or vq)["seen"])
@@ -933,19 +933,19 @@ def train_ldm(cfg, state=None):
     classes = images.classes
     demand(not state or classes == state["classes"], "--resume: the classes have changed")
     class_counts = torch.bincount(images.labels[images.train], minlength=len(classes))
-    # The UNet, ema, the running mean of its weights, and guide, an early copy of ema (see guided).
+    # net is the UNet, ema the running mean of its weights, guide an early copy of ema (see guided).
     torch.manual_seed(cfg.seed % 2**63)
     net = build_unet(cfg, vq_cfg, classes).to(device)
     ema = deepcopy(net).requires_grad_(False)
     guide = deepcopy(ema)
     adam = torch.optim.Adam(net.parameters(), cfg.lr, betas=(0.9, 0.99), fused=True)
-    # The data. 20,000 grids are enough (4,096 images: 4 turns of each). It takes a minute or two.
+    # The data. 20,000 grids are enough (4,096 images: 4 turns of each). This takes a minute or two.
     versions = min(8, max(1, 20_000 // len(images.labels)))
     grids = encode_images(vqgan, images, versions, device, mixed)         # (n,V,h,w)
     scale = measure_scale(grids[images.train], vqgan.codebook.embedding.weight)       # (2,d)
     def latents(rows, turns):                   # (B,), (B,) -> z0 (B,d,h,w)
         return standardise(vqgan.codebook.lookup(grids[rows, turns]), scale)
-    # Each look measures the loss of held-out latents, each at one level, always with this noise.
+    # Every look measures the loss of the same held-out latents, at fixed levels and noise.
     val = images.val[:256]
     held_t = torch.linspace(0, cfg.T - 1, len(val), device=device).long()
     held_eps = torch.randn(len(val), *vq_cfg.latent_shape, generator=rng("held-out noise"))
@@ -975,7 +975,7 @@ def train_ldm(cfg, state=None):
         weighted = (loss * diffusion.weight(t)).mean()
         descend(weighted, net, rate(step, run.progress), adam)
         update_ema(ema, net, step, cfg.ema)
-        if run.progress < 0.2:                  # no copy after that, so guide stays young
+        if run.progress < 0.2:                  # later guide keeps these weights
             guide.load_state_dict(ema.state_dict())
 
         # ---- report; look as in stage 1 ----
@@ -999,8 +999,8 @@ def guided(net, guide, label, w):
     """-> a net(z_t, t) that is led towards its class by classifier-free guidance (CFG eq. 6):
         out = weak + w (strong - weak)        w is --guidance
     strong is told the class and weak is not. w = 1 is strong alone. A larger w goes further where
-    the class pulls, and costs variety. (CFG's own w: w - 1.)
-    ours: weak is also younger, the running mean after a fifth of the run. It makes the mistakes of
+    the class pulls, and costs variety. (The w of the CFG paper is ours less 1.)
+    ours: weak is also younger, ema as it was after a fifth of the run. It makes the mistakes of
     strong, only larger, so moving away from it also removes mistakes. (Karras 2024, arXiv
     2406.02507, guides by a smaller, younger network that is told the class.)"""
     def answer(z_t, t):
@@ -1039,7 +1039,7 @@ class LatentDiffusion:
         demand(known, f"--class: none of that name was trained on, choose one of {self.classes}")
         return torch.tensor(known)[torch.arange(n) % len(known)]
     def walk(self, settings, numbers, label):
-        """-> Diffusion.sample's generator, so no network runs before you iterate. settings has
+        """-> Diffusion.sample's iterator, so no network runs before you loop over it. settings has
         seed, sampler, steps, guidance. Image 7 gets the same noise in whatever batch it is made."""
         own = [rng(settings.seed, "sample", int(i)) for i in numbers]
         def noise():                                                      # (B,d,h,w)
@@ -1182,11 +1182,11 @@ def class_of(name, row):                # the innermost folder, or else what a t
 
 def prepare_images(source, cfg, cache):
     # -> pixels, uint8 (n,3,size,size), and of each image (class, held out?, content, group).
-    # content is a checksum of the file's bytes. A group is all that is of one patient, or else of
-    # one lesion, or else of one content. Groups whose checksum ends in 0 are held out, and so are
-    # folders val and test. Images drops from val what is known, so copies and all photographs of a
-    # patient are never on both sides. If photographs were split one by one, val would show lesions
-    # that were trained on in another photograph. (If you change read_image, clear the cache.)
+    # content is a checksum of the file's bytes. A group is all images of one patient, or of one
+    # lesion if no patient is told, or else of one content. Groups whose checksum ends in 0 are held
+    # out, and so are folders val and test. Images drops from val what was trained on, so no patient
+    # is on both sides. If photographs were split one by one, val would show trained lesions again,
+    # in another photograph. (If you change read_image, clear the cache.)
     folder = Path(source)
     drawn = source == "synthetic"
     names = {}                                  # and when each was last changed
@@ -1475,16 +1475,16 @@ def evaluate(cfg, state):               # -> metrics.json, evaluate.png
         pictures["samples"] = made
         numbers["latent_std"] = float(z0.std())
         if lpips:
-            # Each set is compared with real. A better stage 2 would approach kernel_perfect, other
-            # images through stage 1. kernel_real, other itself, differs from 0 by chance alone.
+            # Each set is compared with real. kernel_perfect, that of other unseen images through
+            # stage 1, is what a perfect stage 2 would have. kernel_real is 0 but for chance.
             perfect = reconstruct(vqgan, other, None, mixed)[1]
             sets = {"kernel": made[:n], "kernel_perfect": perfect, "kernel_recon": recon,
                     "kernel_real": other}
             a = features(lpips, real)
             for name, b in sets.items():
                 numbers[name] = kernel_distance(a, features(lpips, b))
-        # A near copy is nearer to a training image than 99 % of the m unseen images. quantile puts
-        # this bound at rank r = 1 + (m-1)/100. Chance alone makes r/(m+1), which is 1 + 98/(m+1) %.
+        # A near copy is nearer to a training image than 99 % of the m unseen images are. quantile
+        # cuts at rank r = 1 + (m-1)/100. By chance r/(m+1) are near copies, that is 1 + 98/(m+1) %.
         trained = torch.isin(images.marks[:, 0], state["seen"]).nonzero().flatten()
         if len(trained) < often.sum():
             say("WARNING only", len(trained), "training images are here: not all copies are found")
