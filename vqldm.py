@@ -687,8 +687,8 @@ def train_vq(cfg, state=None):
         if run.begin_look():
             some = images.rows(images.val[:256])                              # never trained on
             numbers, copies = reconstruct(vqgan, some, lpips, mixed)
-            path = cfg.folder / f"recon_step_{run.step:06d}.png"
-            draw_rows(path, {"original": some, "reconstruction": copies})
+            draw_rows(cfg.folder / f"recon_step_{run.step:06d}.png",
+                      {"original": some, "reconstruction": copies})
             run.end_look(numbers)
 
     return run.finish("next: python vqldm.py train-ldm --vq")
@@ -751,8 +751,7 @@ class Diffusion:
 
     def abar_at(self, t, z):
         # ᾱ_t in a shape that multiplies z. t is (B,), or one number for all.
-        abar = self.alpha_bar.to(z.device)[t]                                 # (B,)
-        return abar.view(-1, 1, 1, 1)                                     # (B,1,1,1)
+        return self.alpha_bar.to(z.device)[t].view(-1, 1, 1, 1)           # (B,1,1,1)
 
     def add_noise(self, z0, t, eps):                                          # (B,d,h,w), (B,)
         """All steps at once, DDPM eq. 4: z_t = √ᾱ z0 + √(1-ᾱ) ε."""
@@ -877,8 +876,8 @@ class UNet(nn.Module):
         return self.last(F.silu(self.norm(y))).float()                    # (B,d,h,w)
 
 def build_unet(cfg, vq_cfg, classes):
-    halved = vq_cfg.latent_shape[-1] % 2 ** len(cfg.widths) == 0
-    demand(halved, "--widths: a grid cannot be halved so many times")
+    demand(vq_cfg.latent_shape[-1] % 2 ** len(cfg.widths) == 0,
+           "--widths: a grid cannot be halved so many times")
     return UNet(vq_cfg.z_dim, cfg.widths, len(classes), cfg.upsample)
 # ------------------------------------------------------------------------------------------------
 # 10. Stage 2: training
@@ -943,6 +942,7 @@ def train_ldm(cfg, state=None):
     versions = min(8, max(1, 20_000 // len(images.labels)))
     grids = encode_images(vqgan, images, versions, device, mixed)         # (n,V,h,w)
     scale = measure_scale(grids[images.train], vqgan.codebook.embedding.weight)       # (2,d)
+    scale = state["scale"].to(device) if state else scale       # the one that net was trained with
     def latents(rows, turns):                   # (B,), (B,) -> z0 (B,d,h,w)
         return standardise(vqgan.codebook.lookup(grids[rows, turns]), scale)
     # Every look measures the loss of the same held-out latents, at fixed levels and noise.
@@ -951,7 +951,7 @@ def train_ldm(cfg, state=None):
     held_eps = torch.randn(len(val), *vq_cfg.latent_shape, generator=rng("held-out noise"))
     held = latents(val, 0 * val), held_t, held_eps.to(device), images.labels[val].to(device)
     parts = {"model": net, "ema": ema, "guide": guide, "adam": adam}
-    extra = {"seen": images.seen, "scale": scale.cpu(), "classes": classes,
+    extra = {"seen": images.seen, "scale": scale, "classes": classes,
              "class_counts": class_counts, "vq": {name: vq[name] for name in ("config", "model")}}
     run = Run(cfg, images, parts, extra, state)
     for step in run:
@@ -1140,9 +1140,9 @@ def synthetic(i, size, seed=0):
 # One bad image can end a run after hours, and decoding JPEGs would take most of a laptop's time. So
 # each image is opened once, before training, and its pixels are written into one file.
 SUFFIX = r"(?i)\.(bmp|gif|jfif|jpe?g|png|tiff?|webp)$"
-# Masks (ISIC_1_segmentation.png, a folder masks), broken downloads, and what this program draws.
-NO_PHOTO = (r"(?i)(_seg|_segmentation|_superpixels|_expert\d*|-partial|[_-]mask)\.\w+$"
-            r"|(^|/)(masks|runs)/|(^|/)(grid|curves|evaluate|\w+_step_\d+)\.png$")
+# Masks (1_mask.png, a folder masks, but not with_mask.png), broken downloads, our own pictures.
+NO_PHOTO = (r"(?i)(_seg|_segmentation|_superpixels|_expert\d*|-partial)\.\w+$|(^|/)(masks|runs)/"
+            r"|(?<!with|hout)[_-]mask\.\w+$|(^|/)(grid|curves|evaluate|\w+_step_\d+)\.png$")
 HELD_OUT = r"(?i)(?<![^/])(val(id(ation)?)?|test(ing)?)/"   # (?<![^/]): at the start or after a /
 # Folders that are no class are cut out of a path: nevus/train/1.jpg is of class nevus.
 NO_CLASS = HELD_OUT + r"|(?<![^/])(train(ing)?|(HAM10000_)?images(_part_\d)?)/"
@@ -1155,8 +1155,7 @@ def read_image(data, size):                             # a file's bytes -> uint
         im.draft("RGB", (size, size))           # JPEG at 1/2, 1/4 or 1/8 of its size, much faster
         demand(im.mode in ("L", "LA", "P", "RGB", "RGBA", "CMYK"), f"{im.mode} is not 8 bits")
         im = ImageOps.exif_transpose(im)        # cameras store "turn me" beside the pixels
-        square = ImageOps.fit(im.convert("RGB"), (size, size))      # the middle square, scaled
-    return pil_to_tensor(square)
+        return pil_to_tensor(ImageOps.fit(im.convert("RGB"), (size, size)))     # the middle square
 def stem_of(name):                      # a/ISIC_1.JPG, ISIC_1 and isic_1 name one image
     return re.sub(SUFFIX, "", name.split("/")[-1]).lower()
 def filled(row, columns):               # the first of these columns that says something, or ""
@@ -1175,7 +1174,8 @@ def read_tables(folder):                # the .csv files in it and beside it: {s
             say("WARNING the table", path, "breaks off:", repr(e))
     return told
 def class_of(name, row):                # the innermost folder, or else what a table says
-    ones = [column for column, word in row.items() if word in ("1", "1.0")]
+    ones = [column for column, word in row.items()
+            if word in ("1", "1.0") and column not in ID + GROUP]       # patient 1 is no class
     is_one_hot = len(ones) == 1 and {"0", "0.0"} & set(row.values())    # a column for each class
     told = row.get(filled(row, CLASS), ones[0] if is_one_hot else "images")
     return Path(re.sub(NO_CLASS, "", name)).parent.name or told
@@ -1228,7 +1228,7 @@ def prepare_images(source, cfg, cache):
         found.append((class_of(name, row), held, content, group))
         counts["split by " + (column or "image")] += 1
         counts["named in tables"] += bool(row)
-    say(dict(counts))
+    say(dict(counts), "of", len(names))     # less than all if some could not be read
     return pixels, found
 # ------------------------------------------------------------------------------------------------
 # C. Keeping a run
@@ -1304,8 +1304,8 @@ class Run:
                 self.step, self.log = state["step"], state["log"]
                 self.began -= state["seconds"]
         self.looks = self.looks_due()           # a resumed run repeats none
-        say(self.n, "images to train on,", len(images.val), "held out, from step", self.step)
-        say("healthy: codes_used_percent above 25, latent_std 0.7 to 1.4, loss well below 1")
+        say(self.n, "images to train on,", len(images.val), "held out, from step", self.step,
+            "\nhealthy: codes_used_percent above 25, latent_std 0.7 to 1.4, loss well below 1")
     def seconds(self):
         return time.perf_counter() - self.began
     def own_progress(self):             # by this process's clock, while progress is the mean of all
@@ -1461,7 +1461,7 @@ def evaluate(cfg, state):               # -> metrics.json, evaluate.png
     unseen = unseen[torch.randperm(len(unseen), generator=rng(cfg.seed, "unseen"))]
     n = min(cfg.n, len(unseen) // 2)
     say("to measure on:", n, "+", n, "of", len(unseen), "images that no training has seen")
-    demand(n > 1, f"--data, --class: too few unseen images, classes are {images.classes}")
+    demand(n > 1, f"--n, --data, --class: too few unseen images, classes are {images.classes}")
     real, other = images.rows(unseen[:2 * n]).split(n)
     numbers, recon = reconstruct(vqgan, real, lpips, mixed)
     pictures = {"real": real, "recon": recon}
@@ -1500,7 +1500,7 @@ def evaluate(cfg, state):               # -> metrics.json, evaluate.png
     for name, value in numbers.items():
         say(f"{name:24}{value:10.4g}")
     draw_rows(folder / "evaluate.png", pictures)
-    (folder / "metrics.json").write_text(json.dumps(numbers, indent=1))
+    (folder / "metrics.json").write_text(json.dumps({**asdict(cfg), **numbers}, indent=1))
 # ------------------------------------------------------------------------------------------------
 # F. Muon
 # Every matrix is a sum of directions u vᵀ, each with a strength s (its singular values). In a
@@ -1553,8 +1553,8 @@ def build_parser():
             how = {"choices": get_args(f.type)} if get_args(f.type) else {"type": f.type}
             if f.type is bool:
                 how = {"action": "store_true"}
-            words = f"{comments[f.name]} [{f.default}]"
-            own.add_argument(flag(f.name), dest=f.name, help=words, **how)
+            own.add_argument(flag(f.name), dest=f.name, **how,
+                             help=f"{comments[f.name]} [{f.default}]")
     return parser
 
 def run_command(argv):                                  # -> exit status; None is 0
