@@ -459,7 +459,7 @@ class Codebook(nn.Module):
         #   codebook_loss   moves codes towards the vectors that chose them     weight 1
         #   commit_loss     moves the encoder's vectors towards their codes     --commit-weight
         # trap: VQGAN's code has these weights swapped, with 0.25 on the codebook loss and 1 on the
-        # commitment. Both losses have the same value, so no curve shows the swap.
+        # commitment. Both losses have the same value, so no curve looks ill.
         codebook_loss = F.mse_loss(z_q, z.detach())             # mean of (sg[z] - e)²
         commit_loss = F.mse_loss(z, z_q.detach())               # mean of (z - sg[e])²
         # Straight through (VQ sec. 3.2). Rounding has slope 0, so z would get no gradient. Instead
