@@ -549,15 +549,15 @@ def adaptive_weight(rec, adversarial, last, limit):
     """lam = ‖∇_L rec‖ / (‖∇_L adversarial‖ + δ), VQGAN eq. 7. L is the decoder's last layer, since
     all weights would cost two more backward passes through the VQGAN. The GAN's gradient may be far
     longer or shorter than rec's. lam makes both equally long, and gan_weight then sets their ratio,
-    1/5 by default and 1 in the report. At lam's limit it is less. lam is a constant for backward().
-    Otherwise the VQGAN would learn to change lam, not its images."""
+    1/5 by default and 1 in the report. At lam's limit, as in most steps, it is less. lam is a
+    constant for backward(). Otherwise the VQGAN would learn to change lam, not its images."""
     def push(loss):                                         # ‖∇_L loss‖
         (gradient,) = torch.autograd.grad(loss, last, retain_graph=True)
         return mean_over_processes(gradient).norm()
     # δ keeps lam finite. It is 1e-6 in the paper and 1e-4 in its code.
     lam = push(rec) / (push(adversarial) + 1e-4)
     # trap: a D that cannot tell real from fake has a tiny, meaningless gradient. VQGAN's code
-    # allows a lam of 1e4, which enlarges it: x_hat jumps about, and D can never catch up.
+    # allows a lam of 1e4, which enlarges it: x_hat jumps about, and D is slow to catch up.
     # ours: a limit near the usual lam, which is 0.002 to 0.01, so that a blind D stays quiet.
     return lam.clamp(max=limit)
 # ------------------------------------------------------------------------------------------------
@@ -1412,7 +1412,7 @@ def draw_curves(path, log):
 # ------------------------------------------------------------------------------------------------
 # E. Measuring
 # The kernel distance says how far two sets of images are apart. Two sets of 300 real photographs
-# have 0, give or take 1. A good model has 5 to 7, and one without grain 40. Drawn images have 27 by
+# have 0, give or take 1. A good model has 5 to 7, and one without grain 35. Drawn images have 27 by
 # default. Its features are LPIPS's, so like lpips it flatters models trained with LPIPS.
 
 def features(lpips, images):            # uint8 (n,3,H,W) -> (n,512)
