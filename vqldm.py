@@ -168,8 +168,8 @@ MAY_CHANGE = {"resume", "device", "out", "epochs", "minutes", "sampler", "steps"
 # ------------------------------------------------------------------------------------------------
 # 2. Device, precision, seeds
 def pick_device(cfg):
-    # -> device, and mixed. In a `with mixed():` matrix products run in bf16, where supported. bf16
-    # is a 16-bit float with fp32's range and 2-3 decimal digits, and often twice as fast.
+    # -> device, and mixed. `with mixed():` computes matrix products and convolutions in bf16, where
+    # supported, a 16-bit float with fp32's range and 2-3 decimal digits, and often twice as fast.
     name = cfg.device
     if name == "auto":
         name = torch.accelerator.current_accelerator(check_available=True) or "cpu"
@@ -188,7 +188,7 @@ def rng(*key):
     # The random numbers that belong to a key, such as (seed, "turns", step). They are looked up,
     # never carried along, so step 700 draws the same ones in a run that was killed and resumed.
     return torch.Generator().manual_seed(digest(key))
-def digest(key):                        # anything printable -> 63 bits, the same in any process
+def digest(key):    # anything printable -> 63 bits, the same in any process (torch seeds with 32)
     return random.Random(repr(key)).getrandbits(63)
 
 # torchrun starts this program once for each GPU. There are world() such processes, and this one is
