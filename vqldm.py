@@ -111,7 +111,7 @@ class VQConfig(Training):
     codes: whole = 2048                 # K, the number of codes
     lpips_weight: amount = 0.1          # weight of LPIPS, a learned distance. At 0 only measured
     commit_weight: amount = 0.25        # weight of the commitment loss (section 5)
-    gan_weight: amount = 0.2            # times lam, weight of the GAN's loss. 0.4 for 128×128, 0 for no GAN
+    gan_weight: amount = 0.2            # times lam, the GAN's weight; 0.4 for 128×128, 0 for no GAN
     lam_max: amount = 0.004             # upper limit of lam, which balances the GAN (section 6)
     gan_start: amount = 0.1             # fraction of the run after which the GAN joins
     muon_lr: amount = 0.02              # rate of Muon, see appendix F. 0 for Adam at --lr
