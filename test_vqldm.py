@@ -175,6 +175,7 @@ def test_lam_is_measured_in_float32_under_autocast(monkeypatch):
         assert vqldm.PatchDiscriminator((8, 8))(x_hat).dtype == torch.float32
     want = F.conv2d(calls[0][0][0].float(), *decoder.last.parameters(), padding=1)
     assert x_hat.dtype == torch.float32 and torch.allclose(x_hat, want, atol=1e-6)
+    assert ORIGINAL.pick_device(vqldm.Settings(device="cpu"))[1]().fast_dtype == torch.bfloat16
 def blind_lpips(patch):
     import lpips                        # with a random trunk: enough, and without a download
     patch.setattr(lpips, "LPIPS", functools.partial(lpips.LPIPS, pnet_rand=True))
