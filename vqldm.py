@@ -80,7 +80,7 @@ def source(text):                       # a folder is recorded with its full pat
 class Settings:
     seed: int = 0                       # of all random choices but those about held-out images
     device: str = "auto"                # auto, or a device of torch, such as cpu or cuda:1
-    out: str = ""                       # empty: runs/vq, runs/ldm, runs/samples. evaluate: --ckpt's
+    out: str = ""                       # empty: runs/vq, runs/ldm, runs/samples, or --ckpt's folder
     @property
     def folder(self):
         return Path(self.out or f"runs/{self.stage}").expanduser()
