@@ -169,7 +169,7 @@ MAY_CHANGE = {"resume", "device", "out", "epochs", "minutes", "sampler", "steps"
 # 2. Device, precision, seeds
 def pick_device(cfg):
     # -> device, and mixed. `with mixed():` computes matrix products and convolutions in bf16, where
-    # supported, a 16-bit float with fp32's range and 2-3 decimal digits, and often twice as fast.
+    # supported. bf16 has 16 bits, fp32's range and 2-3 decimal digits, and is often twice as fast.
     name = cfg.device
     if name == "auto":
         name = torch.accelerator.current_accelerator(check_available=True) or "cpu"
