@@ -614,7 +614,7 @@ def test_the_middle_square_of_a_photograph_is_scaled_smoothly(tmp_path, load):
 
 def test_bad_images_are_named_and_passed_over_and_other_files_not_opened(tmp_path, load, capsys):
     good = [f"{i}.{kind}" for i, kind in enumerate("bmp gif jfif jpg png tif tiff webp".split())]
-    good += ["ä b.JPeG", "z-with-mask.tiff", "z.TIFF", "patient_segal_1.png"]
+    good += ["ä b.JPeG", "z-with-mask.tiff", "without_mask.TIFF", "patient_segal_1.png"]
     folder = fill(tmp_path / "photos", [*good, "cut.jpg"], size=(200, 200))
     for name, mode in (("0.bmp", "L"), ("4.png", "LA"), ("5.tif", "CMYK"), ("6.tiff", "P")):
         Image.open(folder / name).convert(mode).save(folder / name)
@@ -757,6 +757,7 @@ def test_a_run_logs_and_draws_what_it_measures_under_its_step(trained, run, scor
     held = [row for row in log if "held_" + score in row]
     looks = [f"{name}_step_{row['step']:06}.png" for row in held]
     assert [path.name for (path, _), _ in trained[1] if path.stem.startswith(name)] == looks
+    assert all(len({*bytes_of(x.values())}) == len(x) for (_, x), _ in trained[1])
     names, *rows = [line.split(",") for line in Path(f"runs/{run}/log.csv").read_text().split()]
     told = [{k: float(v) for k, v in zip(names, row) if v} for row in rows]
     assert told == [pytest.approx(row) for row in log] and len(looks) > 8
@@ -1204,7 +1205,6 @@ def run_page(tmp_path, code):   # in a process of its own, with the file as it w
 def test_notebook_runs_in_its_short_form_though_nothing_is_answered(tmp_path):
     out = run_page(tmp_path, CODE)
     assert out.count("○") == 21 and "✓" not in out and out.count("yours: none yet") == 2
-
 # Wrong answers. `use` refuses each. Forced in past the check, each spoils the last picture.
 PLANTED = """
 import traceback

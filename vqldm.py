@@ -111,7 +111,7 @@ class VQConfig(Training):
     codes: whole = 2048                 # K, the number of codes
     lpips_weight: amount = 0.1          # weight of LPIPS, a learned distance. At 0 only measured
     commit_weight: amount = 0.25        # weight of the commitment loss (section 5)
-    gan_weight: amount = 0.2            # times lam, the GAN's weight; 0.4 for 128×128, 0 for no GAN
+    gan_weight: amount = 0.2            # weight of the GAN, times lam. 0.4 for 128×128, 0 is no GAN
     lam_max: amount = 0.004             # upper limit of lam, which balances the GAN (section 6)
     gan_start: amount = 0.1             # fraction of the run after which the GAN joins
     muon_lr: amount = 0.02              # rate of Muon, see appendix F. 0 for Adam at --lr
@@ -571,8 +571,7 @@ def adaptive_weight(rec, adversarial, last, limit):
 #   lpips          .043   .016   .011      loss of stage 2    .576   .535   .524
 # Run (appendix C) yields the steps, and its progress goes from 0 to 1. Muon is in appendix F.
 
-def build_vq(cfg, device):
-    # -> VQGAN and D, with their initial weights.
+def build_vq(cfg, device):              # -> VQGAN and D, with their initial weights
     unit = 4 * 2 ** len(cfg.widths)             # 4·f, since the UNet's default halves h and w twice
     demand(32 <= cfg.size <= 4096 and cfg.size % unit == 0,
            f"--size: from 32 to 4096, a multiple of {unit}")
@@ -642,9 +641,10 @@ def train_vq(cfg, state=None):
     for step in run:
         factor = rate(step, run.progress)
         rows = images.train[next_rows(run.n, step, cfg.batch_size, cfg.seed)]             # (B,)
-        if step % 50 == 0:                      # not shared out, so codes move alike everywhere
+        if step % 50 == 0:                      # unused codes restart, alike in all processes
+            first = to_float(images.rows(rows[:16])).to(device)               # at most 16 images
             with torch.no_grad(), mixed():
-                z = vqgan.encoder(to_float(images.rows(rows[:16])).to(device)).float()
+                z = vqgan.encoder(first).float()
             vqgan.codebook.restart_unused(z, rng(cfg.seed, "restart", step))
         turns = torch.randint(8, (cfg.batch_size,), generator=rng(cfg.seed, "turns", step))
         x = to_float(images.rows(share(rows)))
@@ -682,7 +682,7 @@ def train_vq(cfg, state=None):
             descend(d_loss, disc, factor, adam_d)
             losses.update(lam=lam, d_loss=d_loss, d_real=real.mean(), d_fake=fake.mean())
 
-        # ---- report; a look (measure, draw, save) at each tenth of the run, every ten minutes ----
+        # ---- report; look (measure, draw, save) at tenths of the run and every ten minutes ----
         run.report(losses)
         if run.begin_look():
             some = images.rows(images.val[:256])                              # never trained on
@@ -882,9 +882,9 @@ def build_unet(cfg, vq_cfg, classes):
 # ------------------------------------------------------------------------------------------------
 # 10. Stage 2: training
 # First the frozen encoder turns each image, in several orientations, into grids of code numbers.
-# Their codes are the latents, just what the decoder reads. (LDM takes z.) Noising ends at mean 0
-# and std 1, so we bring the codes to that mean and std. Judge the model by its samples, since even
-# a perfect network's loss stays well above 0. LatentDiffusion is in section 11.
+# Their codes are the latents, just what the decoder reads. (LDM takes z, not yet rounded.) Noising
+# ends at mean 0 and std 1, so we bring the codes to that mean and std. Judge the model by its
+# samples, since even a perfect network's loss stays well above 0. LatentDiffusion: section 11.
 
 def encode_images(vqgan, images, versions, device, mixed):
     # All images -> their code numbers (n,V,h,w), in V = versions of the square's eight symmetries.
@@ -938,11 +938,11 @@ def train_ldm(cfg, state=None):
     ema = deepcopy(net).requires_grad_(False)
     guide = deepcopy(ema)
     adam = torch.optim.Adam(net.parameters(), cfg.lr, betas=(0.9, 0.99), fused=True)
-    # The data. 20,000 grids are enough (4,096 images: 4 turns of each). This takes a minute or two.
+    # 20,000 grids are enough (4,096 images: 4 turns of each). Encoding takes a minute or two.
     versions = min(8, max(1, 20_000 // len(images.labels)))
     grids = encode_images(vqgan, images, versions, device, mixed)         # (n,V,h,w)
-    scale = measure_scale(grids[images.train], vqgan.codebook.embedding.weight)       # (2,d)
-    scale = state["scale"].to(device) if state else scale       # the one that net was trained with
+    scale = (state["scale"].to(device) if state else            # what net was trained with, (2,d)
+             measure_scale(grids[images.train], vqgan.codebook.embedding.weight))
     def latents(rows, turns):                   # (B,), (B,) -> z0 (B,d,h,w)
         return standardise(vqgan.codebook.lookup(grids[rows, turns]), scale)
     # Every look measures the loss of the same held-out latents, at fixed levels and noise.
@@ -975,7 +975,7 @@ def train_ldm(cfg, state=None):
         weighted = (loss * diffusion.weight(t)).mean()
         descend(weighted, net, rate(step, run.progress), adam)
         update_ema(ema, net, step, cfg.ema)
-        if run.progress < 0.2:                  # later guide keeps these weights
+        if run.progress < 0.2:                  # after that, guide keeps its weights
             guide.load_state_dict(ema.state_dict())
 
         # ---- report; look as in stage 1 ----
