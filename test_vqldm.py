@@ -47,7 +47,7 @@ def recorded(patch, owner, name, before=lambda *a: None):   # -> [(arguments, re
     patch.setattr(owner, name, call)
     return calls
 
-# ---- 3. Rates, 7. Symmetries -------------------------------------------------------------------
+# ---- 6. Rates, 7. Symmetries -------------------------------------------------------------------
 def test_learning_rates_rise_for_50_steps_and_fall_to_a_hundredth_in_the_last_three_fifths():
     for step, progress, want in [(0, 0, 0.02), (24, 0, 0.5), (49, 0.4, 1), (1000, 0, 1), (99, 0.7,
                                  0.5), (9, 0.99, 1 / 60), (1000, 0.999, 0.01), (49, 2, 0.01)]:
@@ -61,7 +61,7 @@ def test_augment_shows_each_image_in_the_eight_symmetries_of_the_square():
     every = vqldm.augment(x[:1].expand(8, -1, -1, -1), turns)
     assert len(every.unique(dim=0)) == 8 and torch.equal(every[0], x[0])
 
-# ---- 4. Blocks ---------------------------------------------------------------------------------
+# ---- 2. Blocks ---------------------------------------------------------------------------------
 def test_residual_branches_start_as_nothing():
     """A ResBlock is its shortcut, an AttentionBlock the identity, and the UNet answers 0. (Norms
     have groups for every width: a power of 2, at most 32, that leaves four channels or more.)"""
@@ -122,7 +122,7 @@ def test_unet_is_down_middle_and_up_with_skips_of_the_same_size_and_hears_time_a
     assert torch.equal(net(z, t), net(z, t, torch.full((3,), 3)))       # class 3 of 0…2: not told
     assert (y - net(z, t)).abs().max() > 1e-3
 
-# ---- 5. The codebook, 6. The losses of stage 1 -------------------------------------------------
+# ---- 3. The codebook, 4. The losses of stage 1 -------------------------------------------------
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nearest_code_is_that_of_a_float64_search(dtype):
     """Also for bf16 latents under autocast, where distances in bf16 choose 5-15 % wrongly."""

@@ -22,11 +22,11 @@ Papers    VQ van den Oord 2017 (arXiv 1711.00937) · VQGAN Esser 2021 (2012.0984
           (2006.11239) · DDIM Song 2021 (2010.02502) · LDM Rombach 2022 (2112.10752)
           v Salimans 2022 (2202.00512) · CFG (classifier-free guidance) Ho 2022 (2207.12598)
 Contents  1. Settings                       7. Stage 1: training      For reference:
-          2. Device, precision, seeds       8. Stage 2: diffusion     A. Drawn lesions  E. Measuring
-          3. What both trainings share      9. Stage 2: the UNet      B. A folder of images
-          4. Blocks                        10. Stage 2: training      C. Keeping a run  F. Muon
-          5. Stage 1: the VQGAN            11. Sampling               D. Pictures       G. Commands
-          6. Stage 1: the losses
+          2. Blocks                         8. Stage 2: diffusion     A. Drawn lesions  E. Measuring
+          3. Stage 1: the VQGAN             9. Stage 2: the UNet      B. A folder of images
+          4. Stage 1: the losses           10. Stage 2: training      C. Keeping a run  F. Muon
+          5. Device, precision, seeds      11. Sampling               D. Pictures       G. Commands
+          6. What both trainings share
 Run it    python vqldm.py train-vq, then train-ldm, then sample. evaluate measures either stage.
           "trap" marks a frequent mistake, "ours" an idea that none of the named papers has.
 """
@@ -88,7 +88,7 @@ class Settings:
 @dataclass(frozen=True)
 class Training(Settings):
     preset: Literal["default", "tiny", "report"] = "default"    # tiny is a trial. See PRESETS
-    upsample: Literal["nearest", "transposed"] = "nearest"  # how grids are doubled (section 4)
+    upsample: Literal["nearest", "transposed"] = "nearest"  # how grids are doubled (section 2)
     lr: amount = 1e-3                   # learning rate of everything that has none of its own
     minutes: amount = 0.0               # if above 0, train for this long instead of --epochs
     resume: bool = False                # go on with the run in --out
@@ -110,9 +110,9 @@ class VQConfig(Training):
     z_dim: whole = 3                    # d, the length of a code
     codes: whole = 2048                 # K, the number of codes
     lpips_weight: amount = 0.1          # weight of LPIPS, a learned distance. At 0 only measured
-    commit_weight: amount = 0.25        # weight of the commitment loss (section 5)
+    commit_weight: amount = 0.25        # weight of the commitment loss (section 3)
     gan_weight: amount = 0.2            # weight of the GAN, times lam. 0.4 for 128×128, 0 is no GAN
-    lam_max: amount = 0.004             # upper limit of lam, which balances the GAN (section 6)
+    lam_max: amount = 0.004             # upper limit of lam, which balances the GAN (section 4)
     gan_start: amount = 0.1             # fraction of the run after which the GAN joins
     muon_lr: amount = 0.02              # rate of Muon, see appendix F. 0 for Adam at --lr
     codes_lr: amount = 0.02             # learning rate of the codes, which must keep up with z
@@ -154,135 +154,8 @@ class EvaluateConfig(SampleConfig):
     reads = ("ldm", "vq")
     data: source = ""                   # folder of other images. Empty means those of --ckpt
     n: whole = 500                      # samples to make, and a limit for each set of unseen images
-
-PRESETS = {                         # a preset is a list of flags, and typed flags beat it
-    "tiny": {"train-vq": "--size 32 --n-images 200 --widths 16,32 --codes 64 --epochs 2",
-             "train-ldm": "--T 200 --widths 32,64 --batch-size 16 --epochs 4"},
-    # The system of a course report, from which this file grew. .267 is 8 of its 30 epochs.
-    "report": {"train-vq": "--upsample transposed --lpips-weight 1 --commit-weight 1 "
-               "--gan-weight 1 --lam-max 1e4 --gan-start 0.267 --epochs 30 "
-               "--lr 3e-4 --muon-lr 0 --codes-lr 3e-4 --d-lr 3e-4",
-               "train-ldm": "--unconditional --target eps --schedule linear --upsample transposed "
-               "--sampler ddpm --steps 1000 --guidance 1"}}
-MAY_CHANGE = {"resume", "device", "out", "epochs", "minutes", "sampler", "steps", "guidance"}
 # ------------------------------------------------------------------------------------------------
-# 2. Device, precision, seeds
-def pick_device(cfg):
-    # -> device, and mixed. `with mixed():` computes matrix products and convolutions in bf16, where
-    # supported. bf16 has 16 bits, fp32's range and 2-3 decimal digits, and is often twice as fast.
-    name = cfg.device
-    if name == "auto":
-        name = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    try:
-        device = torch.ones(1, device=name).device      # cuda -> cuda:0
-    except Exception:
-        raise UserError(f"--device {name}: cannot be used here, --device cpu can") from None
-    bf16 = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
-    if device.type == "cuda":
-        torch.cuda.set_device(device)           # the next line asks the current device
-        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)      # emulation is slow
-    say("device", device, "in bf16" if bf16 else "in fp32 (no bf16 units found)")
-    return device, functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
-
-def rng(*key):
-    # The random numbers that belong to a key, such as (seed, "turns", step). They are looked up,
-    # never carried along, so step 700 draws the same ones in a run that was killed and resumed.
-    return torch.Generator().manual_seed(digest(key))
-def digest(key):    # anything printable -> 63 bits, the same in any process (torch seeds with 32)
-    return random.Random(repr(key)).getrandbits(63)
-
-# torchrun starts this program once for each GPU. There are world() such processes, and this one is
-# number rank(). Each takes an equal share of every batch. All make the same random choices and
-# average what must agree, such as gradients. Only process 0 logs, and its losses are of its share.
-def world():
-    return dist.get_world_size() if dist.is_initialized() else 1
-def rank():
-    return dist.get_rank() if dist.is_initialized() else 0
-def share(batch):                       # this process's rows of a batch
-    return batch.chunk(world())[rank()]
-def mean_over_processes(x):             # in place: x itself becomes the mean
-    if world() > 1:
-        dist.all_reduce(x)
-        x /= world()
-    return x
-def say(*words):
-    if rank() == 0:
-        tqdm.write(" ".join(map(str, words)))
-def bar(items, name, total=None):       # with disable=None, tqdm draws on a terminal only
-    return tqdm(items, name, total, leave=False, disable=True if rank() else None)
-# ------------------------------------------------------------------------------------------------
-# 3. What both trainings share
-# A set of images, the order in which they are shown, learning rates, a step of gradient descent.
-
-class Images:
-    # All images of a run, as squares of one size. Appendix B finds and reads them.
-    #   labels (n,)    class numbers
-    #   marks (n,2)    checksums of each image's content, and of its group, such as a patient
-    #   train, val     row numbers of training and of held-out images
-    #   seen           the marks of all that this run or an earlier one trained on
-    def __init__(self, source, cfg, cache, seen=()):
-        self.pixels, found = prepare_images(source, cfg, cache)           # uint8 (n,3,H,W)
-        class_names, held, contents, groups = zip(*found)
-        self.classes = sorted(set(class_names))
-        self.labels = torch.tensor([self.classes.index(name) for name in class_names])
-        self.marks = torch.tensor([contents, groups]).T
-        held = torch.tensor(held)                       # (n,) bool, decided in appendix B
-        self.train = (~held).nonzero().flatten()
-        before = torch.as_tensor(seen, dtype=torch.int64)
-        self.seen = torch.cat([before, self.marks[self.train].flatten()]).unique()
-        # trap: a held-out image may be a copy of a trained one, or show its lesion, or have been
-        # trained on by an earlier run. All these leave val, or val would reward memorising.
-        val = (held & ~self.known(self.seen)).nonzero().flatten()
-        self.val = val[torch.randperm(len(val), generator=rng("held out"))]     # classes mixed
-        say("data", source, len(found), "images:", ", ".join(self.classes))
-    def known(self, marks):
-        # -> (n,) bool: True if marks hold the content or the group of any image of the same group.
-        hit = torch.isin(self.marks, marks).any(1)
-        return torch.isin(self.marks[:, 1], self.marks[hit, 1])
-    def rows(self, rows):               # row numbers (B,) -> uint8 (B,3,H,W)
-        return self.pixels[rows]
-def to_float(x):                        # uint8 0…255 -> [-1,1]. Only x_hat may go beyond
-    return x.float() / 127.5 - 1
-def to_bytes(x):                        # and back, on the CPU
-    return ((x.clamp(-1, 1) + 1) * 127.5).round().byte().cpu()
-
-@functools.lru_cache(maxsize=2)         # a batch may straddle two epochs
-def shuffled(n, seed, epoch):
-    return torch.randperm(n, generator=rng(seed, "order", epoch))
-def next_rows(n, step, batch_size, seed):
-    # Row numbers (B,) of this step's batch. The images are reshuffled every epoch, and a step
-    # takes the next batch_size of that endless stream.
-    stream = range(step * batch_size, (step + 1) * batch_size)          # i // n is the epoch
-    return torch.stack([shuffled(n, seed, i // n)[i % n] for i in stream])
-
-def rate(step, progress):
-    # Factor of all learning rates. It rises for 50 steps. In the last 60 % it falls to 0.01.
-    up = (step + 1) / 50
-    down = (1 - progress) / 0.6
-    return max(0.01, min(1, up, down))
-
-def descend(loss, net, factor, *optimizers):
-    """One step of the optimisers, at factor times their rates. One bad batch must not end a night's
-    run, so if a gradient is not finite, no weight moves. (To add up n batches, zero once, call
-    backward on each loss / n, and do the rest once.) trap: the generator's loss leaves gradients in
-    D, the discriminator. Unless zeroed, they would teach D to call reconstructions real."""
-    net.zero_grad()
-    loss.backward()
-    if world() > 1:                     # all in one message, since one for each tensor is slower
-        grads = [p.grad for p in net.parameters()]
-        mean = mean_over_processes(parameters_to_vector(grads))
-        vector_to_parameters(mean, grads)       # writes into the .grad tensors themselves
-    # Clipped, so that one outlier batch cannot dominate the optimisers' running averages.
-    norm = clip_grad_norm_(net.parameters(), 1.0)
-    if not norm.isfinite():
-        return say("WARNING a gradient is not finite, a step is skipped. If it goes on, lower --lr")
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            initial = group.setdefault("initial_lr", group["lr"])       # noted at the first call
-            group["lr"] = factor * initial
-        optimizer.step()
-# ------------------------------------------------------------------------------------------------
-# 4. Blocks
+# 2. Blocks
 # The VQGAN and the UNet are built from the same blocks. Two things differ. Each ResBlock of the
 # UNet also receives the noise level and the class (emb), and each UpBlock of the UNet also receives
 # what the matching DownBlock computed before it downsampled (a skip connection).
@@ -380,7 +253,7 @@ def levels(widths):
     # (c_in, c_out) of each DownBlock: (16, 64) -> (16, 16), (16, 64). UpBlocks reverse it.
     return list(zip([widths[0], *widths[:-1]], widths))
 # ------------------------------------------------------------------------------------------------
-# 5. Stage 1: the VQGAN
+# 3. Stage 1: the VQGAN
 # The encoder makes the grid small, the codebook makes it discrete, and the decoder maps it back.
 # Why discrete? In the VQGAN paper, stage 2 predicts code numbers one by one, like the words of a
 # text. Here, rounding to the nearest code corrects what stage 2 gets slightly wrong.
@@ -423,7 +296,7 @@ class Decoder(nn.Module):
         for block in self.up:
             y = block(y)                                                  # the grid doubles m times
         y = F.silu(self.norm(y))
-        # In fp32, since section 6 compares two gradients of this layer, and bf16 has few digits.
+        # In fp32, since section 4 compares two gradients of this layer, and bf16 has few digits.
         with torch.autocast(y.device.type, enabled=False):
             return self.last(y.float())                                   # (B,3,H,W)
 
@@ -505,8 +378,15 @@ class VQGAN(nn.Module):
         return self.codebook.nearest(self.encoder(x))
     def decode(self, k):                # and back to x_hat (B,3,H,W)
         return self.decoder(self.codebook.lookup(k))
+
+def load_vqgan(state, device):                          # -> VQGAN of a checkpoint, its settings
+    with blame("the VQGAN"):                            # an error in here becomes one sentence
+        cfg = VQConfig(**state["config"])
+        vqgan = VQGAN(cfg.widths, cfg.z_dim, cfg.codes, cfg.upsample)
+        vqgan.load_state_dict(state["model"])
+    return vqgan.to(device).eval().requires_grad_(False), cfg
 # ------------------------------------------------------------------------------------------------
-# 6. Stage 1: the losses
+# 4. Stage 1: the losses
 # The squared error alone gives blur, because its best answer is the mean of all sharp images that
 # fit the code. LPIPS sends both images through a frozen network trained to classify photographs,
 # and sums weighted differences of their feature maps. Blurred and sharp hair give different
@@ -560,6 +440,95 @@ def adaptive_weight(rec, adversarial, last, limit):
     # allows a lam of 1e4, which enlarges it: x_hat jumps about, and D is slow to catch up.
     # ours: a limit near the usual lam, which is 0.002 to 0.01, so that a blind D stays quiet.
     return lam.clamp(max=limit)
+# ------------------------------------------------------------------------------------------------
+# 5. Device, precision, seeds
+def pick_device(cfg):
+    # -> device, and mixed. `with mixed():` computes matrix products and convolutions in bf16, where
+    # supported. bf16 has 16 bits, fp32's range and 2-3 decimal digits, and is often twice as fast.
+    name = cfg.device
+    if name == "auto":
+        name = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    try:
+        device = torch.ones(1, device=name).device      # cuda -> cuda:0
+    except Exception:
+        raise UserError(f"--device {name}: cannot be used here, --device cpu can") from None
+    bf16 = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)           # the next line asks the current device
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)      # emulation is slow
+    say("device", device, "in bf16" if bf16 else "in fp32 (no bf16 units found)")
+    return device, functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
+
+def rng(*key):
+    # The random numbers that belong to a key, such as (seed, "turns", step). They are looked up,
+    # never carried along, so step 700 draws the same ones in a run that was killed and resumed.
+    return torch.Generator().manual_seed(digest(key))
+def digest(key):    # anything printable -> 63 bits, the same in any process (torch seeds with 32)
+    return random.Random(repr(key)).getrandbits(63)
+
+# torchrun starts this program once for each GPU. There are world() such processes, and this one is
+# number rank(). Each takes an equal share of every batch. All make the same random choices and
+# average what must agree, such as gradients. Only process 0 logs, and its losses are of its share.
+def world():
+    return dist.get_world_size() if dist.is_initialized() else 1
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+def share(batch):                       # this process's rows of a batch
+    return batch.chunk(world())[rank()]
+def mean_over_processes(x):             # in place: x itself becomes the mean
+    if world() > 1:
+        dist.all_reduce(x)
+        x /= world()
+    return x
+def say(*words):
+    if rank() == 0:
+        tqdm.write(" ".join(map(str, words)))
+def bar(items, name, total=None):       # with disable=None, tqdm draws on a terminal only
+    return tqdm(items, name, total, leave=False, disable=True if rank() else None)
+# ------------------------------------------------------------------------------------------------
+# 6. What both trainings share
+# Images as numbers, the order in which they are shown, learning rates, a step of gradient descent.
+
+def to_float(x):                        # uint8 0…255 -> [-1,1]. Only x_hat may go beyond
+    return x.float() / 127.5 - 1
+def to_bytes(x):                        # and back, on the CPU
+    return ((x.clamp(-1, 1) + 1) * 127.5).round().byte().cpu()
+
+@functools.lru_cache(maxsize=2)         # a batch may straddle two epochs
+def shuffled(n, seed, epoch):
+    return torch.randperm(n, generator=rng(seed, "order", epoch))
+def next_rows(n, step, batch_size, seed):
+    # Row numbers (B,) of this step's batch. The images are reshuffled every epoch, and a step
+    # takes the next batch_size of that endless stream.
+    stream = range(step * batch_size, (step + 1) * batch_size)          # i // n is the epoch
+    return torch.stack([shuffled(n, seed, i // n)[i % n] for i in stream])
+
+def rate(step, progress):
+    # Factor of all learning rates. It rises for 50 steps. In the last 60 % it falls to 0.01.
+    up = (step + 1) / 50
+    down = (1 - progress) / 0.6
+    return max(0.01, min(1, up, down))
+
+def descend(loss, net, factor, *optimizers):
+    """One step of the optimisers, at factor times their rates. One bad batch must not end a night's
+    run, so if a gradient is not finite, no weight moves. (To add up n batches, zero once, call
+    backward on each loss / n, and do the rest once.) trap: the generator's loss leaves gradients in
+    D, the discriminator. Unless zeroed, they would teach D to call reconstructions real."""
+    net.zero_grad()
+    loss.backward()
+    if world() > 1:                     # all in one message, since one for each tensor is slower
+        grads = [p.grad for p in net.parameters()]
+        mean = mean_over_processes(parameters_to_vector(grads))
+        vector_to_parameters(mean, grads)       # writes into the .grad tensors themselves
+    # Clipped, so that one outlier batch cannot dominate the optimisers' running averages.
+    norm = clip_grad_norm_(net.parameters(), 1.0)
+    if not norm.isfinite():
+        return say("WARNING a gradient is not finite, a step is skipped. If it goes on, lower --lr")
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            initial = group.setdefault("initial_lr", group["lr"])       # noted at the first call
+            group["lr"] = factor * initial
+        optimizer.step()
 # ------------------------------------------------------------------------------------------------
 # 7. Stage 1: training
 # In each step the generator learns first, then D learns on the same images. D joins after a tenth
@@ -1011,13 +980,6 @@ def guided(net, guide, label, w):
         return weak + w * (strong - weak)
     return answer
 
-def load_vqgan(state, device):                          # -> VQGAN of a checkpoint, its settings
-    with blame("the VQGAN"):                            # an error in here becomes one sentence
-        cfg = VQConfig(**state["config"])
-        vqgan = VQGAN(cfg.widths, cfg.z_dim, cfg.codes, cfg.upsample)
-        vqgan.load_state_dict(state["model"])
-    return vqgan.to(device).eval().requires_grad_(False), cfg
-
 class LatentDiffusion:
     """All that makes images, from a checkpoint of stage 2, which holds its VQGAN too."""
     def __init__(self, state, device, mixed):
@@ -1230,6 +1192,34 @@ def prepare_images(source, cfg, cache):
         counts["named in tables"] += bool(row)
     say(dict(counts), "of", len(names))     # less than all if some could not be read
     return pixels, found
+
+class Images:
+    # All images of a run, as squares of one size.
+    #   labels (n,)    class numbers
+    #   marks (n,2)    checksums of each image's content, and of its group, such as a patient
+    #   train, val     row numbers of training and of held-out images
+    #   seen           the marks of all that this run or an earlier one trained on
+    def __init__(self, source, cfg, cache, seen=()):
+        self.pixels, found = prepare_images(source, cfg, cache)           # uint8 (n,3,H,W)
+        class_names, held, contents, groups = zip(*found)
+        self.classes = sorted(set(class_names))
+        self.labels = torch.tensor([self.classes.index(name) for name in class_names])
+        self.marks = torch.tensor([contents, groups]).T
+        held = torch.tensor(held)                       # (n,) bool, decided above
+        self.train = (~held).nonzero().flatten()
+        before = torch.as_tensor(seen, dtype=torch.int64)
+        self.seen = torch.cat([before, self.marks[self.train].flatten()]).unique()
+        # trap: a held-out image may be a copy of a trained one, or show its lesion, or have been
+        # trained on by an earlier run. All these leave val, or val would reward memorising.
+        val = (held & ~self.known(self.seen)).nonzero().flatten()
+        self.val = val[torch.randperm(len(val), generator=rng("held out"))]     # classes mixed
+        say("data", source, len(found), "images:", ", ".join(self.classes))
+    def known(self, marks):
+        # -> (n,) bool: True if marks hold the content or the group of any image of the same group.
+        hit = torch.isin(self.marks, marks).any(1)
+        return torch.isin(self.marks[:, 1], self.marks[hit, 1])
+    def rows(self, rows):               # row numbers (B,) -> uint8 (B,3,H,W)
+        return self.pixels[rows]
 # ------------------------------------------------------------------------------------------------
 # C. Keeping a run
 # A night of training can be lost in three ways: a checkpoint half written when the power failed, a
@@ -1533,6 +1523,16 @@ class Muon(torch.optim.Optimizer):
                 p.sub_(group["lr"] * orthogonal(g).view_as(p))
 # ------------------------------------------------------------------------------------------------
 # G. Commands
+PRESETS = {                         # a preset is a list of flags, and typed flags beat it
+    "tiny": {"train-vq": "--size 32 --n-images 200 --widths 16,32 --codes 64 --epochs 2",
+             "train-ldm": "--T 200 --widths 32,64 --batch-size 16 --epochs 4"},
+    # The system of a course report, from which this file grew. .267 is 8 of its 30 epochs.
+    "report": {"train-vq": "--upsample transposed --lpips-weight 1 --commit-weight 1 "
+               "--gan-weight 1 --lam-max 1e4 --gan-start 0.267 --epochs 30 "
+               "--lr 3e-4 --muon-lr 0 --codes-lr 3e-4 --d-lr 3e-4",
+               "train-ldm": "--unconditional --target eps --schedule linear --upsample transposed "
+               "--sampler ddpm --steps 1000 --guidance 1"}}
+MAY_CHANGE = {"resume", "device", "out", "epochs", "minutes", "sampler", "steps", "guidance"}
 COMMANDS = {"train-vq": (VQConfig, train_vq), "train-ldm": (LDMConfig, train_ldm),
             "sample": (SampleConfig, sample), "evaluate": (EvaluateConfig, evaluate)}
 class Parser(argparse.ArgumentParser):

@@ -60,14 +60,14 @@ appendices = source.count("\n") + 1 - line_of(r"^# A\. ")
 course = next((i for i, c in enumerate(cells) if "".join(c["source"]).startswith("# Part II")), 0)
 WALLS = [       # what, now, at most
     ("lines of vqldm.py", source.count("\n"), 1600),
-    ("nodes of vqldm.py", sum(isinstance(n, (ast.expr, ast.stmt)) for n in ast.walk(tree)), 8300),
-    ("lines of its appendices", appendices, 520),
+    ("nodes of vqldm.py", sum(isinstance(n, (ast.expr, ast.stmt)) for n in ast.walk(tree)), 8500),
+    ("lines of its appendices", appendices, 530),
     ("settings", len(settings), 44),
-    ("line of the first network", line_of(r"^class \w+\(nn\.(?!Group)\w+\)"), 320),
+    ("line of the first network", line_of(r"^class \w+\(nn\.(?!Group)\w+\)"), 200),
     ("line of the first backward", line_of(r"\.backward\(\)"), 700),
     ("% of its sentences with two marks", marks[0], 12),
     ("marks in 100 of its words", marks[1], 5),
-    ("lines of the tests", TESTS.read_text(encoding="utf8").count("\n"), 1250),
+    ("lines of the tests", TESTS.read_text(encoding="utf8").count("\n"), 1400),
     ("lines of README", readme.count("\n"), 130),
     ("words of README", words(readme), 1500),
     ("words of its longest paragraph", max(words(b) for b in markdown(readme)), 60),
