@@ -90,7 +90,6 @@ class Training(Settings):
     preset: Literal["default", "tiny", "report"] = "default"    # tiny is a trial. See PRESETS
     upsample: Literal["nearest", "transposed"] = "nearest"  # how grids are doubled (section 2)
     lr: amount = 1e-3                   # learning rate of everything that has none of its own
-    minutes: amount = 0.0               # if above 0, train for this long instead of --epochs
     resume: bool = False                # go on with the run in --out
 @dataclass(frozen=True)
 class Sampling:
@@ -363,11 +362,12 @@ class Codebook(nn.Module):
 
 class VQGAN(nn.Module):
     """Encoder, codebook and decoder, for images in [-1,1] whose sides are multiples of f = 2^m."""
-    def __init__(self, widths, z_dim, codes, upsample="nearest"):
+    def __init__(self, cfg):                                              # VQConfig
         super().__init__()
-        self.encoder = Encoder(widths, z_dim)
-        self.codebook = Codebook(codes, z_dim)
-        self.decoder = Decoder(widths, z_dim, upsample)
+        self.cfg = cfg
+        self.encoder = Encoder(cfg.widths, cfg.z_dim)
+        self.codebook = Codebook(cfg.codes, cfg.z_dim)
+        self.decoder = Decoder(cfg.widths, cfg.z_dim, cfg.upsample)
 
     def forward(self, x):                                                 # (B,3,H,W)
         """-> x_hat (B,3,H,W), k (B,h,w), codebook loss, commitment loss."""
@@ -379,12 +379,11 @@ class VQGAN(nn.Module):
     def decode(self, k):                # and back to x_hat (B,3,H,W)
         return self.decoder(self.codebook.lookup(k))
 
-def load_vqgan(state, device):                          # -> VQGAN of a checkpoint, its settings
-    with blame("the VQGAN"):                            # an error in here becomes one sentence
-        cfg = VQConfig(**state["config"])
-        vqgan = VQGAN(cfg.widths, cfg.z_dim, cfg.codes, cfg.upsample)
+def load_vqgan(state, device):          # the VQGAN of a checkpoint, frozen
+    with blame("the VQGAN"):            # an error in here becomes one sentence
+        vqgan = VQGAN(VQConfig(**state["config"]))
         vqgan.load_state_dict(state["model"])
-    return vqgan.to(device).eval().requires_grad_(False), cfg
+    return vqgan.to(device).eval().requires_grad_(False)
 # ------------------------------------------------------------------------------------------------
 # 4. Stage 1: the losses
 # The squared error alone gives blur, because its best answer is the mean of all sharp images that
@@ -545,7 +544,7 @@ def build_vq(cfg, device):              # -> VQGAN and D, with their initial wei
     demand(32 <= cfg.size <= 4096 and cfg.size % unit == 0,
            f"--size: from 32 to 4096, a multiple of {unit}")
     torch.manual_seed(cfg.seed % 2**63)         # so that any --seed is accepted
-    vqgan = VQGAN(cfg.widths, cfg.z_dim, cfg.codes, cfg.upsample)
+    vqgan = VQGAN(cfg)
     return vqgan.to(device), PatchDiscriminator(cfg.widths).to(device)
 
 def vq_optimizers(vqgan, disc, cfg):
@@ -607,6 +606,13 @@ def train_vq(cfg, state=None):
     parts = {"model": vqgan, "disc": disc, "adam": adam, "muon": muon, "adam_d": adam_d}
     run = Run(cfg, images, parts, {"seen": images.seen}, state)
 
+    def look():                         # measure and draw images that were never trained on
+        some = images.rows(images.val[:256])
+        numbers, recon = reconstruct(vqgan, some, lpips, mixed)
+        draw_rows(cfg.folder / f"recon_step_{run.step:06d}.png",
+                  {"original": some, "reconstruction": recon})
+        return numbers
+
     for step in run:
         factor = rate(step, run.progress)
         rows = images.train[next_rows(run.n, step, cfg.batch_size, cfg.seed)]             # (B,)
@@ -650,15 +656,7 @@ def train_vq(cfg, state=None):
             d_loss = hinge_loss(real, fake)
             descend(d_loss, disc, factor, adam_d)
             losses.update(lam=lam, d_loss=d_loss, d_real=real.mean(), d_fake=fake.mean())
-
-        # ---- report; look (measure, draw, save) at tenths of the run and every ten minutes ----
-        run.report(losses)
-        if run.begin_look():
-            some = images.rows(images.val[:256])                              # never trained on
-            numbers, copies = reconstruct(vqgan, some, lpips, mixed)
-            draw_rows(cfg.folder / f"recon_step_{run.step:06d}.png",
-                      {"original": some, "reconstruction": copies})
-            run.end_look(numbers)
+        run.end_step(losses, look)
 
     return run.finish("next: python vqldm.py train-ldm --vq")
 # ------------------------------------------------------------------------------------------------
@@ -894,8 +892,8 @@ def train_ldm(cfg, state=None):
     diffusion = Diffusion(cfg.T, cfg.schedule, cfg.target)
     # A checkpoint to resume holds its VQGAN too, and in seen the marks of all images trained on.
     vq = state["vq"] if state else load_checkpoint(cfg.vq, "--vq", "vq")
-    vqgan, vq_cfg = load_vqgan(vq, device)
-    images = Images(vq_cfg.data, vq_cfg, cfg.folder.parent / "cache", (state or vq)["seen"])
+    vqgan = load_vqgan(vq, device)
+    images = Images(vqgan.cfg.data, vqgan.cfg, cfg.folder.parent / "cache", (state or vq)["seen"])
     if cfg.unconditional:
         images.classes, images.labels = ["images"], torch.zeros_like(images.labels)
     classes = images.classes
@@ -903,7 +901,7 @@ def train_ldm(cfg, state=None):
     class_counts = torch.bincount(images.labels[images.train], minlength=len(classes))
     # net is the UNet, ema the running mean of its weights, guide an early copy of ema (see guided).
     torch.manual_seed(cfg.seed % 2**63)
-    net = build_unet(cfg, vq_cfg, classes).to(device)
+    net = build_unet(cfg, vqgan.cfg, classes).to(device)
     ema = deepcopy(net).requires_grad_(False)
     guide = deepcopy(ema)
     adam = torch.optim.Adam(net.parameters(), cfg.lr, betas=(0.9, 0.99), fused=True)
@@ -917,12 +915,22 @@ def train_ldm(cfg, state=None):
     # Every look measures the loss of the same held-out latents, at fixed levels and noise.
     val = images.val[:256]
     held_t = torch.linspace(0, cfg.T - 1, len(val), device=device).long()
-    held_eps = torch.randn(len(val), *vq_cfg.latent_shape, generator=rng("held-out noise"))
+    held_eps = torch.randn(len(val), *vqgan.cfg.latent_shape, generator=rng("held-out noise"))
     held = latents(val, 0 * val), held_t, held_eps.to(device), images.labels[val].to(device)
     parts = {"model": net, "ema": ema, "guide": guide, "adam": adam}
     extra = {"seen": images.seen, "scale": scale, "classes": classes,
              "class_counts": class_counts, "vq": {name: vq[name] for name in ("config", "model")}}
     run = Run(cfg, images, parts, extra, state)
+
+    def look():                         # the held-out loss, and 16 samples from the same noise
+        model = LatentDiffusion(run.checkpoint(), device, mixed)
+        with mixed():
+            held_loss = diffusion.loss(model.net, *held).mean()
+        quick = replace(cfg, steps=min(cfg.steps, 100))         # for a look, 100 steps must do
+        pictures, z0 = model.images(quick, range(16), model.labels(16))
+        draw_rows(cfg.folder / f"samples_step_{run.step:06d}.png", {"samples": pictures})
+        return {"loss": held_loss, "latent_std": z0.std()}
+
     for step in run:
         dice = rng(cfg.seed, "step", step)
         chosen = next_rows(run.n, step, cfg.batch_size, cfg.seed)             # (B,)
@@ -933,7 +941,7 @@ def train_ldm(cfg, state=None):
         turns = torch.randint(versions, (cfg.batch_size,), generator=dice)
         # trap: without t = T-1, sampling starts at an unseen level. Without t = 0, it ends at one.
         t = torch.randint(cfg.T, (cfg.batch_size,), generator=dice)           # (B,) in 0…T-1
-        eps = torch.randn(cfg.batch_size, *vq_cfg.latent_shape, generator=dice)
+        eps = torch.randn(cfg.batch_size, *vqgan.cfg.latent_shape, generator=dice)
         hidden = torch.rand(cfg.batch_size, generator=dice) < 0.1             # (B,)
         label = images.labels[rows].masked_fill(hidden, len(classes))         # a tenth is hidden
         z0 = latents(share(rows), share(turns))                               # (B,d,h,w)
@@ -946,18 +954,7 @@ def train_ldm(cfg, state=None):
         update_ema(ema, net, step, cfg.ema)
         if run.progress < 0.2:                  # after that, guide keeps its weights
             guide.load_state_dict(ema.state_dict())
-
-        # ---- report; look as in stage 1 ----
-        run.report({"loss": loss.mean()})       # without the weight, so that 1 = nothing learned
-        if run.begin_look():
-            model = LatentDiffusion(run.checkpoint(), device, mixed)
-            with mixed():
-                held_loss = diffusion.loss(model.net, *held).mean()
-            # 16 samples, always from the same noise. For a look, 100 steps must do.
-            quick = replace(cfg, steps=min(cfg.steps, 100))
-            pictures, z0 = model.images(quick, range(16), model.labels(16))
-            draw_rows(cfg.folder / f"samples_step_{run.step:06d}.png", {"samples": pictures})
-            run.end_look({"loss": held_loss, "latent_std": z0.std()})
+        run.end_step({"loss": loss.mean()}, look)       # without the weight: 1 = nothing learned
 
     return run.finish("next: python vqldm.py sample --ckpt")
 # ------------------------------------------------------------------------------------------------
@@ -984,13 +981,13 @@ class LatentDiffusion:
     """All that makes images, from a checkpoint of stage 2, which holds its VQGAN too."""
     def __init__(self, state, device, mixed):
         self.device, self.mixed = device, mixed
-        self.vqgan, self.vq_cfg = load_vqgan(state["vq"], device)
+        self.vqgan = load_vqgan(state["vq"], device)
         with blame("the UNet"):
             self.cfg = LDMConfig(**state["config"])
             self.diffusion = Diffusion(self.cfg.T, self.cfg.schedule, self.cfg.target)
             self.classes, self.class_counts = state["classes"], state["class_counts"]
             self.scale = state["scale"].to(device)                        # (2,d)
-            self.net = build_unet(self.cfg, self.vq_cfg, self.classes).to(device).eval()
+            self.net = build_unet(self.cfg, self.vqgan.cfg, self.classes).to(device).eval()
             self.guide = deepcopy(self.net.requires_grad_(False))
             self.net.load_state_dict(state["ema"])
             self.guide.load_state_dict(state["guide"])
@@ -1005,7 +1002,7 @@ class LatentDiffusion:
         seed, sampler, steps, guidance. Image 7 gets the same noise in whatever batch it is made."""
         own = [rng(settings.seed, "sample", int(i)) for i in numbers]
         def noise():                                                      # (B,d,h,w)
-            drawn = [torch.randn(self.vq_cfg.latent_shape, generator=g) for g in own]
+            drawn = [torch.randn(self.vqgan.cfg.latent_shape, generator=g) for g in own]
             return torch.stack(drawn).to(self.device)
         net = guided(self.net, self.guide, label.to(self.device), settings.guidance)
         return self.diffusion.sample(net, noise(), settings.steps, settings.sampler, noise)
@@ -1225,7 +1222,7 @@ class Images:
 # A night of training can be lost in three ways: a checkpoint half written when the power failed, a
 # resume that restores the weights but not the rest, and settings that silently differ. A checkpoint
 # holds settings, networks, optimisers, step, log, the marks of all that was trained on, and what
-# sampling needs. All else follows from these, so a resume is exact (one machine, --epochs).
+# sampling needs. All else follows from these, so a resume is exact (on one machine).
 def write_whole(path, content):         # all or nothing: write beside it, flush, rename
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -1258,25 +1255,9 @@ def load_checkpoint(where, name, *stages):
     demand(settings.stage in stages, f"{name} {where}: belongs to the other stage")
     return {**state, "settings": settings, "folder": path.parent}
 
-def open_run(cfg, typed):
-    # -> a run's settings, and the checkpoint to go on from, or None. cfg is for a new run. typed
-    # is what the user typed. A preset's values are in the checkpoint already, so not in typed.
-    last = cfg.folder / "last.pt"
-    if not cfg.resume:
-        demand(not last.exists(), f"--out {cfg.folder}: holds a run; --resume it, or name another")
-        return cfg, None
-    state = load_checkpoint(last, "--resume", cfg.stage)
-    old = state["settings"]
-    differ = [f"{flag(name)} was {getattr(old, name)}" for name, value in typed.items()
-              if name not in MAY_CHANGE and value != getattr(old, name)]
-    demand(not differ, f"--resume goes on with the recorded settings: {differ}")
-    if "epochs" in typed:               # typed epochs replace recorded minutes. In a longer run
-        old = replace(old, minutes=0.0)     # progress is lower, so rates rise and the GAN may stop
-    return replace(old, **{**typed, "out": cfg.out}), state         # the folder may have moved
-
 class Run:
-    # Yields steps, logs, saves, until --epochs, --minutes or a signal ends it. parts are networks
-    # and optimisers, extra is the rest of a checkpoint. status: 128 + the signal's number, or 0.
+    # Yields steps, logs, looks, saves, until --epochs or a signal ends it. parts are networks and
+    # optimisers, extra is the rest of a checkpoint. status: 128 + the signal's number, or 0.
     def __init__(self, cfg, images, parts, extra, state):
         self.cfg, self.parts, self.extra = cfg, parts, extra
         self.n = len(images.train)
@@ -1286,27 +1267,20 @@ class Run:
         self.steps = math.ceil(cfg.epochs * self.n / cfg.batch_size)
         self.step = self.status = 0
         self.log = []
-        self.began = time.perf_counter()
+        self.looked = time.perf_counter()
         if state:
             with blame("last.pt"):
                 for name, part in parts.items():
                     part.load_state_dict(state[name])
                 self.step, self.log = state["step"], state["log"]
-                self.began -= state["seconds"]
-        self.looks = self.looks_due()           # a resumed run repeats none
         say(self.n, "images to train on,", len(images.val), "held out, from step", self.step,
             "\nhealthy: codes_used_percent above 25, latent_std 0.7 to 1.4, loss well below 1")
-    def seconds(self):
-        return time.perf_counter() - self.began
-    def own_progress(self):             # by this process's clock, while progress is the mean of all
-        if self.cfg.minutes:
-            return self.seconds() / 60 / self.cfg.minutes
+    @property
+    def progress(self):                 # 0 … 1
         return self.step / self.steps
-    def looks_due(self):                # tenths done + spans of ten minutes passed
-        return int(10 * self.own_progress()) + self.seconds() // 600
-    def begin_look(self):               # -> is it time to look?
-        before, self.looks = self.looks, self.looks_due()
-        return self.looks > before and rank() == 0
+    @property
+    def tenths(self):                   # of the run, that are done
+        return 10 * self.step // self.steps
     def __iter__(self):
         # Ctrl-C and SIGTERM only ask to finish the step and save. A second Ctrl-C ends at once.
         def ask(number, frame):
@@ -1317,34 +1291,36 @@ class Run:
         with suppress(ValueError):      # signals are for the main thread only
             signal(SIGINT, ask)
             signal(SIGTERM, ask)
-        left = None if self.cfg.minutes else self.steps - self.step
-        with bar(None, "training", left) as self.line:
-            while self.goes_on():
-                self.step += 1
-                yield self.step - 1     # steps are numbered from 0
-                self.line.update()
+        with bar(None, "training", self.steps - self.step) as self.line:
+            while self.step < self.steps and not self.stopped():
+                yield self.step         # from 0. end_step counts it
         with suppress(ValueError):      # as before, for notebooks
             signal(SIGINT, default_int_handler)
             signal(SIGTERM, SIG_DFL)
-    def goes_on(self):                  # the same answer in all processes
-        told = torch.tensor([self.own_progress(), self.status], dtype=torch.float64)
-        self.progress, stopped = mean_over_processes(told).tolist()
-        return self.progress < 1 and not stopped
-    def report(self, losses):           # every tenth step
+    def stopped(self):                  # a signal to one process ends all after the same step
+        return mean_over_processes(torch.tensor([float(self.status)])).item() > 0
+    def end_step(self, losses, look):
+        # Log every tenth step. look (measure and draw) at tenths of the run and every ten minutes.
+        tenths = self.tenths
+        self.step += 1
+        self.line.update()
         if self.step % 10 == 0:
             row = {name: float(value.detach()) for name, value in losses.items()}
             self.log.append({"step": self.step, **row})
             self.line.set_postfix(row)
-    def end_look(self, numbers):        # log, tell and save what was measured
-        row = {"held_" + name: float(value) for name, value in numbers.items()}
-        self.log.append({"step": self.step, **row})
-        said = [f"{name} {value:.4g}" for name, value in numbers.items()]
-        say(f"{self.own_progress():4.0%} look:", *said)
-        self.save()
+        due = self.tenths > tenths or time.perf_counter() - self.looked > 600
+        if due and rank() == 0:
+            numbers = {name: float(value) for name, value in look().items()}
+            held = {"held_" + name: value for name, value in numbers.items()}
+            self.log.append({"step": self.step, **held})
+            said = [f"{name} {value:.4g}" for name, value in numbers.items()]
+            say(f"{self.progress:4.0%} look:", *said)
+            self.save()
+            self.looked = time.perf_counter()
     def checkpoint(self):               # all that resuming and sampling need
         state = {name: part.state_dict() for name, part in self.parts.items()}
         return {**state, **self.extra, "stage": self.cfg.stage, "config": asdict(self.cfg),
-                "step": self.step, "seconds": self.seconds(), "log": self.log}
+                "step": self.step, "log": self.log}
     def save(self):                     # last.pt, curves.png, log.csv, by the first process
         if rank():
             return
@@ -1441,8 +1417,8 @@ def evaluate(cfg, state):               # -> metrics.json, evaluate.png
     folder = cfg.folder if cfg.out else state["folder"]
     device, mixed = pick_device(cfg)
     lpips = load_lpips(device)
-    vqgan, vq_cfg = load_vqgan(state.get("vq", state), device)
-    images = Images(cfg.data or vq_cfg.data, vq_cfg, folder.parent / "cache")
+    vqgan = load_vqgan(state.get("vq", state), device)
+    images = Images(cfg.data or vqgan.cfg.data, vqgan.cfg, folder.parent / "cache")
     unseen = ~images.known(state["seen"])
     if cfg.class_:
         wanted = torch.tensor([name == cfg.class_ for name in images.classes])
@@ -1532,7 +1508,7 @@ PRESETS = {                         # a preset is a list of flags, and typed fla
                "--lr 3e-4 --muon-lr 0 --codes-lr 3e-4 --d-lr 3e-4",
                "train-ldm": "--unconditional --target eps --schedule linear --upsample transposed "
                "--sampler ddpm --steps 1000 --guidance 1"}}
-MAY_CHANGE = {"resume", "device", "out", "epochs", "minutes", "sampler", "steps", "guidance"}
+MAY_CHANGE = {"resume", "device", "out", "epochs", "sampler", "steps", "guidance"}
 COMMANDS = {"train-vq": (VQConfig, train_vq), "train-ldm": (LDMConfig, train_ldm),
             "sample": (SampleConfig, sample), "evaluate": (EvaluateConfig, evaluate)}
 class Parser(argparse.ArgumentParser):
@@ -1557,22 +1533,32 @@ def build_parser():
                              help=f"{comments[f.name]} [{f.default}]")
     return parser
 
-def run_command(argv):                                  # -> exit status; None is 0
+def settle(argv):
+    # -> what to call: the command's function, its settings, and the checkpoint that it reads, or
+    # None. What is typed beats what is given by the preset, by the run to resume, or by the model.
     parser = build_parser()
     typed = vars(parser.parse_args(argv or ["--help"]))
     command = typed.pop("command")
     cls, function = COMMANDS[command]
-    if command.startswith("train"):
-        words = PRESETS.get(typed.get("preset"), {}).get(command, "").split()
-        given = {**vars(parser.parse_args([command, *words])), **typed}     # typed beats preset
+    cfg = cls(**typed)
+    state, given = None, {}
+    if not command.startswith("train"):
+        state = load_checkpoint(cfg.ckpt, "--ckpt", *cls.reads)
+        if state["stage"] == "ldm":     # how images are made belongs to the model
+            given = {f.name: state["config"][f.name] for f in fields(Sampling)}
+    elif cfg.resume:                    # (the recorded settings contain those of the preset)
+        state = load_checkpoint(cfg.folder / "last.pt", "--resume", cfg.stage)
+        given = {**asdict(state["settings"]), "out": cfg.out}       # the folder may have moved
+        changed = [name for name in typed if name not in MAY_CHANGE and typed[name] != given[name]]
+        recorded = [f"{flag(name)} was {given[name]}" for name in changed]
+        demand(not changed, f"--resume goes on with the recorded settings: {recorded}")
+    else:
+        demand(not (cfg.folder / "last.pt").exists(),
+               f"--out {cfg.folder}: holds a run; --resume it, or name another")
+        words = PRESETS.get(cfg.preset, {}).get(command, "").split()
+        given = vars(parser.parse_args([command, *words]))
         del given["command"]
-        return function(*open_run(cls(**given), typed))
-    # How images are made belongs to the model, so what is not typed comes from the checkpoint.
-    state = load_checkpoint(cls(**typed).ckpt, "--ckpt", *cls.reads)
-    recorded = {}
-    if state["stage"] == "ldm":
-        recorded = {f.name: state["config"][f.name] for f in fields(Sampling)}
-    return function(cls(**{**recorded, **typed}), state)
+    return function, cls(**{**given, **typed}), state
 
 def main(argv):
     # Run one command. SystemExit is 2 for a mistake or a full disk, 130 or 143 for a signal.
@@ -1586,7 +1572,8 @@ def main(argv):
         sys.stdout.reconfigure(errors="replace", line_buffering=True)
     status = 2
     try:
-        status = run_command(argv)
+        function, cfg, state = settle(argv)
+        status = function(cfg, state)                   # None is 0
     except KeyboardInterrupt:                           # while preparing or sampling
         status = 130
     except (UserError, OSError, MemoryError, torch.OutOfMemoryError) as e:
