@@ -48,7 +48,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image, ImageOps
 from torch import nn
-from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
+from torch.nn.utils import clip_grad_norm_
 from torchvision.io import write_png
 from torchvision.transforms.functional import pil_to_tensor
 from torchvision.utils import make_grid
@@ -160,9 +160,9 @@ class EvaluateConfig(SampleConfig):
 # what the matching DownBlock computed before it downsampled (a skip connection).
 
 def Norm(c):
-    # GroupNorm brings each group of an image's channels to mean 0 and std 1, then scales and shifts
-    # each channel as learned. At most 32 groups, of 4 channels or more (64 channels: 16 groups).
-    return nn.GroupNorm(math.gcd(32, c, c // 4 or 1), c)
+    # GroupNorm with one group brings all C·H·W numbers of an image to mean 0 and std 1, then scales
+    # and shifts each channel as learned. (DDPM's has 32 groups. One is faster, and no worse here.)
+    return nn.GroupNorm(1, c)
 
 def zero(layer):
     # A zeroed layer adds nothing at first, so blocks start as their shortcut and the UNet answers
@@ -383,7 +383,7 @@ def load_vqgan(state, device):          # the VQGAN of a checkpoint, frozen
     with blame("the VQGAN"):            # an error in here becomes one sentence
         vqgan = VQGAN(VQConfig(**state["config"]))
         vqgan.load_state_dict(state["model"])
-    return vqgan.to(device).eval().requires_grad_(False)
+    return place(vqgan, device).eval().requires_grad_(False)
 # ------------------------------------------------------------------------------------------------
 # 4. Stage 1: the losses
 # The squared error alone gives blur, because its best answer is the mean of all sharp images that
@@ -401,7 +401,7 @@ def load_lpips(device):
         warnings.filterwarnings("ignore", module="torchvision")     # meant for lpips' authors
         import lpips
         net = lpips.LPIPS(net="squeeze", verbose=False)
-        return net.to(device).eval().requires_grad_(False)
+        return place(net, device).eval().requires_grad_(False)
     except Exception as e:              # URLError, OSError, a damaged file
         say("WARNING no LPIPS:", e, "- its weights belong in", torch.hub.get_dir() + "/checkpoints")
 
@@ -457,6 +457,14 @@ def pick_device(cfg):
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)      # emulation is slow
     say("device", device, "in bf16" if bf16 else "in fp32 (no bf16 units found)")
     return device, functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
+
+def place(net, device):
+    # Move a network. Most processors and GPUs compute convolutions with channels last, NHWC. Their
+    # results take the layout of their weights. If that is NCHW, each one turns its tensors there
+    # and back, which can cost more than the convolution. On a Mac's GPU channels last is the slow
+    # one (github.com/pytorch/pytorch/issues/193349).
+    mac = torch.device(device).type == "mps"
+    return net.to(device, memory_format=torch.contiguous_format if mac else torch.channels_last)
 
 def rng(*key):
     # The random numbers that belong to a key, such as (seed, "turns", step). They are looked up,
@@ -516,9 +524,10 @@ def descend(loss, net, factor, *optimizers):
     net.zero_grad()
     loss.backward()
     if world() > 1:                     # all in one message, since one for each tensor is slower
-        grads = [p.grad for p in net.parameters()]
-        mean = mean_over_processes(parameters_to_vector(grads))
-        vector_to_parameters(mean, grads)       # writes into the .grad tensors themselves
+        grads = [p.grad for p in net.parameters() if p.grad is not None]
+        mean = mean_over_processes(torch.cat([g.flatten() for g in grads]))
+        for g, part in zip(grads, mean.split([g.numel() for g in grads])):
+            g.copy_(part.view_as(g))
     # Clipped, so that one outlier batch cannot dominate the optimisers' running averages.
     norm = clip_grad_norm_(net.parameters(), 1.0)
     if not norm.isfinite():
@@ -544,8 +553,8 @@ def build_vq(cfg, device):              # -> VQGAN and D, with their initial wei
     demand(32 <= cfg.size <= 4096 and cfg.size % unit == 0,
            f"--size: from 32 to 4096, a multiple of {unit}")
     torch.manual_seed(cfg.seed % 2**63)         # so that any --seed is accepted
-    vqgan = VQGAN(cfg)
-    return vqgan.to(device), PatchDiscriminator(cfg.widths).to(device)
+    vqgan, disc = VQGAN(cfg), PatchDiscriminator(cfg.widths)
+    return place(vqgan, device), place(disc, device)
 
 def vq_optimizers(vqgan, disc, cfg):
     # -> Adam and Muon for the VQGAN, Adam for D with the betas of VQGAN's code. Muon (appendix F)
@@ -901,7 +910,7 @@ def train_ldm(cfg, state=None):
     class_counts = torch.bincount(images.labels[images.train], minlength=len(classes))
     # net is the UNet, ema the running mean of its weights, guide an early copy of ema (see guided).
     torch.manual_seed(cfg.seed % 2**63)
-    net = build_unet(cfg, vqgan.cfg, classes).to(device)
+    net = place(build_unet(cfg, vqgan.cfg, classes), device)
     ema = deepcopy(net).requires_grad_(False)
     guide = deepcopy(ema)
     adam = torch.optim.Adam(net.parameters(), cfg.lr, betas=(0.9, 0.99), fused=True)
@@ -987,7 +996,7 @@ class LatentDiffusion:
             self.diffusion = Diffusion(self.cfg.T, self.cfg.schedule, self.cfg.target)
             self.classes, self.class_counts = state["classes"], state["class_counts"]
             self.scale = state["scale"].to(device)                        # (2,d)
-            self.net = build_unet(self.cfg, self.vqgan.cfg, self.classes).to(device).eval()
+            self.net = place(build_unet(self.cfg, self.vqgan.cfg, self.classes), device).eval()
             self.guide = deepcopy(self.net.requires_grad_(False))
             self.net.load_state_dict(state["ema"])
             self.guide.load_state_dict(state["guide"])
