@@ -419,13 +419,14 @@ def test_pairs_are_exactly_S_steps_from_noise_to_the_latent_for_every_S():
 # ---- 10, 11. Sampling --------------------------------------------------------------------------
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm", "recorded"])
 def test_reference_sampling_ends_with_the_latents_of_the_papers_written_out(runs, sampler):
-    """Of the running mean, led by its younger self that knows no class; each image with noise of
-    its own. recorded: as the training says, so the report's in all T steps, unguided.
+    """Of the running mean, led by its younger self; each image with noise of its own. The guide is
+    told the class or not. recorded: as the training says, so the report's in all T steps, unguided.
     ddim: eq. 12, σ = 0. ddpm: the mean of q(z_prev | z_t, z0), DDPM eq. 7, and σ² = β."""
     def fresh():
         return torch.stack([torch.randn(3, 8, 8, generator=g) for g in own])
     model, some, label = runs.model, [33, 4, 9], torch.tensor([2, 0, 1]).repeat(12)
-    how = dict(steps=7, sampler=sampler, guidance=3.0)
+    how = dict(steps=7, sampler=sampler, guidance=3.0, guide="untold")
+    how = dict(how, guidance=0.5, guide="told") if sampler == "ddpm" else how
     if sampler == "recorded":
         how = {name: runs.ldm["config"][name] for name in how}
     cfg = vqldm.SampleConfig(**how, seed=8)
@@ -437,7 +438,8 @@ def test_reference_sampling_ends_with_the_latents_of_the_papers_written_out(runs
     for t, prev in model.diffusion.pairs(cfg.steps):
         a, p, t_all = *model.diffusion.alpha_bar[[t, prev]], torch.full((3,), t)
         with runs.mixed(), torch.no_grad():
-            told, weak = strong(z, t_all, label[some]), young(z, t_all)
+            led_by = label[some] if cfg.guide == "told" else torch.full((3,), n_classes)
+            told, weak = strong(z, t_all, label[some]), young(z, t_all, led_by)
         out = weak + cfg.guidance * (told - weak)
         eps = out if runs.cfg.target == "eps" else (1 - a).sqrt() * z + a.sqrt() * out
         z0 = (z - (1 - a).sqrt() * eps) / a.sqrt()
@@ -1115,8 +1117,8 @@ DEFAULTS = ("train-vq --data synthetic --n-images 4096 --size 64 --widths 16,64 
             "--codes 2048 --gan-start .1 --lpips-weight .1 --commit-weight .25 --gan-weight .2 "
             "--lam-max .004 --muon-lr .02 --codes-lr .02 --d-lr 4e-4 --batch-size 8 "
             "--epochs 3" + BOTH,
-            "train-ldm --sampler ddim --steps 50 --guidance 1.5 --vq runs/vq --T 1000 --target v "
-            "--schedule cosine --widths 64,128 --ema .995 --batch-size 32 --epochs 36" + BOTH)
+            "train-ldm --sampler ddim --steps 50 --guidance 1.5 --guide told --vq runs/vq "
+            "--T 1000 --target v --schedule cosine --widths 64,128 --ema .995 --batch-size 32 --epochs 36" + BOTH)
 TINY = {"size": 32, "n_images": 200, "widths": (16, 32), "codes": 64, "epochs": 2}
 
 def test_default_yields_to_preset_to_recorded_to_typed(trained, told):

@@ -96,7 +96,8 @@ class Sampling:
     # How images are made. What is not typed, sample and evaluate take from train-ldm's record.
     sampler: Literal["ddim", "ddpm"] = "ddim"   # ddpm needs many more steps
     steps: whole = 50                   # S, steps from noise to image. More than T only take time
-    guidance: amount = 1.5              # pull towards the class (section 11). 1 is none
+    guidance: amount = 1.5              # strength of guidance (section 11). 1 is none
+    guide: Literal["told", "untold"] = "told"   # untold: purer classes, further from real images
 
 @dataclass(frozen=True)
 class VQConfig(Training):
@@ -816,8 +817,8 @@ def time_embedding(t, dim):
 
 class UNet(nn.Module):
     """(z_t, t, class) -> v or ε. The classes are 0…n_classes-1. The number n_classes stands for an
-    unknown class, given to one training latent in ten (section 10), since guidance needs an answer
-    without a class (section 11)."""
+    unknown class, given to one training latent in ten (section 10), since --guide untold needs an
+    answer without a class (section 11)."""
     def __init__(self, z_dim, widths, n_classes, upsample="nearest"):
         super().__init__()
         E = 4 * widths[0]
@@ -935,7 +936,7 @@ def train_ldm(cfg, state=None):
         model = LatentDiffusion(run.checkpoint(), device, mixed)
         with mixed():
             held_loss = diffusion.loss(model.net, *held).mean()
-        quick = replace(cfg, steps=min(cfg.steps, 100))         # for a look, 100 steps must do
+        quick = replace(cfg, steps=min(cfg.steps, 25))          # for a look, 25 steps must do
         pictures, z0 = model.images(quick, range(16), model.labels(16))
         draw_rows(cfg.folder / f"samples_step_{run.step:06d}.png", {"samples": pictures})
         return {"loss": held_loss, "latent_std": z0.std()}
@@ -970,19 +971,20 @@ def train_ldm(cfg, state=None):
 # 11. Sampling
 # Walk back from noise in S steps, unstandardise, decode.
 
-def guided(net, guide, label, w):
-    """-> a net(z_t, t) that is led towards its class by classifier-free guidance (CFG eq. 6):
+def guided(net, guide, label, w, weak_label=None):
+    """-> a net(z_t, t) that goes further in the direction from a weak network to a strong one:
         out = weak + w (strong - weak)        w is --guidance
-    strong is told the class and weak is not. w = 1 is strong alone. A larger w goes further where
-    the class pulls, and costs variety. (The w of the CFG paper is ours less 1.)
-    ours: weak is also younger, ema as it was after a fifth of the run. It makes the mistakes of
-    strong, only larger, so moving away from it also removes mistakes. (Karras 2024, arXiv
-    2406.02507, guides by a smaller, younger network that is told the class.)"""
+    strong is ema, and weak is ema as it was after a fifth of the run. It makes the mistakes of
+    strong, only larger, so moving away from it removes mistakes (Karras 2024, arXiv 2406.02507,
+    where weak is also smaller). w = 1 is strong alone. A larger w costs variety.
+    With --guide untold weak_label is None. Then weak is not told the class, and out is also led to
+    what sets the class apart. That is classifier-free guidance (CFG eq. 6, whose w is ours less 1
+    and whose weak is not younger)."""
     def answer(z_t, t):
         strong = net(z_t, t, label)
         if w == 1:
             return strong
-        weak = guide(z_t, t)
+        weak = guide(z_t, t, weak_label)
         return weak + w * (strong - weak)
     return answer
 
@@ -1008,12 +1010,14 @@ class LatentDiffusion:
         return torch.tensor(known)[torch.arange(n) % len(known)]
     def walk(self, settings, numbers, label):
         """-> Diffusion.sample's iterator, so no network runs before you loop over it. settings has
-        seed, sampler, steps, guidance. Image 7 gets the same noise in whatever batch it is made."""
+        seed and the fields of Sampling. Image 7 gets the same noise in whatever batch it is."""
         own = [rng(settings.seed, "sample", int(i)) for i in numbers]
         def noise():                                                      # (B,d,h,w)
             drawn = [torch.randn(self.vqgan.cfg.latent_shape, generator=g) for g in own]
             return torch.stack(drawn).to(self.device)
-        net = guided(self.net, self.guide, label.to(self.device), settings.guidance)
+        label = label.to(self.device)
+        weak_label = label if settings.guide == "told" else None
+        net = guided(self.net, self.guide, label, settings.guidance, weak_label)
         return self.diffusion.sample(net, noise(), settings.steps, settings.sampler, noise)
     def decode(self, z0):
         """Latents z0 (B,d,h,w) -> uint8 images (B,3,H,W).
@@ -1517,7 +1521,7 @@ PRESETS = {                         # a preset is a list of flags, and typed fla
                "--lr 3e-4 --muon-lr 0 --codes-lr 3e-4 --d-lr 3e-4",
                "train-ldm": "--unconditional --target eps --schedule linear --upsample transposed "
                "--sampler ddpm --steps 1000 --guidance 1"}}
-MAY_CHANGE = {"resume", "device", "out", "epochs", "sampler", "steps", "guidance"}
+MAY_CHANGE = {"resume", "device", "out", "epochs", "sampler", "steps", "guidance", "guide"}
 COMMANDS = {"train-vq": (VQConfig, train_vq), "train-ldm": (LDMConfig, train_ldm),
             "sample": (SampleConfig, sample), "evaluate": (EvaluateConfig, evaluate)}
 class Parser(argparse.ArgumentParser):
