@@ -1118,7 +1118,8 @@ DEFAULTS = ("train-vq --data synthetic --n-images 4096 --size 64 --widths 16,64 
             "--lam-max .004 --muon-lr .02 --codes-lr .02 --d-lr 4e-4 --batch-size 8 "
             "--epochs 3" + BOTH,
             "train-ldm --sampler ddim --steps 50 --guidance 1.5 --guide told --vq runs/vq "
-            "--T 1000 --target v --schedule cosine --widths 64,128 --ema .995 --batch-size 32 --epochs 36" + BOTH)
+            "--T 1000 --target v --schedule cosine --widths 64,128 --ema .995 --batch-size 32 "
+            "--epochs 36" + BOTH)
 TINY = {"size": 32, "n_images": 200, "widths": (16, 32), "codes": 64, "epochs": 2}
 
 def test_default_yields_to_preset_to_recorded_to_typed(trained, told):
