@@ -757,9 +757,7 @@ def test_a_run_logs_and_draws_what_it_measures_under_its_step(trained, run, scor
     looks = [f"{name}_step_{row['step']:06}.png" for row in held]
     assert [path.name for (path, _), _ in trained[1] if path.stem.startswith(name)] == looks
     assert all(len({*bytes_of(x.values())}) == len(x) for (_, x), _ in trained[1])
-    names, *rows = [line.split(",") for line in Path(f"runs/{run}/log.csv").read_text().split()]
-    told = [{k: float(v) for k, v in zip(names, row) if v} for row in rows]
-    assert told == [pytest.approx(row) for row in log] and len(looks) > 8
+    assert json.loads(Path(f"runs/{run}/log.json").read_text()) == log and len(looks) > 8
     assert held[-1]["held_" + score] < held[0]["held_" + score]
 def bytes_of(images):
     return [x.numpy().tobytes() for x in images]
@@ -782,6 +780,8 @@ def test_evaluate_measures_each_distance_to_the_set_that_it_names(trained):
     chance = torch.rand(200_000, len(unseen), generator=rng("chance"), dtype=torch.double)
     chance = 100 * chance.quantile(0.01, 1).mean()      # a uniform number lies below
     assert numbers.pop("near_copies_by_chance") == pytest.approx(float(chance), rel=0.02)
+    assert (numbers.pop("unseen_images"), numbers.pop("step")) == (4, state_of(
+        "runs/ldm/last.pt")["step"])                    # 500 were asked for, of the last step
     told = "psnr mse lpips codes_used_percent perplexity".split() + [*vars(vqldm.EvaluateConfig())]
     assert {*numbers} == {*told}
     (path, strips), _ = shown[-1]
@@ -830,6 +830,7 @@ def test_sample_and_evaluate_make_what_is_asked_for_and_else_what_the_training_r
     images, (path, shown) = torch.cat([found for _, (found, _) in made]), drawn[0][0]
     assert numbers == list(range(len(labels))) and label == labels
     names = ["nevus-like, new", "_tmp_up", "__frac________up", "", "_tmp_up", "é"]
+    names = [f"{c} {name}" for c, name in enumerate(names)]     # since two are alike
     assert path.name == "grid.png" and {*shown} == {names[k] for k in labels}
     assert torch.equal(shown[names[labels[0]]], images[:64][torch.tensor(labels[:64]) == labels[0]])
     for i, k in enumerate(labels):
@@ -845,16 +846,16 @@ def test_sample_and_evaluate_make_what_is_asked_for_and_else_what_the_training_r
 def test_curves_show_training_beside_held_out_values_over_steps_under_their_names(
         tmp_path, monkeypatch):
     from matplotlib.axes import Axes
-    panels = ["mse held_mse", "lpips held_lpips", "codebook d_loss", "lam", "loss held_loss",
-              "d_real d_fake", "held_perplexity", "held_latent_std"]
-    names = " ".join(["other", *panels]).split()
-    log = [{"step": 7 * j * j, **{name: i + j / 100 for i, name in enumerate(names, 1)}}
+    panels = ["d_real", "lam", "loss held_loss", "mse held_mse", "held_perplexity"]
+    names = " ".join(panels).split()
+    log = [{"step": 7 * j * j, **{name: (i + j) * 9.0 ** -j for i, name in enumerate(names, 1)}}
            for j in range(3)]
+    log = [dict(row, d_real=row["d_real"] - 3, held_perplexity=50 + row["mse"]) for row in log]
     del log[1]["lam"]
     drawn = recorded(monkeypatch, Axes, "legend")
     ORIGINAL.draw_curves(tmp_path / "curves.png", log)
     for ((ax, *_), _), panel in zip(drawn, panels, strict=True):
-        assert (ax.get_yscale() == "linear") == (panel in panels[5:])   # logits, perplexity, std
+        assert (ax.get_yscale() == "linear") == (panel in ("d_real", "held_perplexity"))
         points = {line.get_label(): line.get_xydata().tolist() for line in ax.get_lines()}
         assert points == {name: [[row["step"], row[name]] for row in log if name in row]
                           for name in panel.split()}
@@ -881,7 +882,7 @@ def assert_same_run(a, b):              # in all but place and time
     for state in (one, two):
         state["config"].update(out="", vq="", resume=0, epochs=0)
     assert [part for part in one.keys() | two.keys() if not same(one[part], two[part])] == []
-    assert Path(a, "log.csv").read_bytes() == Path(b, "log.csv").read_bytes()
+    assert Path(a, "log.json").read_bytes() == Path(b, "log.json").read_bytes()
 
 @pytest.mark.parametrize("stage, stop, number", [
     ("vq", 0, signal.SIGINT), ("vq", 5, signal.SIGTERM), ("vq", 11, signal.SIGINT),
@@ -931,7 +932,6 @@ def test_a_resumed_run_forgets_nothing_that_was_trained_on_though_its_files_are_
 def test_a_finished_run_stays_and_may_grow_and_nothing_is_overwritten(
         calm, tmp_path, monkeypatch, refused):
     bars = recorded(monkeypatch, vqldm, "bar")
-    monkeypatch.setattr("csv.DictWriter", Mock(side_effect=PermissionError))     # open in Excel
     out = shutil.copytree("calm/ldm", tmp_path / "ldm")
     old = state_of("calm/ldm/last.pt")
     for epochs, step in ((3, 12), (4, 15)):

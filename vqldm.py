@@ -30,13 +30,14 @@ Contents  1. Settings                       7. Stage 1: training      For refere
 Run it    python vqldm.py train-vq, then train-ldm, then sample. evaluate measures either stage.
           "trap" marks a frequent mistake, "ours" an idea that none of the named papers has.
 """
-import argparse, csv, functools, glob, hashlib, io, json, math, os, random, re, shlex
+import argparse, csv, functools, hashlib, io, json, math, os, random, re, shlex
 import sys, time, warnings
 from collections import Counter
 from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass, fields, replace
 from inspect import getsource
+from itertools import pairwise
 from pathlib import Path
 from signal import SIG_DFL, SIGINT, SIGTERM, default_int_handler, signal
 from typing import Literal, get_args
@@ -74,6 +75,7 @@ def amount(text):
     demand(0 <= float(text) < math.inf, "must be 0 or more")
     return float(text)
 def source(text):                       # a folder is recorded with its full path
+    demand(text, "is empty")
     return text if text == "synthetic" else os.path.realpath(os.path.expanduser(text))
 
 @dataclass(frozen=True)
@@ -128,7 +130,8 @@ class VQConfig(Training):
 class LDMConfig(Sampling, Training):
     """stage 2: train the diffusion model on the VQGAN's codes"""
     stage = "ldm"
-    vq: str = "runs/vq"                 # run folder or checkpoint of train-vq; its images are used
+    vq: str = "runs/vq"                 # run folder or checkpoint of train-vq
+    data: source = ""                   # folder of images. Empty means those of --vq
     unconditional: bool = False         # all images are of one class, so the UNet is told nothing
     balance: bool = False               # draw every class equally often, however rare it is
     T: whole = 1000                     # noise levels
@@ -183,7 +186,6 @@ class ResBlock(nn.Module):
         self.norm2 = Norm(c_out)
         self.conv2 = zero(nn.Conv2d(c_out, c_out, 3, padding=1))
         self.shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
-
     def forward(self, x, emb=None):                                       # (B,c_in,H,W), (B,E)
         y = self.conv1(F.silu(self.norm1(x)))                             # (B,c_out,H,W)
         y = self.norm2(y)
@@ -251,7 +253,7 @@ class UpBlock(nn.Module):
 
 def levels(widths):
     # (c_in, c_out) of each DownBlock: (16, 64) -> (16, 16), (16, 64). UpBlocks reverse it.
-    return list(zip([widths[0], *widths[:-1]], widths))
+    return list(pairwise([widths[0], *widths]))
 # ------------------------------------------------------------------------------------------------
 # 3. Stage 1: the VQGAN
 # The encoder makes the grid small, the codebook makes it discrete, and the decoder maps it back.
@@ -271,7 +273,6 @@ class Encoder(nn.Module):
         self.mid = MidBlock(widths[-1])
         self.norm = Norm(widths[-1])
         self.last = nn.Conv2d(widths[-1], z_dim, 3, padding=1)
-
     def forward(self, x):                                                 # (B,3,H,W)
         y = self.first(x)
         for block in self.down:
@@ -290,7 +291,6 @@ class Decoder(nn.Module):
             self.up.append(UpBlock(c_in, c_out, upsample=upsample))
         self.norm = Norm(widths[0])
         self.last = nn.Conv2d(widths[0], 3, 3, padding=1)
-
     def forward(self, z_q):                                               # (B,d,h,w)
         y = self.mid(self.first(z_q))
         for block in self.up:
@@ -306,7 +306,6 @@ class Codebook(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(codes, z_dim)                       # (K,d)
         self.register_buffer("wins", torch.zeros(codes))      # (K,) wins since the last restart
-
     def nearest(self, z):                                                 # (B,d,h,w)
         """The nearest code's number, k = argmin_j ‖z - e_j‖ with e_j in row j (VQ eq. 1)."""
         B, d, h, w = z.shape
@@ -318,14 +317,12 @@ class Codebook(nn.Module):
             distance = torch.cdist(flat, self.embedding.weight)           # (B·N,K)
             k = distance.argmin(dim=1)
         return k.view(B, h, w)                                            # (B,h,w)
-
     def lookup(self, k):                                                  # (B,h,w)
         """z_q = e_k (VQ eq. 2). contiguous() orders it in memory, so later layers are faster."""
         return rearrange(self.embedding(k), "B h w d -> B d h w").contiguous()        # (B,d,h,w)
 
     def forward(self, z):                                                 # (B,d,h,w)
-        """-> z_q (its gradient goes to z), k, codebook loss, commitment loss (VQ eq. 3). In
-        training this runs under autocast, so a matrix product added here would be in bf16."""
+        """-> z_q (its gradient goes to z), k, codebook loss, commitment loss (VQ eq. 3)."""
         k = self.nearest(z)                                               # (B,h,w)
         z_q = self.lookup(k)                                              # (B,d,h,w)
         # One distance, two losses. sg[] decides who moves:
@@ -369,7 +366,6 @@ class VQGAN(nn.Module):
         self.encoder = Encoder(cfg.widths, cfg.z_dim)
         self.codebook = Codebook(cfg.codes, cfg.z_dim)
         self.decoder = Decoder(cfg.widths, cfg.z_dim, cfg.upsample)
-
     def forward(self, x):                                                 # (B,3,H,W)
         """-> x_hat (B,3,H,W), k (B,h,w), codebook loss, commitment loss."""
         z = self.encoder(x).float()
@@ -396,8 +392,7 @@ def load_vqgan(state, device):          # the VQGAN of a checkpoint, frozen
 
 def load_lpips(device):
     # LPIPS (Zhang 2018, arXiv 1801.03924) for images in [-1,1]. None if its weights are missing.
-    # We call it outside autocast, so never in bf16. It is no part of the VQGAN, or every checkpoint
-    # would hold it, and .train() would switch its dropout on.
+    # It is called outside autocast, so never in bf16, and no part of the VQGAN or its checkpoints.
     try:
         warnings.filterwarnings("ignore", module="torchvision")     # meant for lpips' authors
         import lpips
@@ -407,9 +402,9 @@ def load_lpips(device):
         say("WARNING no LPIPS:", e, "- its weights belong in", torch.hub.get_dir() + "/checkpoints")
 
 class PatchDiscriminator(nn.Module):
-    """D gives a logit for each place of the latent grid, high where the image looks real. Its
-    convolutions see 18×18 pixels at f = 4, 38 at f = 8, 78 at f = 16, enough for grain. (pix2pix,
-    arXiv 1611.07004, has 70.) There is no sigmoid, because hinge_loss wants raw logits."""
+    """D gives a logit for each place of the latent grid, high where the image looks real. A logit
+    sees 18×18 pixels at f = 4, 38 at 8, 78 at 16. (pix2pix, arXiv 1611.07004, has 70.) There is no
+    sigmoid, because hinge_loss wants raw logits."""
     def __init__(self, widths):                                           # the VQGAN's
         super().__init__()
         c = max(32, widths[0] // 2)             # first layer: half the VQGAN's, but 32 at least
@@ -448,10 +443,8 @@ def pick_device(cfg):
     name = cfg.device
     if name == "auto":
         name = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    try:
+    with blame(f"--device {name}"):
         device = torch.ones(1, device=name).device      # cuda -> cuda:0
-    except Exception:
-        raise UserError(f"--device {name}: cannot be used here, --device cpu can") from None
     bf16 = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
     if device.type == "cuda":
         torch.cuda.set_device(device)           # the next line asks the current device
@@ -460,10 +453,9 @@ def pick_device(cfg):
     return device, functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
 
 def place(net, device):
-    # Move a network. Most processors and GPUs compute convolutions with channels last, NHWC. Their
-    # results take the layout of their weights. If that is NCHW, each one turns its tensors there
-    # and back, which can cost more than the convolution. On a Mac's GPU channels last is the slow
-    # one (github.com/pytorch/pytorch/issues/193349).
+    # Move a network. A convolution takes its layout from its weights. Most devices compute with
+    # channels last. Otherwise they turn each tensor there and back, which can cost more than the
+    # convolution. On a Mac's GPU that layout is the slow one (pytorch issue 193349).
     mac = torch.device(device).type == "mps"
     return net.to(device, memory_format=torch.contiguous_format if mac else torch.channels_last)
 
@@ -495,8 +487,35 @@ def bar(items, name, total=None):       # with disable=None, tqdm draws on a ter
     return tqdm(items, name, total, leave=False, disable=True if rank() else None)
 # ------------------------------------------------------------------------------------------------
 # 6. What both trainings share
-# Images as numbers, the order in which they are shown, learning rates, a step of gradient descent.
+# A set of images, the order in which they are shown, learning rates, a step of gradient descent.
 
+class Images:
+    # All images of a run, as squares of one size. Appendix B finds and reads them.
+    #   labels (n,)    class numbers
+    #   marks (n,2)    checksums of each image's content, and of its group, such as a patient
+    #   train, val     row numbers of training and of held-out images
+    #   seen           the marks of all that this run or an earlier one trained on
+    def __init__(self, source, cfg, cache, seen=()):
+        self.pixels, found = prepare_images(source, cfg, cache)           # uint8 (n,3,H,W)
+        class_names, held, contents, groups = zip(*found)
+        self.classes = sorted(set(class_names))
+        self.labels = torch.tensor([self.classes.index(name) for name in class_names])
+        self.marks = torch.tensor([contents, groups]).T
+        held = torch.tensor(held)                       # (n,) bool, decided in appendix B
+        self.train = (~held).nonzero().flatten()
+        before = torch.as_tensor(seen, dtype=torch.int64)
+        self.seen = torch.cat([before, self.marks[self.train].flatten()]).unique()
+        # trap: a held-out image may be a copy of a trained one, or show its lesion, or have been
+        # trained on by an earlier run. All these leave val, or val would reward memorising.
+        val = (held & ~self.known(self.seen)).nonzero().flatten()
+        self.val = val[torch.randperm(len(val), generator=rng("held out"))]     # classes mixed
+        say("data", source, len(found), "images:", ", ".join(self.classes))
+    def known(self, marks):
+        # -> (n,) bool: True if marks hold the content or the group of any image of the same group.
+        hit = torch.isin(self.marks, marks).any(1)
+        return torch.isin(self.marks[:, 1], self.marks[hit, 1])
+    def rows(self, rows):               # row numbers (B,) -> uint8 (B,3,H,W)
+        return self.pixels[rows]
 def to_float(x):                        # uint8 0…255 -> [-1,1]. Only x_hat may go beyond
     return x.float() / 127.5 - 1
 def to_bytes(x):                        # and back, on the CPU
@@ -518,10 +537,10 @@ def rate(step, progress):
     return max(0.01, min(1, up, down))
 
 def descend(loss, net, factor, *optimizers):
-    """One step of the optimisers, at factor times their rates. One bad batch must not end a night's
-    run, so if a gradient is not finite, no weight moves. (To add up n batches, zero once, call
-    backward on each loss / n, and do the rest once.) trap: the generator's loss leaves gradients in
-    D, the discriminator. Unless zeroed, they would teach D to call reconstructions real."""
+    """One step of the optimisers, at factor times their rates. If a gradient is not finite, no
+    weight moves, since one bad batch must not end a night's run. (To add up n batches, zero once,
+    backward each loss / n, do the rest once. In stage 1 take lam from the sums over all n.) trap:
+    the generator's loss leaves gradients in D. Unless zeroed, they teach D to call fakes real."""
     net.zero_grad()
     loss.backward()
     if world() > 1:                     # all in one message, since one for each tensor is slower
@@ -547,7 +566,6 @@ def descend(loss, net, factor, *optimizers):
 #                  10 %   50 %  100 % of the run              10 %   50 %  100 %
 #   psnr (dB)      29.4   35.6   37.6      perplexity        1,249  1,326  1,403
 #   lpips          .043   .016   .011      loss of stage 2    .576   .535   .524
-# Run (appendix C) yields the steps, and its progress goes from 0 to 1. Muon is in appendix F.
 
 def build_vq(cfg, device):              # -> VQGAN and D, with their initial weights
     unit = 4 * 2 ** len(cfg.widths)             # 4·f, since the UNet's default halves h and w twice
@@ -744,8 +762,7 @@ class Diffusion:
     def predict(self, out, z_t, t):
         """The network's answer -> (z0_hat, eps_hat), both (B,d,h,w). trap: with ε, an error of the
         network enters z0_hat multiplied by √(1-ᾱ)/√ᾱ. At t = 999 that is 157 with linear and 20,291
-        with cosine. With v it is at most 1. Much code clips z0_hat to ±1. Do so for pixels, not
-        here, where z0 has std 1 and goes beyond."""
+        with cosine. With v it is at most 1. (Clip z0_hat to ±1 for pixels only, not here.)"""
         abar = self.abar_at(t, z_t)
         if self.target == "eps":                    # DDPM eq. 4, solved for z0
             z0_hat = (z_t - (1 - abar).sqrt() * out) / abar.sqrt()
@@ -765,7 +782,7 @@ class Diffusion:
     def weight(self, t):
         """ours: in training on v, middle levels count most. The weight of level t (B,) is
         2·√ᾱ·√(1-ᾱ), so 1 where ᾱ = 1/2, but at least 1/4. At low levels an error of v hardly enters
-        z0_hat. At high levels z_t tells so little of z0 that the error of v stays near 1."""
+        z0_hat. At high levels it stays near 1."""
         abar = self.alpha_bar.to(t.device)[t]
         if self.target == "eps":                    # all levels count alike, as in DDPM
             return torch.ones_like(abar)
@@ -775,13 +792,14 @@ class Diffusion:
         # Exactly `steps` pairs (t, t_prev), such as (999, 666), (666, 333), (333, -1) for 3 steps.
         # trap: range(0, T, T // steps) can give too many, 1000 levels for 600 steps of T = 1000.
         ts = [self.T - 1 - self.T * i // steps for i in range(steps + 1)]
-        return list(zip(ts, ts[1:]))                            # each with the next
+        return list(pairwise(ts))
     @torch.no_grad()
     def sample(self, net, z, steps, sampler, noise):
         """Walk back from z (B,d,h,w), standard normal noise. net(z_t, t) is v or ε. noise() draws
         such noise in z's shape. After each step this yields the new z and z0_hat. The last z is the
         sample. To add a sampler, name it in Sampling and add a branch here. Never divide by
         1-ᾱ_prev, which is 0 in the last step, or by 1-α, which is 0 where S > T repeats a level."""
+        demand(sampler in ("ddim", "ddpm"), f"no sampler is called {sampler}")
         for t, t_prev in self.pairs(steps):
             abar = self.abar_at(t, z)
             abar_prev = self.abar_at(t_prev, z)
@@ -793,7 +811,7 @@ class Diffusion:
                 # here is random, so the first z decides everything (DDIM eq. 12 with σ = 0).
                 z = abar_prev.sqrt() * z0_hat + (1 - abar_prev).sqrt() * eps_hat
             else:
-                # DDPM, Algorithm 2, line 4: the mean derived above, then fresh noise.
+                # Algorithm 2, line 4: the mean derived above, then fresh noise.
                 # trap: a step may span several levels. ᾱ is a product, so the α of the whole step
                 # is ᾱ_t / ᾱ_prev. With the α_t of one level, each step would take away too little.
                 alpha = abar / abar_prev
@@ -836,7 +854,6 @@ class UNet(nn.Module):
             self.up.append(UpBlock(c_in, c_out, E, c_skip=c_in, upsample=upsample))
         self.norm = Norm(widths[0])
         self.last = zero(nn.Conv2d(widths[0], z_dim, 3, padding=1))
-
     def forward(self, z_t, t, label=None):                                # (B,d,h,w), (B,), (B,)
         emb = self.time(time_embedding(t, self.time[0].in_features))      # (B,E)
         if label is None:
@@ -861,12 +878,11 @@ def build_unet(cfg, vq_cfg, classes):
 # First the frozen encoder turns each image, in several orientations, into grids of code numbers.
 # Their codes are the latents, just what the decoder reads. (LDM takes z, not yet rounded.) Noising
 # ends at mean 0 and std 1, so we bring the codes to that mean and std. Judge the model by its
-# samples, since even a perfect network's loss stays well above 0. LatentDiffusion: section 11.
+# samples, since even a perfect network's loss stays well above 0.
 
 def encode_images(vqgan, images, versions, device, mixed):
     # All images -> their code numbers (n,V,h,w), in V = versions of the square's eight symmetries.
     # trap: with one grid for each image, 300 epochs on 300 photographs make most samples copies.
-    # Distances between sets of images (appendix E) do not show this.
     grids = []
     for rows in bar(torch.arange(len(images.labels)).split(16), "encoding"):
         x = to_float(images.rows(rows)).to(device)                        # (16,3,H,W)
@@ -903,7 +919,8 @@ def train_ldm(cfg, state=None):
     # A checkpoint to resume holds its VQGAN too, and in seen the marks of all images trained on.
     vq = state["vq"] if state else load_checkpoint(cfg.vq, "--vq", "vq")
     vqgan = load_vqgan(vq, device)
-    images = Images(vqgan.cfg.data, vqgan.cfg, cfg.folder.parent / "cache", (state or vq)["seen"])
+    cache = cfg.folder.parent / "cache"
+    images = Images(cfg.data or vqgan.cfg.data, vqgan.cfg, cache, (state or vq)["seen"])
     if cfg.unconditional:
         images.classes, images.labels = ["images"], torch.zeros_like(images.labels)
     classes = images.classes
@@ -974,12 +991,10 @@ def train_ldm(cfg, state=None):
 def guided(net, guide, label, w, weak_label=None):
     """-> a net(z_t, t) that goes further in the direction from a weak network to a strong one:
         out = weak + w (strong - weak)        w is --guidance
-    strong is ema, and weak is ema as it was after a fifth of the run. It makes the mistakes of
-    strong, only larger, so moving away from it removes mistakes (Karras 2024, arXiv 2406.02507,
-    where weak is also smaller). w = 1 is strong alone. A larger w costs variety.
-    With --guide untold weak_label is None. Then weak is not told the class, and out is also led to
-    what sets the class apart. That is classifier-free guidance (CFG eq. 6, whose w is ours less 1
-    and whose weak is not younger)."""
+    weak is ema as it was after a fifth of the run. It makes the mistakes of strong, only larger, so
+    moving away from it removes mistakes (Karras 2024, arXiv 2406.02507, whose weak is smaller too).
+    w = 1 is strong alone. A larger w costs variety. With --guide untold weak_label is None, so out
+    is also led to what sets the class apart, as in CFG (eq. 6, whose w is ours less 1)."""
     def answer(z_t, t):
         strong = net(z_t, t, label)
         if w == 1:
@@ -1038,8 +1053,7 @@ class LatentDiffusion:
             latents.append(z0.cpu())
         return torch.cat(pictures), torch.cat(latents)
 def load(where, device="auto"):
-    """For use from Python: a run folder or checkpoint of train-ldm -> LatentDiffusion, as in
-        model = load("runs/ldm")
+    """For Python: a run folder or checkpoint of train-ldm -> a LatentDiffusion. Then, for example,
         images, latents = model.images(model.cfg, range(4), torch.tensor([0, 1, 2, 3]))"""
     state = load_checkpoint(where, "load", "ldm")
     return LatentDiffusion(state, *pick_device(Settings(device=device)))
@@ -1050,6 +1064,8 @@ def sample(cfg, state):
     model = LatentDiffusion(state, *pick_device(cfg))
     label = model.labels(cfg.n, cfg.class_)                               # (n,)
     names = [re.sub(r"[^\w ,+-]", "_", name) for name in model.classes]   # safe as folders
+    if len({name.lower() for name in names}) < len(names):              # "<5 mm" and ">5 mm"
+        names = [f"{c} {name}" for c, name in enumerate(names)]
     for c in label.unique():                    # now, so that an unwritable place fails at once
         (cfg.folder / names[c]).mkdir(parents=True, exist_ok=True)
     grid = {}
@@ -1112,9 +1128,9 @@ def synthetic(i, size, seed=0):
 # One bad image can end a run after hours, and decoding JPEGs would take most of a laptop's time. So
 # each image is opened once, before training, and its pixels are written into one file.
 SUFFIX = r"(?i)\.(bmp|gif|jfif|jpe?g|png|tiff?|webp)$"
-# Masks (1_mask.png, a folder masks, but not with_mask.png), broken downloads, our own pictures.
-NO_PHOTO = (r"(?i)(_seg|_segmentation|_superpixels|_expert\d*|-partial)\.\w+$|(^|/)(masks|runs)/"
-            r"|(?<!with|hout)[_-]mask\.\w+$|(^|/)(grid|curves|evaluate|\w+_step_\d+)\.png$")
+# Masks (1_mask.png, a folder masks, not with_mask.png), downloads under way, our own pictures.
+NO_PHOTO = (r"(?i)(_seg|_segmentation|_superpixels|_expert\d*|-partial)\.\w+$"
+            r"|(^|/)(masks/|runs/|\.)|(?<!with|hout)[_-]mask\.\w+$|(^|/)(grid|curves|evaluate|(recon|samples)_step_\d+)\.png$")
 HELD_OUT = r"(?i)(?<![^/])(val(id(ation)?)?|test(ing)?)/"   # (?<![^/]): at the start or after a /
 # Folders that are no class are cut out of a path: nevus/train/1.jpg is of class nevus.
 NO_CLASS = HELD_OUT + r"|(?<![^/])(train(ing)?|(HAM10000_)?images(_part_\d)?)/"
@@ -1123,7 +1139,8 @@ ID = "isic_id", "image_id", "image_name", "image"
 CLASS = "diagnosis_3", "diagnosis_1", "dx", "diagnosis", "class", "label", "target"
 GROUP = "patient_id", "lesion_id"
 def read_image(data, size):                             # a file's bytes -> uint8 (3,size,size)
-    with Image.open(io.BytesIO(data)) as im:
+    # PIL goes by content. Unless told, it starts Ghostscript for a PostScript file called x.png.
+    with Image.open(io.BytesIO(data), formats="BMP GIF JPEG PNG TIFF WEBP".split()) as im:
         im.draft("RGB", (size, size))           # JPEG at 1/2, 1/4 or 1/8 of its size, much faster
         demand(im.mode in ("L", "LA", "P", "RGB", "RGBA", "CMYK"), f"{im.mode} is not 8 bits")
         im = ImageOps.exif_transpose(im)        # cameras store "turn me" beside the pixels
@@ -1137,13 +1154,13 @@ def read_tables(folder):                # the .csv files in it and beside it: {s
     for path in sorted([*folder.parent.glob("*.csv"), *folder.glob("*.csv")]):
         try:
             with path.open(encoding="utf-8-sig", newline="") as f:
-                for row in csv.DictReader(f):
+                for row in csv.DictReader(f, strict=True):      # a quote must end
                     row = {column.strip().lower(): word.strip() for column, word in row.items()
                            if column and word and word.strip()}
                     name = row.get(filled(row, ID), "")
                     told.setdefault(stem_of(name), {}).update(row)
         except (csv.Error, OSError, ValueError) as e:
-            say("WARNING the table", path, "breaks off:", repr(e))
+            say("WARNING the table", path, f"breaks off: {e!r:.200}")
     return told
 def class_of(name, row):                # the innermost folder, or else what a table says
     ones = [column for column, word in row.items()
@@ -1152,90 +1169,78 @@ def class_of(name, row):                # the innermost folder, or else what a t
     told = row.get(filled(row, CLASS), ones[0] if is_one_hot else "images")
     return Path(re.sub(NO_CLASS, "", name)).parent.name or told
 
+def find_images(folder):                # -> {name: what changes with its file} of all images in it
+    def refuse(error):                  # or else a class that cannot be read would be left out
+        raise UserError(f"--data: {error}")
+    names, passed_over, links = {}, 0, 0
+    for place, folders, files in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if name[0] != "."]
+        links += sum(os.path.islink(f"{place}/{name}") for name in folders)
+        for file in [Path(place, name) for name in files if re.search(SUFFIX, name)]:
+            name = file.relative_to(folder).as_posix()
+            if re.search(NO_PHOTO, name):
+                passed_over += 1
+            elif file.is_file():        # (the date alone may be that of all files of an archive)
+                info = file.stat()
+                names[name] = info.st_mtime_ns, info.st_ctime_ns, info.st_size
+    if passed_over + links:             # os.walk follows no links, which may lead in a circle
+        say("not used:", passed_over, "masks and the like,", links, "links to folders")
+    return dict(sorted(names.items()))
+
 def prepare_images(source, cfg, cache):
     # -> pixels, uint8 (n,3,size,size), and of each image (class, held out?, content, group).
     # content is a checksum of the file's bytes. A group is all images of one patient, or of one
-    # lesion if no patient is told, or else of one content. Groups whose checksum ends in 0 are held
-    # out, and so are folders val and test. Images drops from val what was trained on, so no patient
-    # is on both sides. If photographs were split one by one, val would show trained lesions again,
-    # in another photograph. (If you change read_image, clear the cache.)
+    # lesion if none of its rows names one, or else of one content. Groups whose checksum ends in 0
+    # are held out, and so are folders val and test. Images drops from val what was trained on, so
+    # no patient is on both sides. If photographs were split one by one, val would show trained
+    # lesions again, in another photograph. (If you change read_image, clear the cache.)
     folder = Path(source)
     drawn = source == "synthetic"
-    names = {}                                  # and when each was last changed
     if drawn:
         names = {f"{list(LESIONS)[i % 4]}/{i}": cfg.seed for i in range(cfg.n_images)}
-    for name in sorted([] if drawn else glob.glob("**", root_dir=folder, recursive=True)):
-        file = folder / name                    # (glob follows links and skips what is hidden)
-        name = Path(name).as_posix()
-        if re.search(SUFFIX, name) and not re.search(NO_PHOTO, name) and file.is_file():
-            names[name] = file.stat().st_mtime_ns
+    else:
+        names = find_images(folder)
     path = cache / f"{cfg.size}-{digest((folder, names)):x}.pt"
     try:
         pixels, contents = torch.load(path, mmap=True)      # pixels stay on disk until needed
     except Exception:                           # not there yet, or damaged
         pixels = torch.empty(len(names), 3, cfg.size, cfg.size, dtype=torch.uint8)
         contents = {}
-        for name in bar(names, "preparing images"):
+        for i, name in enumerate(bar(names, "preparing images")):
+            # What cannot be read may be there tomorrow, so it ends this and is not cached.
+            data = f"{cfg.seed} {name}".encode() if drawn else (folder / name).read_bytes()
             try:
-                if drawn:
-                    data = f"{cfg.seed} {name}".encode()
-                    image = synthetic(int(Path(name).name), cfg.size, cfg.seed)
-                else:
-                    data = (folder / name).read_bytes()
-                    image = read_image(data, cfg.size)
+                image = synthetic(i, cfg.size, cfg.seed) if drawn else read_image(data, cfg.size)
             except Exception as e:              # PIL raises nearly anything on a broken file
                 say("WARNING skipped", name, repr(e))
                 continue
-            pixels[len(contents)] = image       # (unreadable files leave unused rows at the end)
+            pixels[len(contents)] = image       # (broken files leave unused rows at the end)
             contents[name] = digest(hashlib.sha256(data).digest())
         write_whole(path, (pixels, contents))
-    demand(contents, f"--data {source}: no images there; name another folder, or put a link there")
+        pixels, contents = torch.load(path, mmap=True)      # gives the memory back
+    demand(contents, f"--data {source}: no images are there, name another folder")
     table = {} if drawn else read_tables(folder)
+    both = [row for row in table.values() if set(GROUP) <= set(row)]
+    patients = {row["lesion_id"]: row["patient_id"] for row in both}
     found, counts = [], Counter()
     for name, content in contents.items():
         row = table.get(stem_of(name), {})
+        row = {"patient_id": patients.get(row.get("lesion_id")), **row}
         column = filled(row, GROUP)
         group = digest((column, row[column])) if column else content
         held = group % 10 == 0 or bool(re.search(HELD_OUT, name))
         found.append((class_of(name, row), held, content, group))
         counts["split by " + (column or "image")] += 1
-        counts["named in tables"] += bool(row)
-    say(dict(counts), "of", len(names))     # less than all if some could not be read
+        counts["named in tables"] += stem_of(name) in table
+    say(dict(counts), "of", len(names))     # less than all if some could not be decoded
+    if table and not counts["named in tables"]:
+        say("WARNING the tables name none of the images, by a column called one of", ID)
     return pixels, found
-
-class Images:
-    # All images of a run, as squares of one size.
-    #   labels (n,)    class numbers
-    #   marks (n,2)    checksums of each image's content, and of its group, such as a patient
-    #   train, val     row numbers of training and of held-out images
-    #   seen           the marks of all that this run or an earlier one trained on
-    def __init__(self, source, cfg, cache, seen=()):
-        self.pixels, found = prepare_images(source, cfg, cache)           # uint8 (n,3,H,W)
-        class_names, held, contents, groups = zip(*found)
-        self.classes = sorted(set(class_names))
-        self.labels = torch.tensor([self.classes.index(name) for name in class_names])
-        self.marks = torch.tensor([contents, groups]).T
-        held = torch.tensor(held)                       # (n,) bool, decided above
-        self.train = (~held).nonzero().flatten()
-        before = torch.as_tensor(seen, dtype=torch.int64)
-        self.seen = torch.cat([before, self.marks[self.train].flatten()]).unique()
-        # trap: a held-out image may be a copy of a trained one, or show its lesion, or have been
-        # trained on by an earlier run. All these leave val, or val would reward memorising.
-        val = (held & ~self.known(self.seen)).nonzero().flatten()
-        self.val = val[torch.randperm(len(val), generator=rng("held out"))]     # classes mixed
-        say("data", source, len(found), "images:", ", ".join(self.classes))
-    def known(self, marks):
-        # -> (n,) bool: True if marks hold the content or the group of any image of the same group.
-        hit = torch.isin(self.marks, marks).any(1)
-        return torch.isin(self.marks[:, 1], self.marks[hit, 1])
-    def rows(self, rows):               # row numbers (B,) -> uint8 (B,3,H,W)
-        return self.pixels[rows]
 # ------------------------------------------------------------------------------------------------
 # C. Keeping a run
-# A night of training can be lost in three ways: a checkpoint half written when the power failed, a
-# resume that restores the weights but not the rest, and settings that silently differ. A checkpoint
-# holds settings, networks, optimisers, step, log, the marks of all that was trained on, and what
-# sampling needs. All else follows from these, so a resume is exact (on one machine).
+# A night of training is lost by a checkpoint half written when the power failed, by a resume that
+# restores the weights but not the rest, or by settings that silently differ. A checkpoint holds all
+# that the rest follows from, so a resume is exact (on one machine).
 def write_whole(path, content):         # all or nothing: write beside it, flush, rename
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -1254,7 +1259,7 @@ def blame(what):                        # any error in here becomes one sentence
     try:
         yield
     except Exception as e:
-        raise UserError(f"{what}: cannot be used by this version ({e!r:.100})") from e
+        raise UserError(f"{what}: cannot be used here ({e!r:.100})") from e
 
 def load_checkpoint(where, name, *stages):
     # A checkpoint, or last.pt of a run folder -> its dict. name is the flag to blame.
@@ -1265,10 +1270,12 @@ def load_checkpoint(where, name, *stages):
     with blame(path):
         state = torch.load(path, map_location="cpu", weights_only=True)
         settings = {"vq": VQConfig, "ldm": LDMConfig}[state["stage"]](**state["config"])
+        say("from", path, "at step", state["step"])
     demand(settings.stage in stages, f"{name} {where}: belongs to the other stage")
     return {**state, "settings": settings, "folder": path.parent}
 
 class Run:
+    looks = 10                          # in a run, and one more when ten minutes passed without
     # Yields steps, logs, looks, saves, until --epochs or a signal ends it. parts are networks and
     # optimisers, extra is the rest of a checkpoint. status: 128 + the signal's number, or 0.
     def __init__(self, cfg, images, parts, extra, state):
@@ -1291,15 +1298,14 @@ class Run:
     @property
     def progress(self):                 # 0 … 1
         return self.step / self.steps
-    @property
-    def tenths(self):                   # of the run, that are done
-        return 10 * self.step // self.steps
     def __iter__(self):
         # Ctrl-C and SIGTERM only ask to finish the step and save. A second Ctrl-C ends at once.
         def ask(number, frame):
             self.status = 128 + number
             signal(SIGINT, default_int_handler)
         if not self.log:                # new; if it cannot be saved, fail before the work
+            last = self.cfg.folder / "last.pt"      # looked for again, as preparing takes minutes
+            demand(rank() or self.cfg.resume or not last.exists(), f"{last}: is another run's")
             self.save()
         with suppress(ValueError):      # signals are for the main thread only
             signal(SIGINT, ask)
@@ -1313,39 +1319,33 @@ class Run:
     def stopped(self):                  # a signal to one process ends all after the same step
         return mean_over_processes(torch.tensor([float(self.status)])).item() > 0
     def end_step(self, losses, look):
-        # Log every tenth step. look (measure and draw) at tenths of the run and every ten minutes.
-        tenths = self.tenths
+        # Log every tenth step. look (measure and draw) is called at tenths of the run.
+        before = self.looks * self.step // self.steps
         self.step += 1
         self.line.update()
         if self.step % 10 == 0:
             row = {name: float(value.detach()) for name, value in losses.items()}
             self.log.append({"step": self.step, **row})
             self.line.set_postfix(row)
-        due = self.tenths > tenths or time.perf_counter() - self.looked > 600
-        if due and rank() == 0:
-            numbers = {name: float(value) for name, value in look().items()}
-            held = {"held_" + name: value for name, value in numbers.items()}
-            self.log.append({"step": self.step, **held})
-            said = [f"{name} {value:.4g}" for name, value in numbers.items()]
-            say(f"{self.progress:4.0%} look:", *said)
+        done = self.looks * self.step // self.steps
+        if rank() == 0 and (done > before or time.perf_counter() - self.looked > 600):
+            row = {"held_" + name: float(value) for name, value in look().items()}
+            self.log.append({"step": self.step, **row})
+            say(f"{self.progress:4.0%} look:", *[f"{name[5:]} {row[name]:.4g}" for name in row])
             self.save()
             self.looked = time.perf_counter()
     def checkpoint(self):               # all that resuming and sampling need
         state = {name: part.state_dict() for name, part in self.parts.items()}
         return {**state, **self.extra, "stage": self.cfg.stage, "config": asdict(self.cfg),
                 "step": self.step, "log": self.log}
-    def save(self):                     # last.pt, curves.png, log.csv, by the first process
+    def save(self):                     # last.pt, curves.png, log.json, by the first process
         if rank():
             return
         folder = self.cfg.folder
         write_whole(folder / "last.pt", self.checkpoint())
         if self.log:
             draw_curves(folder / "curves.png", self.log)
-        names = dict.fromkeys(name for row in self.log for name in row)
-        with suppress(PermissionError), open(folder / "log.csv", "w", newline="") as f:
-            table = csv.DictWriter(f, names)    # (Excel locks a table that it shows)
-            table.writeheader()
-            table.writerows(self.log)
+        (folder / "log.json").write_text(json.dumps(self.log, indent=1))
     def finish(self, next_hint):        # -> exit status
         self.save()
         mean_over_processes(torch.zeros(1))     # a barrier: all wait for that save
@@ -1360,8 +1360,7 @@ def figure(path, width, rows, columns=1):               # with figure(…) as ax
     fig = Figure(figsize=(width, 1.3 * rows * columns), layout="constrained")
     yield fig.subplots(rows, columns, squeeze=False).flatten()
     path.parent.mkdir(parents=True, exist_ok=True)
-    with warnings.catch_warnings(), suppress(PermissionError):      # a viewer may lock the file
-        warnings.simplefilter("ignore")                 # about letters that no font here has
+    with suppress(PermissionError):                     # a viewer may lock the file
         fig.savefig(path)
 
 def draw_rows(path, rows):              # rows {label: uint8 images}, at most 16 strips of 16
@@ -1374,24 +1373,21 @@ def draw_rows(path, rows):              # rows {label: uint8 images}, at most 16
             ax.set_anchor("W")                  # a shorter strip begins at the left, too
             ax.set_title(label, fontsize=9, loc="left", parse_math=False)
             ax.axis("off")
-# Which curves share a panel of curves.png, in either stage. Other numbers are only in log.csv.
-LOSSES = "mse held_mse", "lpips held_lpips", "codebook d_loss", "lam", "loss held_loss"
-PANELS = *LOSSES, "d_real d_fake", "held_perplexity", "held_latent_std"
-def draw_curves(path, log):
-    known = {name for row in log for name in row}
-    panels = [panel for panel in PANELS if known & set(panel.split())]
-    lines = math.ceil(len(panels) / 2)
-    with figure(path, 8, lines, 2) as axes:
+def draw_curves(path, log):             # a panel for each number, beside that of held-out images
+    names = {name for row in log for name in row} - {"step"}
+    panels = sorted({name.removeprefix("held_") for name in names})
+    with figure(path, 8, math.ceil(len(panels) / 2), 2) as axes:
         for ax, panel in zip(axes, panels):
-            for name in panel.split():
+            for name in sorted(names & {panel, "held_" + panel}, reverse=True):
                 rows = [row for row in log if name in row]
                 ax.plot([row["step"] for row in rows], [row[name] for row in rows], label=name)
-            ax.set_yscale("log" if panel in LOSSES else "linear")
+            low, high = ax.dataLim.intervaly
+            ax.set_yscale("log" if 0 < 5 * low < high else "linear")
             ax.legend(fontsize=7)
 # ------------------------------------------------------------------------------------------------
 # E. Measuring
 # The kernel distance says how far two sets of images are apart. Two sets of 300 real photographs
-# have 0, give or take 1. A good model has 5 to 7, and one without grain 35. Drawn images have 27 by
+# have 0, give or take 1. A good model has 5 to 7, one without grain 35, and drawn lesions KKK by
 # default. Its features are LPIPS's, so like lpips it flatters models trained with LPIPS.
 
 def features(lpips, images):            # uint8 (n,3,H,W) -> (n,512)
@@ -1404,9 +1400,8 @@ def features(lpips, images):            # uint8 (n,3,H,W) -> (n,512)
     return torch.cat(found).cpu().double()
 
 def kernel_distance(a, b):
-    # Of two sets of features (n,512). A kernel, (u·v/512 + 1)³, says how alike two features are.
-    # The distance is its mean over pairs in a, plus that over pairs in b, minus twice that across
-    # (a squared MMD, as in KID, arXiv 1801.01401).
+    # Of two sets of features (n,512). A kernel, (u·v/512 + 1)³, says how alike two are. Its mean
+    # over pairs in a, plus in b, minus twice across (a squared MMD, as in KID, arXiv 1801.01401).
     def kernel(u, v):                                                     # (n,n)
         return (u @ v.T / u.shape[1] + 1) ** 3
     pairs = kernel(a, a) + kernel(b, b) - 2 * kernel(a, b)
@@ -1417,7 +1412,7 @@ def nearest_trained(pictures, images, trained):
     # -> distance of each picture to its nearest training image, in any symmetry, and its row
     def shrink(rgb):                    # to 12 kB an image, whatever its size
         return F.interpolate(to_float(rgb), (32, 32), mode="area")
-    small = shrink(pictures).flatten(1)                                   # (n,3·32·32)
+    small = torch.cat([shrink(part) for part in pictures.split(256)]).flatten(1)    # (n,3·32·32)
     known = torch.cat([shrink(images.rows(part)) for part in trained.split(256)])
     best = torch.tensor(math.inf)
     for turn in range(8):
@@ -1431,18 +1426,17 @@ def evaluate(cfg, state):               # -> metrics.json, evaluate.png
     device, mixed = pick_device(cfg)
     lpips = load_lpips(device)
     vqgan = load_vqgan(state.get("vq", state), device)
-    images = Images(cfg.data or vqgan.cfg.data, vqgan.cfg, folder.parent / "cache")
-    unseen = ~images.known(state["seen"])
-    if cfg.class_:
-        wanted = torch.tensor([name == cfg.class_ for name in images.classes])
-        unseen &= wanted[images.labels]
-    unseen = unseen.nonzero().flatten()
+    data = cfg.data or state["config"]["data"] or vqgan.cfg.data
+    images = Images(data, vqgan.cfg, folder.parent / "cache")
+    wanted = torch.tensor([cfg.class_ in ("", name) for name in images.classes])
+    unseen = (wanted[images.labels] & ~images.known(state["seen"])).nonzero().flatten()
     unseen = unseen[torch.randperm(len(unseen), generator=rng(cfg.seed, "unseen"))]
     n = min(cfg.n, len(unseen) // 2)
     say("to measure on:", n, "+", n, "of", len(unseen), "images that no training has seen")
     demand(n > 1, f"--n, --data, --class: too few unseen images, classes are {images.classes}")
     real, other = images.rows(unseen[:2 * n]).split(n)
     numbers, recon = reconstruct(vqgan, real, lpips, mixed)
+    numbers.update(unseen_images=n, step=state["step"])
     pictures = {"real": real, "recon": recon}
     if state["stage"] == "ldm":
         model = LatentDiffusion(state, device, mixed)
@@ -1469,6 +1463,7 @@ def evaluate(cfg, state):               # -> metrics.json, evaluate.png
             say("WARNING only", len(trained), "training images are here: not all copies are found")
         if len(trained):
             near, row = nearest_trained(made, images, trained)
+            unseen = unseen[:1000]                      # enough, and they fit into memory
             usual, _ = nearest_trained(images.rows(unseen), images, trained)
             copies = near < usual.quantile(0.01)
             numbers["near_copies_percent"] = 100 * float(copies.float().mean())
@@ -1536,8 +1531,9 @@ def build_parser():
     for command, (cls, _) in COMMANDS.items():
         own = commands.add_parser(command, help=cls.__doc__, description=cls.__doc__,
                                   allow_abbrev=False, argument_default=argparse.SUPPRESS)
-        text = "".join(getsource(base) for base in cls.__mro__[-2::-1])     # bases but object
-        comments = dict(re.findall(r"^    (\w+): .*?# (.*)", text, re.MULTILINE))
+        comments = {}
+        for base in reversed(cls.__mro__[:-1]):         # its bases first, without object
+            comments.update(re.findall(r"\n    (\w+): .*?# (.*)", getsource(base)))
         for f in fields(cls):
             how = {"choices": get_args(f.type)} if get_args(f.type) else {"type": f.type}
             if f.type is bool:
@@ -1589,8 +1585,12 @@ def main(argv):
         status = function(cfg, state)                   # None is 0
     except KeyboardInterrupt:                           # while preparing or sampling
         status = 130
-    except (UserError, OSError, MemoryError, torch.OutOfMemoryError) as e:
-        print("vqldm:", str(e) or "out of memory; lower --batch-size or --size", file=sys.stderr)
+    except (UserError, OSError) as e:
+        print("vqldm:", e, file=sys.stderr)
+    except (MemoryError, RuntimeError) as e:            # torch has several words for it
+        if not re.search("^$|allocate|out of memory", str(e)):
+            raise
+        print("vqldm: out of memory; lower --batch-size or --size", file=sys.stderr)
     if status:
         raise SystemExit(status)
     if dist.is_initialized():
