@@ -732,6 +732,105 @@ def test_nothing_that_is_known_from_training_is_held_out_however_the_folder_chan
         path.unlink()
     assert torch.isin(before.seen, load(folder, before.seen).seen).all()
 
+# ---- B. What a folder of somebody's own can do -------------------------------------------------
+def test_a_quote_that_never_ends_is_told_and_takes_no_other_rows_with_it(tmp_path, load, capsys):
+    folder = fill(tmp_path / "isic", [f"{i}.bmp" for i in range(9)])
+    rows = [f"{i},{'ab'[i % 2]},P{i}" for i in range(9)]
+    rows[5] = '5,"a,P5'
+    (folder / "a.csv").write_text("\n".join(["isic_id,dx,patient_id", *rows]))
+    images, told = load(folder), capsys.readouterr().out
+    assert "a.csv breaks off: " in told and images.classes == ["a", "b", "images"]
+    assert "'named in tables': 5" in told
+
+def test_tables_that_name_no_image_are_told(tmp_path, load, capsys):
+    (fill(tmp_path / "isic", ["0.bmp"]) / "a.csv").write_text("isic_id;dx\n0;nevus")
+    load(tmp_path / "isic")
+    assert "WARNING the tables name none of the images" in capsys.readouterr().out
+
+def test_the_cache_sees_files_swapped_under_one_date_and_forgets_what_could_not_be_read(
+        tmp_path, load, monkeypatch, refused):
+    folder = fill(tmp_path / "all", ["a/1.bmp", "b/1.bmp", "b/val/2.bmp"])
+    paths = [folder / "a/1.bmp", folder / "b/1.bmp"]
+    [os.utime(path, ns=(0, 0)) for path in paths]
+    assert numbered(load(folder), torch.arange(2)) == [0, 1]
+    first, second = [path.read_bytes() for path in paths]
+    paths[0].write_bytes(second)
+    paths[1].write_bytes(first)
+    [os.utime(path, ns=(0, 0)) for path in paths]
+    assert numbered(load(folder), torch.arange(2)) == [1, 0]
+    whole = Path.read_bytes
+    def hiccup(path):
+        if path.name == "2.bmp":
+            raise PermissionError(13, "Permission denied", str(path))
+        return whole(path)
+    words = ["train-vq", "--size", 32, "--data", folder, "--out", tmp_path / "vq"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", hiccup)
+        assert "2.bmp" in refused(*words)
+    assert len(load(folder, size=32).labels) == 3               # it is there again
+
+def test_pixels_are_mapped_from_disk_also_in_the_run_that_made_them(tmp_path, monkeypatch):
+    calls = recorded(monkeypatch, torch, "load")
+    images = vqldm.Images("synthetic", vqldm.VQConfig(size=16, n_images=9), tmp_path)
+    assert images.pixels is calls[-1][1][0] and len(images.labels) == 9
+
+def test_postscript_called_png_is_no_order_to_start_ghostscript(tmp_path, load, monkeypatch):
+    from PIL import EpsImagePlugin
+    folder, run = fill(tmp_path / "all", ["0.bmp"]), Mock(side_effect=OSError)
+    Image.new("RGB", (9, 9)).save(folder / "x.eps")
+    (folder / "x.eps").rename(folder / "x.png")
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", run)
+    assert len(load(folder).labels) == 1 and not run.called
+
+@pytest.mark.skipif(os.name == "nt", reason="needs links")
+def test_links_in_a_circle_are_not_followed_and_folders_that_cannot_be_read_are_no_loss(
+        tmp_path, load, capsys, monkeypatch, refused):
+    folder = fill(tmp_path / "all", ["a/0.bmp", "b/1.bmp", "a/0_mask.bmp", "recon_step_02.png"])
+    fill(folder, ["patient_step_02.png"])
+    (folder / "me").symlink_to(".")
+    (folder / "a/up").symlink_to("..")
+    images = load(folder)
+    assert len(images.labels) == 3
+    assert "not used: 2 masks and the like, 2 links to folders" in capsys.readouterr().out
+    scan = os.scandir
+    def locked(place):
+        if Path(place).name == "b":
+            raise PermissionError(13, "Permission denied", str(place))
+        return scan(place)
+    monkeypatch.setattr(os, "scandir", locked)
+    assert "/b'" in refused("train-vq", "--data", folder, "--out", tmp_path / "vq")
+
+def test_a_lesion_is_its_patients_though_only_some_of_its_rows_name_him(tmp_path, load):
+    folder = fill(tmp_path / "isic", [f"{i}.bmp" for i in range(30)])
+    rows = [f"{i},{f'P{i // 6}' if i % 3 == 1 else ''},L{i // 3}" for i in range(30)]
+    (folder / "a.csv").write_text("\n".join(["isic_id,patient_id,lesion_id", *rows]))
+    groups = load(folder).marks[:, 1].tolist()
+    order = [int(path.stem) for path in sorted(folder.glob("*.bmp"))]
+    assert len({*groups}) == len({(i // 6, group) for i, group in zip(order, groups)}) == 5
+
+def test_a_second_start_in_one_folder_leaves_the_first_as_it_is(
+        calm, tmp_path, monkeypatch, refused):
+    """Though it looked for a run before the other's first checkpoint was there."""
+    def other(*a):
+        shutil.copytree("calm/vq", tmp_path / "vq")
+        return ORIGINAL.prepare_images(*a)
+    monkeypatch.setattr(vqldm, "prepare_images", other)
+    assert "another run" in refused(*STAGES["vq"], "--out", tmp_path / "vq")
+    assert (tmp_path / "vq/last.pt").read_bytes() == Path("calm/vq/last.pt").read_bytes()
+
+def test_stage_2_can_have_images_of_its_own(calm, tmp_path, capsys):
+    """It is told of which step stage 1 is. What either stage saw is never measured."""
+    few = fill(tmp_path / "few", [f"{c}/{i}.bmp" for c in "ab" for i in range(9)], (9, 9, 9))
+    few = fill(few, [f"val/{c}/{i}.bmp" for c in "ab" for i in range(4)], (99, 9, 9))
+    shutil.copy(next(Path("photos/train").iterdir()), few / "val/a/seen.bmp")
+    words = [*STAGES["ldm"], "--epochs", 1, "--out", tmp_path / "ldm", "--data", few]
+    assert cli(*words) == 0
+    assert "calm/vq/last.pt at step 12" in capsys.readouterr().out
+    state, first = state_of(tmp_path / "ldm/last.pt"), state_of("calm/vq/last.pt")
+    assert state["classes"] == ["a", "b"] and torch.isin(first["seen"], state["seen"]).all()
+    assert cli("evaluate", "--ckpt", tmp_path / "ldm", "--n", 4) == 0
+    assert " of 10 images that no training" in capsys.readouterr().out
+
 # ---- 11, D, E. What the commands write ---------------------------------------------------------
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
@@ -1029,7 +1128,8 @@ def full_disk(path, mode):
 
 @pytest.mark.parametrize("told, name, spoil", [
     pytest.param("No space", "open", full_disk, marks=POSIX),
-    ("out of memory", "augment", Mock(side_effect=MemoryError))])
+    ("out of memory", "augment", Mock(side_effect=MemoryError)),
+    ("out of memory", "augment", Mock(side_effect=RuntimeError("x: can't allocate memory")))])
 def test_a_full_disk_or_memory_is_one_sentence_and_harms_no_checkpoint(
         calm, tmp_path, monkeypatch, refused, told, name, spoil):
     out = shutil.copytree("calm/vq", tmp_path / "vq")
