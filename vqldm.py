@@ -377,7 +377,7 @@ class VQGAN(nn.Module):
         return self.decoder(self.codebook.lookup(k))
 
 def load_vqgan(state, device):          # the VQGAN of a checkpoint, frozen
-    with blame("the VQGAN"):            # an error in here becomes one sentence
+    with blame("the VQGAN is of another version"):          # an error in here becomes one sentence
         vqgan = VQGAN(VQConfig(**state["config"]))
         vqgan.load_state_dict(state["model"])
     return place(vqgan, device).eval().requires_grad_(False)
@@ -443,7 +443,7 @@ def pick_device(cfg):
     name = cfg.device
     if name == "auto":
         name = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    with blame(f"--device {name}"):
+    with blame(f"--device {name}: cannot be used here, --device cpu can"):
         device = torch.ones(1, device=name).device      # cuda -> cuda:0
     bf16 = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
     if device.type == "cuda":
@@ -456,7 +456,7 @@ def place(net, device):
     # Move a network. A convolution takes its layout from its weights. Most devices compute with
     # channels last. Otherwise they turn each tensor there and back, which can cost more than the
     # convolution. On a Mac's GPU that layout is the slow one (pytorch issue 193349).
-    mac = torch.device(device).type == "mps"
+    mac = "mps" in str(device)
     return net.to(device, memory_format=torch.contiguous_format if mac else torch.channels_last)
 
 def rng(*key):
@@ -1008,7 +1008,7 @@ class LatentDiffusion:
     def __init__(self, state, device, mixed):
         self.device, self.mixed = device, mixed
         self.vqgan = load_vqgan(state["vq"], device)
-        with blame("the UNet"):
+        with blame("the UNet is of another version"):
             self.cfg = LDMConfig(**state["config"])
             self.diffusion = Diffusion(self.cfg.T, self.cfg.schedule, self.cfg.target)
             self.classes, self.class_counts = state["classes"], state["class_counts"]
@@ -1259,7 +1259,7 @@ def blame(what):                        # any error in here becomes one sentence
     try:
         yield
     except Exception as e:
-        raise UserError(f"{what}: cannot be used here ({e!r:.100})") from e
+        raise UserError(f"{what} ({e!r:.100})") from e
 
 def load_checkpoint(where, name, *stages):
     # A checkpoint, or last.pt of a run folder -> its dict. name is the flag to blame.
@@ -1267,7 +1267,7 @@ def load_checkpoint(where, name, *stages):
     path = Path(where).expanduser()
     path = path / "last.pt" if path.is_dir() else path
     demand(path.is_file(), f"{name} {where}: no checkpoint is there")
-    with blame(path):
+    with blame(f"{path}: cannot be used by this version"):
         state = torch.load(path, map_location="cpu", weights_only=True)
         settings = {"vq": VQConfig, "ldm": LDMConfig}[state["stage"]](**state["config"])
         say("from", path, "at step", state["step"])
@@ -1289,7 +1289,7 @@ class Run:
         self.log = []
         self.looked = time.perf_counter()
         if state:
-            with blame("last.pt"):
+            with blame("last.pt is of another version"):
                 for name, part in parts.items():
                     part.load_state_dict(state[name])
                 self.step, self.log = state["step"], state["log"]
