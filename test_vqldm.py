@@ -11,6 +11,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest, torch, torchvision, vqldm
 import torch.nn.functional as F
+from matplotlib.axes import Axes
 from PIL import Image
 from torch import nn
 from vqldm import Diffusion, rng
@@ -173,7 +174,10 @@ def test_lam_is_measured_in_float32_under_autocast(monkeypatch):
         assert vqldm.PatchDiscriminator((8, 8))(x_hat).dtype == torch.float32
     want = F.conv2d(calls[0][0][0].float(), *decoder.last.parameters(), padding=1)
     assert x_hat.dtype == torch.float32 and torch.allclose(x_hat, want, atol=1e-6)
-    assert ORIGINAL.pick_device(vqldm.Settings(device="cpu"))[1]().fast_dtype == torch.bfloat16
+    for has in (True, False):                           # or in float32, on most processors
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has)
+        with ORIGINAL.pick_device(vqldm.Settings(device="cpu"))[1]() as mixed:
+            assert torch.is_autocast_enabled("cpu") == has and mixed.fast_dtype == torch.bfloat16
 def blind_lpips(patch):
     import lpips                        # with a random trunk: enough, and without a download
     patch.setattr(lpips, "LPIPS", functools.partial(lpips.LPIPS, pnet_rand=True))
@@ -190,6 +194,7 @@ def test_lpips_is_frozen_in_eval_mode_and_sees_images_from_minus_1_to_1(monkeypa
     large = F.interpolate(u8[[0, 34]] / 255 * 2 - 1, (224, 224), mode="bilinear")
     want = lpips.net(lpips.scaling_layer(large))[-1].mean((2, 3))
     assert torch.allclose(vqldm.features(lpips, u8)[[0, 34]].float(), want, atol=1e-5)
+    assert want.shape == (2, 512)                       # so it is SqueezeNet's
     monkeypatch.setattr("lpips.LPIPS", Mock(side_effect=OSError))
     assert ORIGINAL.load_lpips("cpu") is None
     assert re.search("no LPIPS.*/checkpoints", capsys.readouterr().out)
@@ -381,7 +386,8 @@ def test_reference_stage_2_ends_with_the_weights_of_algorithm_1_written_out(runs
     assert all(p.grad.any() for p in net.parameters())
     assert told["held_loss"] == pytest.approx(float(held.mean()), rel=2e-4)
     assert told["held_loss"] != pytest.approx(float(raw.mean()), rel=3e-4)
-    std = runs.model.images(runs.cfg, range(16), runs.model.labels(16))[1].std()
+    quick = vqldm.replace(runs.cfg, steps=min(runs.cfg.steps, 25))
+    std = runs.model.images(quick, range(16), runs.model.labels(16))[1].std()
     assert told["held_latent_std"] == pytest.approx(float(std), rel=1e-3)
     told = [row["loss"] for row in runs.ldm["log"] if "loss" in row]
     assert told[-1] == pytest.approx(loss, 1e-3)
@@ -411,10 +417,13 @@ def test_alpha_bar_is_the_product_and_ends_near_0_for_every_T(schedule, T):
     assert a[-2] < 0.01 and (a[:-1].diff() < 0).all()
 
 def test_pairs_are_exactly_S_steps_from_noise_to_the_latent_for_every_S():
+    """And no other sampler can be named."""
     for S in range(1, 1001):
         t, prev = zip(*Diffusion.pairs(SimpleNamespace(T=1000), S))
         assert len(t) == S and t[0] == 999 and prev == (*t[1:], -1)
         assert {a - b for a, b in zip(t, prev)} <= {1000 // S, 1000 // S + 1}       # even strides
+    with pytest.raises(vqldm.UserError, match="dpm"):
+        next(Diffusion().sample(lambda z, t: z, randn(1, 3, 4, 4), 1, "dpm", None))
 
 # ---- 10, 11. Sampling --------------------------------------------------------------------------
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm", "recorded"])
@@ -573,6 +582,7 @@ def test_drawn_lesions_follow_from_seed_and_number_and_show_their_class(tmp_path
     monkeypatch.setattr(vqldm, "synthetic", lambda *a: 255 - ORIGINAL.synthetic(*a))
     assert torch.equal(load(8, 1, "another processor")[0].marks, ones.marks)
     assert len(torch.cat([ones.marks, images.marks]).unique()) == 168
+    assert rng(0, "a").initial_seed() == 3057973756231466050            # in any process
 def picture(mode="RGB", left="red", right="blue", size=(40, 40)):
     im = Image.new(mode, size, left)
     im.paste(right, (size[0] // 2, 0, *size))
@@ -593,7 +603,7 @@ def load(tmp_path):
     return lambda folder, *seen, size=16: vqldm.Images(
         str(folder), vqldm.VQConfig(size=size), tmp_path / "cache", *seen)
 
-def test_the_middle_square_of_a_photograph_is_scaled_smoothly(tmp_path, load):
+def test_the_middle_square_of_a_photograph_is_scaled_smoothly(tmp_path, load, monkeypatch):
     """80x40: a mesh of black and white pixels, so all comes out grey; left and right of it: red.
     A JPEG is decoded no smaller than needed: a mesh of four times its size stays one. And what a
     camera says it has turned, here mirrored, is turned back."""
@@ -608,8 +618,15 @@ def test_the_middle_square_of_a_photograph_is_scaled_smoothly(tmp_path, load):
     *small, meshed, turned = load(tmp_path / "all").rows(torch.arange(4)).int()
     assert (torch.stack(small) - 128).abs().max() < 20 and turned[0, 8, 3] < 9 < turned[0, 8, 12]
     assert (meshed[0] - torch.from_numpy(large[::4, ::4, 0])).abs().max() < 40
-    picture(left="lime").save(tmp_path / "all/d.jpg")       # the cache knows what has changed
-    assert all(load(tmp_path / "all", size=n).rows([3])[0, 1, n // 2, 3] > 200 for n in (16, 32))
+    picture(left="lime").save(tmp_path / "all/d.jpg")   # the cache knows what has changed,
+    for _ in range(2):                                  # and that it was cut
+        for n in (16, 32):
+            assert load(tmp_path / "all", size=n).rows([3])[0, 1, n // 2, 3] > 200
+        for path in (tmp_path / "cache").iterdir():
+            path.write_bytes(path.read_bytes()[:-50])
+    monkeypatch.setattr(vqldm, "find_images", lambda folder: {"a.bmp": 0})      # and the folder
+    folders = [fill(tmp_path / "unzipped" / name, ["a.bmp"], first=int(name)) for name in "01"]
+    assert [numbered(load(folder), [0]) for folder in folders] == [[0], [1]]
 
 def test_bad_images_are_named_and_passed_over_and_other_files_not_opened(tmp_path, load, capsys):
     good = [f"{i}.{kind}" for i, kind in enumerate("bmp gif jfif jpg png tif tiff webp".split())]
@@ -632,6 +649,7 @@ def test_bad_images_are_named_and_passed_over_and_other_files_not_opened(tmp_pat
     assert re.findall(r"WARNING skipped (\S+) \w+\(", told) == [
         "cut.jpg", "deep.png", "floats.tiff", "giant.png", "text.jpg"] and "} of 17" in told
     assert len(images.labels) == len(good) == len(images.rows(everything(images)).unique(dim=0))
+    assert numbered(images, [8, 9, 10]) == [11, 10, 9]  # patient…, without…, z…: each in its row
 
 def test_folders_are_classes_and_some_names_of_folders_are_the_split(tmp_path, load):
     """latest, which ends in test, is a class like others."""
@@ -653,7 +671,7 @@ def test_folders_are_classes_and_some_names_of_folders_are_the_split(tmp_path, l
 @pytest.mark.parametrize("place, table, text, want", [
     ("isic", "isic/Metadata.csv", "\ufeffISIC_ID,diagnosis_1 ,diagnosis_3,dx,target\n"
      "0,Benign,Nevus,\n1,Bad ,,\n2,,,scar,no\nc,,,,mole", "Nevus Bad scar mole"),
-    ("isic/HAM10000_images_part_1", "isic/HAM10000_metadata.csv", "image_id,dx\n0,nv", "nv"),
+    ("isic/HAM10000_images_part_1", "isic/HAM10000_metadata.csv", "image_id,dx\n0,nv,more", "nv"),
     ("isic", "isic/a.csv", 'image,"a, b",lesion_id,MEL,NV\n0.PNG,,1,0.0,1.0\nx/1,,,1,0', "nv mel"),
     ("isic", "isic/a.csv", "image,label,class,diagnosis,day\n0,c,b,a\n1,c,b\n2,c\nC,,,,1", "a b c"),
     ("isic", "isic/a.csv", "name,dx\n0,scar", "")])
@@ -661,12 +679,13 @@ def test_tables_in_or_beside_it_tell_classes(tmp_path, load, capsys, place, tabl
     """The first column that is filled counts. Tables add up, also one that breaks off."""
     fill(tmp_path / place, [f"{i}.bmp" for i in (0, 1, 2, "C")])
     (tmp_path / table).write_text(text, encoding="utf8")
-    mad = (tmp_path / place).parent / "mad.csv"
+    mad, latin = [(tmp_path / place).parent / name for name in ("mad.csv", "latin.csv")]
+    latin.write_bytes("isic_id,dx\n0,é".encode("latin1"))               # as Excel may write it
     mad.write_text("isic_id,dx\nC," + "x" * 200_000)                    # over csv's limit
     (tmp_path / place / "mean.csv").write_text("isic_id,diagnosis_3\n0,")      # takes none away
     images, told = load(tmp_path / place), capsys.readouterr().out
     assert [images.classes[c] for c in images.labels] == (want.split() + ["images"] * 4)[:4]
-    assert re.findall("WARNING the table (.*) breaks off", told) == [str(mad)]
+    assert re.findall("WARNING the table (.*) breaks off", told) == [str(latin), str(mad)]
     n = max(1, text.count("\n", 0, -1) if want else 0)                  # mean.csv names one
     assert f"'named in tables': {n}" in told
     assert "images: " + ", ".join(images.classes) in told             # names may have spaces
@@ -854,7 +873,10 @@ def test_a_run_logs_and_draws_what_it_measures_under_its_step(trained, run, scor
     log = state_of(f"runs/{run}/last.pt")["log"]
     held = [row for row in log if "held_" + score in row]
     looks = [f"{name}_step_{row['step']:06}.png" for row in held]
-    assert [path.name for (path, _), _ in trained[1] if path.stem.startswith(name)] == looks
+    drawn = [words for words, _ in trained[1] if words[0].stem.startswith(name)]
+    assert [path.name for path, _ in drawn] == looks
+    originals = bytes_of(x["original"] for _, x in drawn if "original" in x)
+    assert len({*originals}) == (run == "vq")           # the same each time, unlike what is made
     assert all(len({*bytes_of(x.values())}) == len(x) for (_, x), _ in trained[1])
     assert json.loads(Path(f"runs/{run}/log.json").read_text()) == log and len(looks) > 8
     assert held[-1]["held_" + score] < held[0]["held_" + score]
@@ -889,20 +911,28 @@ def test_evaluate_measures_each_distance_to_the_set_that_it_names(trained):
 
 def test_evaluate_mixes_the_unseen_images_takes_one_class_and_tells_what_it_cannot_find(
         trained, elsewhere, monkeypatch, capsys, refused):
-    """Of other images, in their folder's order by class. And caches beside its --out."""
+    """Of other images, in their folder's order by class. And caches beside its --out. Patient P was
+    trained on, in other photographs: 0 and 1 of both classes."""
     for i, name in enumerate(["melanoma-like", "nevus-like"]):
         fill(Path("home/new"), [f"{name}/{j}.bmp" for j in range(12)], (9, 150 * i, 9))
-    monkeypatch.setenv("HOME", str(elsewhere))
+    [monkeypatch.setenv(name, str(elsewhere)) for name in ("HOME", "USERPROFILE")]
     calls = recorded(monkeypatch, vqldm, "reconstruct")
     made = recorded(monkeypatch, vqldm.LatentDiffusion, "images")
     Path("o/e").mkdir(parents=True)
-    words = ["evaluate", "--ckpt", trained[0] / "runs/ldm", "--data", "~/home/new", "--n", 5,
-             "--steps", 1, "--out", "o/e"]
+    Path("home/new/a.csv").write_text("image,patient_id\n0,P\n1,P")
+    state = state_of(trained[0] / "runs/ldm/last.pt")
+    state["seen"] = torch.cat([state["seen"], torch.tensor([vqldm.digest(("patient_id", "P"))])])
+    torch.save(state, "one.pt")
+    assert vqldm.source("home/new") == vqldm.source("~/home/new") == os.path.realpath("home/new")
+    words = ["evaluate", "--ckpt", "one.pt", "--data", "~/home/new", "--n", 5, "--steps", 1,
+             "--out", "o/e"]
     assert cli(*words) == cli(*words, "--class", "nevus-like") == 0
     mixed, nevi = [(a[1][:, 1, 20, 20] > 100).tolist() for a, _ in calls]
     assert len({*mixed}) == 2 and nevi == [True] * 5 and Path("o/cache").is_dir()
     assert made[1][0][3].tolist() == [2] * 5 and "nevus-" in Path("o/e/metrics.json").read_text()
-    assert "WARNING only 0 training images" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "of 20 images that no" in told and "of 10 images that no" in told
+    assert "WARNING only 0 training images" in told
     assert "--class" in refused(*words, "--class", "wart")
 
 @pytest.mark.parametrize("words, labels, want", [
@@ -917,13 +947,16 @@ def test_sample_and_evaluate_make_what_is_asked_for_and_else_what_the_training_r
     state["classes"] = ["nevus-like, new", "/tmp/up", "$\\frac$/../../up", "never", "_tmp_up", "é"]
     state["class_counts"] = torch.tensor([1, 1, 10**6, 0, 1, 1])
     state["ema"]["label.weight"] = state["guide"]["label.weight"] = randn(7, 128)
-    torch.save(state, "one.pt")
+    with monkeypatch.context() as patch:                # as if saved on a GPU
+        patch.setattr("torch.serialization.location_tag", lambda storage: "cuda:0")
+        torch.save(state, "one.pt")
     monkeypatch.setattr(vqldm, "draw_rows", ORIGINAL.draw_rows)
-    made, drawn, walks, guides = [recorded(monkeypatch, owner, name) for owner, name in (
+    made, drawn, walks, guides, strips = [recorded(monkeypatch, owner, name) for owner, name in (
         (vqldm.LatentDiffusion, "images"), (vqldm, "draw_rows"), (Diffusion, "sample"),
-        (vqldm, "guided"))]
+        (vqldm, "guided"), (Axes, "imshow"))]
     words = ["--ckpt", "one.pt", "--out", "a/out", *words.split()]
     assert cli("sample", *words) == 0
+    assert f"have std {made[-1][1][1].std():.2f}, " in capsys.readouterr().out
     assert "--out" in refused("sample", *words)
     numbers, label = [torch.cat([given[i] for given, _ in made]).tolist() for i in (2, 3)]
     images, (path, shown) = torch.cat([found for _, (found, _) in made]), drawn[0][0]
@@ -932,6 +965,8 @@ def test_sample_and_evaluate_make_what_is_asked_for_and_else_what_the_training_r
     names = [f"{c} {name}" for c, name in enumerate(names)]     # since two are alike
     assert path.name == "grid.png" and {*shown} == {names[k] for k in labels}
     assert torch.equal(shown[names[labels[0]]], images[:64][torch.tensor(labels[:64]) == labels[0]])
+    edge = 2 * (len(labels) > 2)                                # a lone image has none
+    assert np.array_equal(strips[0][0][1][edge:, edge:][:32, :32], images[0].permute(1, 2, 0))
     for i, k in enumerate(labels):
         (path,) = Path().rglob(f"{i:05d}.png")
         assert torch.equal(torchvision.io.read_image(str(path)), images[i])
@@ -944,7 +979,6 @@ def test_sample_and_evaluate_make_what_is_asked_for_and_else_what_the_training_r
 
 def test_curves_show_training_beside_held_out_values_over_steps_under_their_names(
         tmp_path, monkeypatch):
-    from matplotlib.axes import Axes
     panels = ["d_real", "lam", "loss held_loss", "mse held_mse", "held_perplexity"]
     names = " ".join(panels).split()
     log = [{"step": 7 * j * j, **{name: (i + j) * 9.0 ** -j for i, name in enumerate(names, 1)}}
@@ -1001,6 +1035,8 @@ def test_stopped_and_resumed_is_bit_for_bit_the_undisturbed_run(
     with monkeypatch.context() as patch:
         recorded(patch, vqldm, "next_rows", ask)
         assert cli(*STAGES[stage], "--out", out, *first) == 128 + number
+        patch.setattr(vqldm, "prepare_images", Mock(side_effect=KeyboardInterrupt))
+        assert cli(*STAGES[stage], "--out", tmp_path / "early") == 130
     told = capsys.readouterr().out
     assert f"'{out}'" in told and ("--resume" in told) == ({*now} == {signal.default_int_handler})
     assert [*map(signal.getsignal, (2, 15))] == [signal.default_int_handler, signal.SIG_DFL]
@@ -1030,7 +1066,9 @@ def test_a_resumed_run_forgets_nothing_that_was_trained_on_though_its_files_are_
 
 def test_a_finished_run_stays_and_may_grow_and_nothing_is_overwritten(
         calm, tmp_path, monkeypatch, refused):
-    bars = recorded(monkeypatch, vqldm, "bar")
+    bars, saving = recorded(monkeypatch, vqldm, "bar"), []
+    for name in ("fsync", "replace"):                   # on the disk before it has the name
+        recorded(monkeypatch, os, name, lambda *a, name=name: saving.append(name))
     out = shutil.copytree("calm/ldm", tmp_path / "ldm")
     old = state_of("calm/ldm/last.pt")
     for epochs, step in ((3, 12), (4, 15)):
@@ -1039,12 +1077,16 @@ def test_a_finished_run_stays_and_may_grow_and_nothing_is_overwritten(
         assert new["step"] == step
         assert same(new["ema"], old["ema"]) == (epochs == 3)
     assert [words[2] for words, _ in bars if words[1] == "training"] == [0, 3]      # steps to do
+    assert len(saving) > 2 and saving == ["fsync", "replace"] * (len(saving) // 2)
+    torch.save({**new, "classes": ["renamed"]}, out / "last.pt")
+    assert "classes" in refused("train-ldm", "--resume", "--out", out)
     before = {path: path.read_bytes() for path in Path("calm").glob("*/*.*")}
     for words in ("train-vq --out calm/vq", "train-ldm --vq calm/vq --out calm/ldm"):
         assert "--resume" in refused(*words.split())
-    told = refused(*"train-vq --resume --out calm/vq --codes 9 --size 32 --seed 1 --lr .002"
-                   .split())
-    assert re.findall(r"--([\w-]+) was (\d)", told) == [("codes", "1"), ("seed", "0"), ("lr", "0")]
+    told = refused(*"train-vq --resume --out calm/vq --codes 9 --size 32 --seed 1 --lr .002 "
+                   "--batch-size 4".split())
+    assert re.findall(r"--([\w-]+) was (\d)", told) == [
+        ("codes", "1"), ("seed", "0"), ("lr", "0"), ("batch-size", "8")]
     assert "calm" in refused(*"sample --out calm --ckpt calm/ldm".split())
     assert before == {path: path.read_bytes() for path in Path("calm").glob("*/*.*")}
 class Code:                             # pickled, this is an order to make a folder
@@ -1149,6 +1191,31 @@ def test_signals_and_pushes_are_means_over_processes(monkeypatch):
     lam = vqldm.adaptive_weight(3 * last[0], last[1], last, 1e4)
     assert float(lam) == pytest.approx(2.5 / (1.5 + 1e-4))
 
+def test_a_step_follows_the_mean_gradient_but_for_frozen_weights_and_none_that_is_not_finite(
+        monkeypatch):
+    """The mean over processes: mine is (.2, .4), the other's (.4, .4). The step is half of it."""
+    monkeypatch.setattr(vqldm, "world", lambda: 2)
+    monkeypatch.setattr(vqldm.dist, "all_reduce", lambda x: x.add_(torch.tensor([0.4, 0.4])))
+    net, x = nn.Linear(2, 1), torch.tensor([0.2, 0.4])
+    net.bias.requires_grad_(False)
+    frozen, want = net.bias.clone(), net.weight.detach() - torch.tensor([0.15, 0.2])
+    for scale in (1, math.inf, -math.inf, math.nan):
+        vqldm.descend(scale * net(x).sum(), net, 0.5, torch.optim.SGD(net.parameters(), 1.0))
+        assert torch.allclose(net.weight, want, atol=1e-4) and torch.equal(net.bias, frozen)
+
+@pytest.mark.parametrize("cuda, met_by", [(False, "gloo"), (True, "cpu:gloo,cuda:nccl")])
+def test_processes_of_torchrun_meet_and_each_takes_the_gpu_of_its_number(
+        monkeypatch, cuda, met_by):
+    joined, device = Mock(), Mock()
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(vqldm.dist, "is_torchelastic_launched", lambda: True)
+    monkeypatch.setattr(vqldm.dist, "init_process_group", joined)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "set_device", device)
+    assert cli("sample", "--help") == 0
+    assert joined.call_args[0] == (met_by,) and device.call_count == cuda
+    assert not cuda or device.call_args[0] == (3,)
+
 def test_looks_come_at_tenths_and_each_ten_minutes_by_the_first_process_and_are_saved(monkeypatch):
     """Lest a power cut costs more than this."""
     run = vqldm.Run.__new__(vqldm.Run)
@@ -1200,6 +1267,7 @@ def test_help_shows_every_flag_with_its_own_meaning_and_default(command, own, ca
     assert cli(command, "--help") == 0
     shown = capsys.readouterr().out
     assert sys.stdout.line_buffering            # what is sent to a file appears at once
+    assert sys.stdout.errors == "replace"       # and é on a console that has none
     for name, field in vqldm.COMMANDS[command][0].__dataclass_fields__.items():
         flag, default = "--" + name.strip("_").replace("_", "-"), re.escape(str(field.default))
         assert re.search(rf"^ +{flag}( [\w-]+| {{.*}})?\n? +\S.{{7,}} \[{default}\]$", shown, re.M)
@@ -1236,6 +1304,7 @@ def test_default_yields_to_preset_to_recorded_to_typed(trained, told):
     assert ldm_report == vqldm.replace(ldm, preset="report", **REPORT["ldm"])
     assert (vqldm.VQConfig().folder, vqldm.LDMConfig().folder) == (
         Path(vqldm.LDMConfig().vq), Path(sample.ckpt)) and evaluate.ckpt == sample.ckpt
+    assert (sample.n, evaluate.n) == (64, 500)
     assert tiny == vqldm.replace(vq, preset="tiny", **TINY)
     assert typed == vqldm.replace(tiny, codes=9) and (more.n_images, more.epochs) == (80, 7)
     assert recorded == again == vqldm.replace(
