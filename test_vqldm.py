@@ -511,7 +511,6 @@ def test_the_nearest_training_image_is_found_in_all_eight_symmetries():
                               for k in range(4) for m in (0, 1)])
     assert row.tolist() == [best[1], *range(290, 298)]
     assert abs(distance[0] / best[0] - 1) < 1e-4 and distance[1:].max() < 0.1
-
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (1, 9, 1, 1), (9, 1, 1, 1), (64, 4, 2, 2)])
 def test_muon_keeps_the_directions_of_the_gradients_mean_and_evens_out_their_strengths(shape):
     """m <- .95 m + .05 g, and with .95 m + .05 g = U S Vᵀ a step is lr · U S' Vᵀ, where S' is S of
@@ -568,7 +567,9 @@ def test_drawn_lesions_follow_from_seed_and_number_and_show_their_class(tmp_path
         cfg = vqldm.VQConfig(size=24, n_images=n, seed=seed)
         images = vqldm.Images("synthetic", cfg, tmp_path / cache)
         return images, images.rows(torch.arange(n))
+    maps = recorded(monkeypatch, torch, "load")
     images, pixels = load(160, 0)
+    assert images.pixels is maps[-1][1][0]      # on disk, also in the run that made them
     _, (ones, other), (_, cached) = load(8, 0), load(8, 1), load(8, 1)
     again = torch.stack([vqldm.synthetic(i, 24, 1) for i in range(7, -1, -1)]).flip(0)
     assert torch.equal(other, cached) and torch.equal(other, again)
@@ -667,7 +668,6 @@ def test_folders_are_classes_and_some_names_of_folders_are_the_split(tmp_path, l
         named = part < 5 and blue < 5
         assert i in images.val if named else (i in images.val) == (images.marks[i, 1] % 10 == 0)
     assert torch.bincount(images.labels[images.val[:20]], minlength=3).min() > 3      # a mixture
-
 @pytest.mark.parametrize("place, table, text, want", [
     ("isic", "isic/Metadata.csv", "\ufeffISIC_ID,diagnosis_1 ,diagnosis_3,dx,target\n"
      "0,Benign,Nevus,\n1,Bad ,,\n2,,,scar,no\nc,,,,mole", "Nevus Bad scar mole"),
@@ -730,7 +730,6 @@ def copied(folder):
 def more_of_trained_lesions(folder):
     tabled(folder)
     fill(folder / "val", [f"{i}.bmp" for i in range(30, 99)], first=30)
-
 @pytest.mark.parametrize("change", [tabled, sorted_out, copied, more_of_trained_lesions])
 def test_nothing_that_is_known_from_training_is_held_out_however_the_folder_changes(
         tmp_path, load, change):
@@ -752,19 +751,17 @@ def test_nothing_that_is_known_from_training_is_held_out_however_the_folder_chan
     assert torch.isin(before.seen, load(folder, before.seen).seen).all()
 
 # ---- B. What a folder of somebody's own can do -------------------------------------------------
-def test_a_quote_that_never_ends_is_told_and_takes_no_other_rows_with_it(tmp_path, load, capsys):
+def test_a_quote_that_never_ends_and_tables_that_name_no_image_are_told(tmp_path, load, capsys):
     folder = fill(tmp_path / "isic", [f"{i}.bmp" for i in range(9)])
+    (folder / "a.csv").write_text("isic_id;dx\n0;nevus")
+    load(folder)
+    assert "WARNING the tables name none of the images" in capsys.readouterr().out
     rows = [f"{i},{'ab'[i % 2]},P{i}" for i in range(9)]
     rows[5] = '5,"a,P5'
     (folder / "a.csv").write_text("\n".join(["isic_id,dx,patient_id", *rows]))
     images, told = load(folder), capsys.readouterr().out
     assert "a.csv breaks off: " in told and images.classes == ["a", "b", "images"]
     assert "'named in tables': 5" in told
-
-def test_tables_that_name_no_image_are_told(tmp_path, load, capsys):
-    (fill(tmp_path / "isic", ["0.bmp"]) / "a.csv").write_text("isic_id;dx\n0;nevus")
-    load(tmp_path / "isic")
-    assert "WARNING the tables name none of the images" in capsys.readouterr().out
 
 def test_the_cache_sees_files_swapped_under_one_date_and_forgets_what_could_not_be_read(
         tmp_path, load, monkeypatch, refused):
@@ -777,28 +774,16 @@ def test_the_cache_sees_files_swapped_under_one_date_and_forgets_what_could_not_
     paths[1].write_bytes(first)
     [os.utime(path, ns=(0, 0)) for path in paths]
     assert numbered(load(folder), torch.arange(2)) == [1, 0]
-    whole = Path.read_bytes
-    def hiccup(path):
-        if path.name == "2.bmp":
-            raise PermissionError(13, "Permission denied", str(path))
-        return whole(path)
-    words = ["train-vq", "--size", 32, "--data", folder, "--out", tmp_path / "vq"]
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "read_bytes", hiccup)
-        assert "2.bmp" in refused(*words)
+        patch.setattr(Path, "read_bytes", Mock(side_effect=PermissionError(13, "locked", "2.bmp")))
+        assert "2.bmp" in refused("train-vq", "--size", 32, "--data", folder, "--out", "vq")
     assert len(load(folder, size=32).labels) == 3               # it is there again
 
-def test_pixels_are_mapped_from_disk_also_in_the_run_that_made_them(tmp_path, monkeypatch):
-    calls = recorded(monkeypatch, torch, "load")
-    images = vqldm.Images("synthetic", vqldm.VQConfig(size=16, n_images=9), tmp_path)
-    assert images.pixels is calls[-1][1][0] and len(images.labels) == 9
-
 def test_postscript_called_png_is_no_order_to_start_ghostscript(tmp_path, load, monkeypatch):
-    from PIL import EpsImagePlugin
     folder, run = fill(tmp_path / "all", ["0.bmp"]), Mock(side_effect=OSError)
     Image.new("RGB", (9, 9)).save(folder / "x.eps")
     (folder / "x.eps").rename(folder / "x.png")
-    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", run)
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", run)
     assert len(load(folder).labels) == 1 and not run.called
 
 @pytest.mark.skipif(os.name == "nt", reason="needs links")
@@ -811,13 +796,8 @@ def test_links_in_a_circle_are_not_followed_and_folders_that_cannot_be_read_are_
     images = load(folder)
     assert len(images.labels) == 3
     assert "not used: 2 masks and the like, 2 links to folders" in capsys.readouterr().out
-    scan = os.scandir
-    def locked(place):
-        if Path(place).name == "b":
-            raise PermissionError(13, "Permission denied", str(place))
-        return scan(place)
-    monkeypatch.setattr(os, "scandir", locked)
-    assert "/b'" in refused("train-vq", "--data", folder, "--out", tmp_path / "vq")
+    monkeypatch.setattr(os, "scandir", Mock(side_effect=PermissionError(13, "locked", "all/b")))
+    assert "all/b" in refused("train-vq", "--data", folder, "--out", tmp_path / "vq")
 
 def test_a_lesion_is_its_patients_though_only_some_of_its_rows_name_him(tmp_path, load):
     folder = fill(tmp_path / "isic", [f"{i}.bmp" for i in range(30)])
@@ -840,7 +820,7 @@ def test_a_second_start_in_one_folder_leaves_the_first_as_it_is(
 def test_stage_2_can_have_images_of_its_own(calm, tmp_path, capsys):
     """It is told of which step stage 1 is. What either stage saw is never measured."""
     few = fill(tmp_path / "few", [f"{c}/{i}.bmp" for c in "ab" for i in range(9)], (9, 9, 9))
-    few = fill(few, [f"val/{c}/{i}.bmp" for c in "ab" for i in range(4)], (99, 9, 9))
+    fill(few, [f"val/{c}/{i}.bmp" for c in "ab" for i in range(4)], (99, 9, 9))
     shutil.copy(next(Path("photos/train").iterdir()), few / "val/a/seen.bmp")
     words = [*STAGES["ldm"], "--epochs", 1, "--out", tmp_path / "ldm", "--data", few]
     assert cli(*words) == 0
@@ -867,7 +847,6 @@ def trained(tmp_path_factory):
         calls += [recorded(patch, vqldm.LatentDiffusion, "images")]
         assert cli("evaluate", "--n", 8) == 0
     return folder, drawn, *calls
-
 @pytest.mark.parametrize("run, score, name", [("vq", "mse", "recon"), ("ldm", "loss", "samples")])
 def test_a_run_logs_and_draws_what_it_measures_under_its_step(trained, run, score, name):
     log = state_of(f"runs/{run}/last.pt")["log"]
@@ -934,7 +913,6 @@ def test_evaluate_mixes_the_unseen_images_takes_one_class_and_tells_what_it_cann
     assert "of 20 images that no" in told and "of 10 images that no" in told
     assert "WARNING only 0 training images" in told
     assert "--class" in refused(*words, "--class", "wart")
-
 @pytest.mark.parametrize("words, labels, want", [
     ("--n 70", [0, 1, 2, 4, 5] * 14, (3, "ddpm", 1.7)), ("--n 2", [0, 1], (3, "ddpm", 1.7)),
     ("--n 5 --class $\\frac$/../../up --sampler ddim --steps 2 --guidance 4", 5 * [2],
@@ -977,28 +955,25 @@ def test_sample_and_evaluate_make_what_is_asked_for_and_else_what_the_training_r
         assert re.search("WARNING only 7. training images are here", capsys.readouterr().out)
     assert {(*walk[3:5], guide[3]) for (walk, _), (guide, _) in zip(walks, guides)} == {want}
 
-def test_curves_show_training_beside_held_out_values_over_steps_under_their_names(
-        tmp_path, monkeypatch):
-    panels = ["d_real", "lam", "loss held_loss", "mse held_mse", "held_perplexity"]
-    names = " ".join(panels).split()
-    log = [{"step": 7 * j * j, **{name: (i + j) * 9.0 ** -j for i, name in enumerate(names, 1)}}
-           for j in range(3)]
-    log = [dict(row, d_real=row["d_real"] - 3, held_perplexity=50 + row["mse"]) for row in log]
-    del log[1]["lam"]
+def test_curves_show_each_number_over_steps_beside_that_of_held_out_images(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+    log = [{"step": 7 * j * j, "mse": 9.0 ** -j, "held_mse": 8.0 ** -j, "lead": j - 1.0,
+            "held_psnr": 30.0 + j} for j in range(3)]
+    del log[1]["lead"]
     drawn = recorded(monkeypatch, Axes, "legend")
     ORIGINAL.draw_curves(tmp_path / "curves.png", log)
-    for ((ax, *_), _), panel in zip(drawn, panels, strict=True):
-        assert (ax.get_yscale() == "linear") == (panel in ("d_real", "held_perplexity"))
+    panels = {"lead": "linear", "mse held_mse": "log", "held_psnr": "linear"}
+    for ((ax, *_), _), (panel, scale) in zip(drawn, panels.items(), strict=True):
         points = {line.get_label(): line.get_xydata().tolist() for line in ax.get_lines()}
-        assert points == {name: [[row["step"], row[name]] for row in log if name in row]
-                          for name in panel.split()}
+        assert ax.get_yscale() == scale and points == {
+            name: [[row["step"], row[name]] for row in log if name in row]
+            for name in panel.split()}
 
 # ---- C. Keeping a run --------------------------------------------------------------------------
 STAGES = {"vq": ("train-vq --lpips-weight 0 --device cpu --size 32 --widths 8,8 --codes 16 "
                  "--epochs 3 --data photos --gan-start .4").split(),
           "ldm": "train-ldm --device cpu --vq calm/vq --T 3 --steps 3 --widths 8 "
                  "--batch-size 8 --epochs 3".split()}
-
 @pytest.fixture(scope="session")
 def calm(tmp_path_factory):
     folder = tmp_path_factory.mktemp("calm")            # both stages, undisturbed, 12 steps each
