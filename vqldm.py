@@ -318,7 +318,7 @@ class Codebook(nn.Module):
             k = distance.argmin(dim=1)
         return k.view(B, h, w)                                            # (B,h,w)
     def lookup(self, k):                                                  # (B,h,w)
-        """z_q = e_k (VQ eq. 2). contiguous() orders it in memory, so later layers are faster."""
+        """z_q = e_k (VQ eq. 2). contiguous() puts channels first, as a Mac's GPU needs them."""
         return rearrange(self.embedding(k), "B h w d -> B d h w").contiguous()        # (B,d,h,w)
 
     def forward(self, z):                                                 # (B,d,h,w)
