@@ -1130,7 +1130,8 @@ def synthetic(i, size, seed=0):
 SUFFIX = r"(?i)\.(bmp|gif|jfif|jpe?g|png|tiff?|webp)$"
 # Masks (1_mask.png, a folder masks, not with_mask.png), downloads under way, our own pictures.
 NO_PHOTO = (r"(?i)(_seg|_segmentation|_superpixels|_expert\d*|-partial)\.\w+$"
-            r"|(^|/)(masks/|runs/|\.)|(?<!with|hout)[_-]mask\.\w+$|(^|/)(grid|curves|evaluate|(recon|samples)_step_\d+)\.png$")
+            r"|(?<!with|hout)[_-]mask\.\w+$|(^|/)(masks/|runs/|\.)"
+            r"|(^|/)(grid|curves|evaluate|(recon|samples)_step_\d+)\.png$")
 HELD_OUT = r"(?i)(?<![^/])(val(id(ation)?)?|test(ing)?)/"   # (?<![^/]): at the start or after a /
 # Folders that are no class are cut out of a path: nevus/train/1.jpg is of class nevus.
 NO_CLASS = HELD_OUT + r"|(?<![^/])(train(ing)?|(HAM10000_)?images(_part_\d)?)/"
@@ -1168,7 +1169,6 @@ def class_of(name, row):                # the innermost folder, or else what a t
     is_one_hot = len(ones) == 1 and {"0", "0.0"} & set(row.values())    # a column for each class
     told = row.get(filled(row, CLASS), ones[0] if is_one_hot else "images")
     return Path(re.sub(NO_CLASS, "", name)).parent.name or told
-
 def find_images(folder):                # -> {name: what changes with its file} of all images in it
     def refuse(error):                  # or else a class that cannot be read would be left out
         raise UserError(f"--data: {error}")
@@ -1275,9 +1275,9 @@ def load_checkpoint(where, name, *stages):
     return {**state, "settings": settings, "folder": path.parent}
 
 class Run:
-    looks = 10                          # in a run, and one more when ten minutes passed without
     # Yields steps, logs, looks, saves, until --epochs or a signal ends it. parts are networks and
     # optimisers, extra is the rest of a checkpoint. status: 128 + the signal's number, or 0.
+    looks = 10                          # in a run, and one more whenever ten minutes pass without
     def __init__(self, cfg, images, parts, extra, state):
         self.cfg, self.parts, self.extra = cfg, parts, extra
         self.n = len(images.train)
