@@ -1262,7 +1262,7 @@ DEFAULTS = ("train-vq --data synthetic --n-images 4096 --size 64 --widths 16,64 
             "--epochs 3" + BOTH,
             "train-ldm --sampler ddim --steps 50 --guidance 1.5 --guide told --vq runs/vq "
             "--T 1000 --target v --schedule cosine --widths 64,128 --ema .995 --batch-size 32 "
-            "--epochs 36" + BOTH)
+            "--epochs 27" + BOTH)
 TINY = {"size": 32, "n_images": 200, "widths": (16, 32), "codes": 64, "epochs": 2}
 
 def test_default_yields_to_preset_to_recorded_to_typed(trained, told):

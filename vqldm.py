@@ -140,7 +140,7 @@ class LDMConfig(Sampling, Training):
     widths: wholes = (64, 128)          # channels of the UNet's DownBlocks
     ema: amount = 0.995                 # decay of the running mean of the weights
     batch_size: whole = 32              # latents in a step, over all processes
-    epochs: whole = 36                  # passes over the training latents
+    epochs: whole = 27                  # passes over the training latents
 
 @dataclass(frozen=True)
 class SampleConfig(Sampling, Settings):
@@ -1387,7 +1387,7 @@ def draw_curves(path, log):             # a panel for each number, beside that o
 # ------------------------------------------------------------------------------------------------
 # E. Measuring
 # The kernel distance says how far two sets of images are apart. Two sets of 300 real photographs
-# have 0, give or take 1. A good model has 5 to 7, one without grain 35, and drawn lesions KKK by
+# have 0, give or take 1. A good model has 5 to 7, one without grain 35, and drawn lesions 18 by
 # default. Its features are LPIPS's, so like lpips it flatters models trained with LPIPS.
 
 def features(lpips, images):            # uint8 (n,3,H,W) -> (n,512)
