@@ -957,12 +957,12 @@ def test_sample_and_evaluate_make_what_is_asked_for_and_else_what_the_training_r
 
 def test_curves_show_each_number_over_steps_beside_that_of_held_out_images(tmp_path, monkeypatch):
     from matplotlib.axes import Axes
-    log = [{"step": 7 * j * j, "mse": 9.0 ** -j, "held_mse": 8.0 ** -j, "lead": j - 1.0,
-            "held_psnr": 30.0 + j} for j in range(3)]
-    del log[1]["lead"]
+    log = [{"step": 7 * j * j, "mse": 9.0 ** -j, "held_mse": 8.0 ** -j, "d_real": j - 1.0,
+            "d_fake": -1.0, "held_psnr": 30.0 + j} for j in range(3)]
+    del log[1]["d_real"]
     drawn = recorded(monkeypatch, Axes, "legend")
     ORIGINAL.draw_curves(tmp_path / "curves.png", log)
-    panels = {"lead": "linear", "mse held_mse": "log", "held_psnr": "linear"}
+    panels = {"mse held_mse": "log", "held_psnr": "linear", "d_real d_fake": "linear"}
     for ((ax, *_), _), (panel, scale) in zip(drawn, panels.items(), strict=True):
         points = {line.get_label(): line.get_xydata().tolist() for line in ax.get_lines()}
         assert ax.get_yscale() == scale and points == {
