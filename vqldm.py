@@ -1374,16 +1374,15 @@ def draw_rows(path, rows):              # rows {label: uint8 images}, at most 16
             ax.set_title(label, fontsize=9, loc="left", parse_math=False)
             ax.axis("off")
 def draw_curves(path, log):             # held_mse beside mse, d_real beside d_fake
-    names, panels = {name for row in log for name in row} - {"step"}, {}
-    for name in sorted(names, reverse=True):
+    panels = {}
+    for name in sorted({name for row in log for name in row} - {"step"}, reverse=True):
         panels.setdefault(re.sub("held_|_real|_fake", "", name), []).append(name)
     with figure(path, 8, math.ceil(len(panels) / 2), 2) as axes:
         for ax, panel in zip(axes, panels.values()):
             for name in panel:
                 rows = [row for row in log if name in row]
                 ax.plot([row["step"] for row in rows], [row[name] for row in rows], label=name)
-            low, high = ax.dataLim.intervaly
-            ax.set_yscale("log" if 0 < 5 * low < high else "linear")
+            ax.set_yscale("log" if 0 < ax.dataLim.ymin < ax.dataLim.ymax / 5 else "linear")
             ax.legend(fontsize=7)
 # ------------------------------------------------------------------------------------------------
 # E. Measuring
