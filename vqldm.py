@@ -564,8 +564,8 @@ def descend(loss, net, factor, *optimizers):
 # d_fake, the gap of its mean logits) is 0.4 to 0.7 on photographs. Above 1, D is far ahead. At 0 it
 # tells nothing apart, as on drawn images, where --gan-weight 0 saves time. By default you will see:
 #                  10 %   50 %  100 % of the run              10 %   50 %  100 %
-#   psnr (dB)      29.4   35.6   37.6      perplexity        1,249  1,326  1,403
-#   lpips          .043   .016   .011      loss of stage 2    .576   .535   .524
+#   psnr (dB)      29.5   35.2   38.1      perplexity        1,466  1,334  1,430
+#   lpips          .044   .016   .011      loss of stage 2    .576   .531   .519
 
 def build_vq(cfg, device):              # -> VQGAN and D, with their initial weights
     unit = 4 * 2 ** len(cfg.widths)             # 4·f, since the UNet's default halves h and w twice
