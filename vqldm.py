@@ -456,8 +456,8 @@ def place(net, device):
     # Move a network. A convolution takes its layout from its weights. Most devices compute with
     # channels last. Otherwise they turn each tensor there and back, which can cost more than the
     # convolution. On a Mac's GPU that layout is the slow one (pytorch issue 193349).
-    mac = "mps" in str(device)
-    return net.to(device, memory_format=torch.contiguous_format if mac else torch.channels_last)
+    return net.to(device, memory_format=(
+        torch.contiguous_format if "mps" in str(device) else torch.channels_last))
 
 def rng(*key):
     # The random numbers that belong to a key, such as (seed, "turns", step). They are looked up,
@@ -988,18 +988,18 @@ def train_ldm(cfg, state=None):
 # 11. Sampling
 # Walk back from noise in S steps, unstandardise, decode.
 
-def guided(net, guide, label, w, weak_label=None):
+def guided(net, guide, label, w):
     """-> a net(z_t, t) that goes further in the direction from a weak network to a strong one:
         out = weak + w (strong - weak)        w is --guidance
     weak is ema as it was after a fifth of the run. It makes the mistakes of strong, only larger, so
     moving away from it removes mistakes (Karras 2024, arXiv 2406.02507, whose weak is smaller too).
-    w = 1 is strong alone. A larger w costs variety. With --guide untold weak_label is None, so out
+    w = 1 is strong alone. A larger w costs variety. With --guide untold weak has no class, so out
     is also led to what sets the class apart, as in CFG (eq. 6, whose w is ours less 1)."""
     def answer(z_t, t):
         strong = net(z_t, t, label)
         if w == 1:
             return strong
-        weak = guide(z_t, t, weak_label)
+        weak = guide(z_t, t)                    # walk has told it the class, or not
         return weak + w * (strong - weak)
     return answer
 
@@ -1031,8 +1031,8 @@ class LatentDiffusion:
             drawn = [torch.randn(self.vqgan.cfg.latent_shape, generator=g) for g in own]
             return torch.stack(drawn).to(self.device)
         label = label.to(self.device)
-        weak_label = label if settings.guide == "told" else None
-        net = guided(self.net, self.guide, label, settings.guidance, weak_label)
+        guide = functools.partial(self.guide, label=label if settings.guide == "told" else None)
+        net = guided(self.net, guide, label, settings.guidance)
         return self.diffusion.sample(net, noise(), settings.steps, settings.sampler, noise)
     def decode(self, z0):
         """Latents z0 (B,d,h,w) -> uint8 images (B,3,H,W).
