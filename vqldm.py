@@ -99,7 +99,7 @@ class Sampling:
     sampler: Literal["ddim", "ddpm"] = "ddim"   # ddpm needs many more steps
     steps: whole = 50                   # S, steps from noise to image. More than T only take time
     guidance: amount = 1.5              # strength of guidance (section 11). 1 is none
-    guide: Literal["told", "untold"] = "told"   # untold: purer classes, further from real images
+    guide: Literal["told", "untold"] = "told"   # if the guide knows the class. untold: purer classes
 
 @dataclass(frozen=True)
 class VQConfig(Training):
@@ -130,7 +130,7 @@ class VQConfig(Training):
 class LDMConfig(Sampling, Training):
     """stage 2: train the diffusion model on the VQGAN's codes"""
     stage = "ldm"
-    vq: str = "runs/vq"                 # run folder or checkpoint of train-vq
+    vq: str = "runs/vq"                 # run or checkpoint of train-vq. A resumed run keeps its own
     data: source = ""                   # folder of images. Empty means those of --vq
     unconditional: bool = False         # all images are of one class, so the UNet is told nothing
     balance: bool = False               # draw every class equally often, however rare it is
