@@ -99,7 +99,7 @@ class Sampling:
     sampler: Literal["ddim", "ddpm"] = "ddim"   # ddpm needs many more steps
     steps: whole = 50                   # S, steps from noise to image. More than T only take time
     guidance: amount = 1.5              # strength of guidance (section 11). 1 is none
-    guide: Literal["told", "untold"] = "told"   # if the guide knows the class. untold: purer classes
+    guide: Literal["told", "untold"] = "told"   # of the class (section 11). untold: purer classes
 
 @dataclass(frozen=True)
 class VQConfig(Training):
