@@ -64,7 +64,12 @@ def test_augment_shows_each_image_in_the_eight_symmetries_of_the_square():
 
 # ---- 2. Blocks ---------------------------------------------------------------------------------
 def test_residual_branches_start_as_nothing():
-    """A ResBlock is its shortcut, an AttentionBlock the identity, and the UNet answers 0."""
+    """A ResBlock is its shortcut, an AttentionBlock the identity, and the UNet answers 0. A norm
+    takes an image as a whole. Networks lie channels last, but not on a Mac's GPU."""
+    for device, layout in (("cpu", torch.channels_last), ("mps:0", torch.contiguous_format)):
+        assert vqldm.place(net := Mock(), device) and net.to.call_args[1]["memory_format"] == layout
+    y = randn(2, 64, 4, 4)
+    assert torch.allclose(vqldm.Norm(64)(y), F.layer_norm(y, y.shape[1:]), atol=1e-5)
     x, emb, wider = randn(2, 8, 4, 4), randn(2, 16), vqldm.ResBlock(8, 12)
     assert torch.equal(vqldm.ResBlock(8, 8, 16)(x, emb), x)
     assert torch.equal(wider(x), wider.shortcut(x)) and torch.equal(vqldm.AttentionBlock(8)(x), x)
@@ -97,7 +102,6 @@ def written_out(net, y, emb=None):
         y = y if emb is None else torch.cat([y, skips.pop()], 1)
         y = res(block.res2, res(block.res1, y, emb), emb)
     return net.last(F.silu(net.norm(y)))
-
 @pytest.mark.parametrize("upsample", ["nearest", "transposed"])
 def test_encoder_and_decoder_are_the_blocks_of_the_paper_written_out(upsample):
     net = rough(vqldm.VQGAN(vqldm.VQConfig(widths=(8, 12), codes=5, upsample=upsample)))
@@ -106,7 +110,6 @@ def test_encoder_and_decoder_are_the_blocks_of_the_paper_written_out(upsample):
     for part, y, out in ((net.encoder, x, z), (net.decoder, z, x)):
         assert torch.allclose(part(y), written_out(part, y), atol=1e-3)
         assert part(y).shape == out.shape
-
 @pytest.mark.parametrize("upsample", ["nearest", "transposed"])
 def test_unet_is_down_middle_and_up_with_skips_of_the_same_size_and_hears_time_and_class(upsample):
     """emb is time, in sines of periods 2π to 2π·10,000, plus class."""
@@ -143,7 +146,6 @@ def test_codes_start_again_on_encoder_outputs_and_only_those_that_shall():
     assert len(e[dead].unique(dim=0)) == dead.sum() and not book.wins.any()     # no two alike
     book.restart_unused(z[:1, :, :1, :1], rng(0))
     assert e.isfinite().all()                               # a single vector has no spread
-
 @pytest.mark.parametrize("widths, channels, sees", [
     ((80, 8), [3, 40, 80, 1], 18), ((8, 8, 8), [3, 32, 64, 128, 1], 38),
     ((8, 8, 8, 8), [3, 32, 64, 128, 256, 1], 78)])
@@ -391,7 +393,6 @@ def test_reference_stage_2_ends_with_the_weights_of_algorithm_1_written_out(runs
     assert told["held_latent_std"] == pytest.approx(float(std), rel=1e-3)
     told = [row["loss"] for row in runs.ldm["log"] if "loss" in row]
     assert told[-1] == pytest.approx(loss, 1e-3)
-
 @pytest.mark.parametrize("n, versions", [(2500, 8), (5000, 4), (20_001, 1)])
 def test_large_sets_are_encoded_in_fewer_symmetries(calm, tmp_path, monkeypatch, n, versions):
     found = [("images", i % 10 == 0, i, i) for i in range(n)]
@@ -406,7 +407,6 @@ def root(t, T):
     return math.cos((t / T + 0.008) / 1.008 * math.pi / 2)
 BETA = dict(linear=lambda t, T: (1e-4 + 0.0199 * t / (T - 1)) * 1000 / T,
             cosine=lambda t, T: 1 - (root(t + 1, T) / root(t, T)) ** 2)
-
 @pytest.mark.parametrize("T", [50, 250, 1000])
 @pytest.mark.parametrize("schedule", BETA)
 def test_alpha_bar_is_the_product_and_ends_near_0_for_every_T(schedule, T):
@@ -502,15 +502,15 @@ def test_the_nearest_training_image_is_found_in_all_eight_symmetries():
     """Among those trained on alone, by the distance of 32×32 means: against a float64 search."""
     pixels = torch.randint(256, (300, 3, 64, 64), generator=rng(1)).byte()
     trained = torch.arange(299, 0, -1)                          # not 0
-    pictures = torch.cat([pixels[:1], vqldm.augment(pixels[290:298], torch.arange(8))])
+    pictures = torch.cat([pixels[:1], vqldm.augment(pixels[290:298], torch.arange(8))] * 30)
     distance, row = vqldm.nearest_trained(
         pictures, SimpleNamespace(rows=lambda rows: pixels[rows]), trained)
     small = pixels.double().unflatten(3, (32, 2)).unflatten(2, (32, 2)).mean((3, 5)) / 127.5 - 1
     best = min((torch.dist(small[0], turned(small[i])), i) for i in range(1, 300)
                for turned in [lambda x, k=k, m=m: torch.rot90(x.flip(2) if m else x, k, (1, 2))
                               for k in range(4) for m in (0, 1)])
-    assert row.tolist() == [best[1], *range(290, 298)]
-    assert abs(distance[0] / best[0] - 1) < 1e-4 and distance[1:].max() < 0.1
+    assert row.tolist() == [best[1], *range(290, 298)] * 30
+    assert abs(distance[0] / best[0] - 1) < 1e-4 and distance[1:9].max() < 0.1
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (1, 9, 1, 1), (9, 1, 1, 1), (64, 4, 2, 2)])
 def test_muon_keeps_the_directions_of_the_gradients_mean_and_evens_out_their_strengths(shape):
     """m <- .95 m + .05 g, and with .95 m + .05 g = U S Vᵀ a step is lr · U S' Vᵀ, where S' is S of
@@ -789,7 +789,8 @@ def test_postscript_called_png_is_no_order_to_start_ghostscript(tmp_path, load, 
 @pytest.mark.skipif(os.name == "nt", reason="needs links")
 def test_links_in_a_circle_are_not_followed_and_folders_that_cannot_be_read_are_no_loss(
         tmp_path, load, capsys, monkeypatch, refused):
-    folder = fill(tmp_path / "all", ["a/0.bmp", "b/1.bmp", "a/0_mask.bmp", "recon_step_02.png"])
+    folder = fill(tmp_path / "all", ["a/0.bmp", "b/1.bmp", "a/0_mask.bmp", "recon_step_02.png",
+                                       ".git/a.png"])
     fill(folder, ["patient_step_02.png"])
     (folder / "me").symlink_to(".")
     (folder / "a/up").symlink_to("..")
@@ -903,6 +904,7 @@ def test_evaluate_mixes_the_unseen_images_takes_one_class_and_tells_what_it_cann
     state["seen"] = torch.cat([state["seen"], torch.tensor([vqldm.digest(("patient_id", "P"))])])
     torch.save(state, "one.pt")
     assert vqldm.source("home/new") == vqldm.source("~/home/new") == os.path.realpath("home/new")
+    assert "--data" in refused("evaluate", "--ckpt", "x", "--data", "")        # an unset $PHOTOS
     words = ["evaluate", "--ckpt", "one.pt", "--data", "~/home/new", "--n", 5, "--steps", 1,
              "--out", "o/e"]
     assert cli(*words) == cli(*words, "--class", "nevus-like") == 0
@@ -922,7 +924,7 @@ def test_sample_and_evaluate_make_what_is_asked_for_and_else_what_the_training_r
     """Of classes that training saw: in turns, or as often. Their names are no paths or formulas."""
     state = state_of(trained[0] / "runs/ldm/last.pt")
     state["config"].update(sampler="ddpm", steps=3, guidance=1.7)
-    state["classes"] = ["nevus-like, new", "/tmp/up", "$\\frac$/../../up", "never", "_tmp_up", "é"]
+    state["classes"] = ["nevus-like, new", "/tmp/up", "$\\frac$/../../up", "never", "_TMP_up", "é"]
     state["class_counts"] = torch.tensor([1, 1, 10**6, 0, 1, 1])
     state["ema"]["label.weight"] = state["guide"]["label.weight"] = randn(7, 128)
     with monkeypatch.context() as patch:                # as if saved on a GPU
@@ -939,7 +941,7 @@ def test_sample_and_evaluate_make_what_is_asked_for_and_else_what_the_training_r
     numbers, label = [torch.cat([given[i] for given, _ in made]).tolist() for i in (2, 3)]
     images, (path, shown) = torch.cat([found for _, (found, _) in made]), drawn[0][0]
     assert numbers == list(range(len(labels))) and label == labels
-    names = ["nevus-like, new", "_tmp_up", "__frac________up", "", "_tmp_up", "é"]
+    names = ["nevus-like, new", "_tmp_up", "__frac________up", "", "_TMP_up", "é"]
     names = [f"{c} {name}" for c, name in enumerate(names)]     # since two are alike
     assert path.name == "grid.png" and {*shown} == {names[k] for k in labels}
     assert torch.equal(shown[names[labels[0]]], images[:64][torch.tensor(labels[:64]) == labels[0]])
@@ -991,7 +993,6 @@ def assert_same_run(a, b):              # in all but place and time
         state["config"].update(out="", vq="", resume=0, epochs=0)
     assert [part for part in one.keys() | two.keys() if not same(one[part], two[part])] == []
     assert Path(a, "log.json").read_bytes() == Path(b, "log.json").read_bytes()
-
 @pytest.mark.parametrize("stage, stop, number", [
     ("vq", 0, signal.SIGINT), ("vq", 5, signal.SIGTERM), ("vq", 11, signal.SIGINT),
     ("ldm", 2, signal.SIGINT), ("ldm", 9, signal.SIGTERM)])
@@ -1047,7 +1048,8 @@ def test_a_finished_run_stays_and_may_grow_and_nothing_is_overwritten(
     out = shutil.copytree("calm/ldm", tmp_path / "ldm")
     old = state_of("calm/ldm/last.pt")
     for epochs, step in ((3, 12), (4, 15)):
-        assert cli(*STAGES["ldm"], "--resume", "--epochs", epochs, "--out", out) == 0
+        assert cli(*STAGES["ldm"], "--resume", "--epochs", epochs, "--out", out,
+                   "--guide", "untold") == 0
         new = state_of(out / "last.pt")
         assert new["step"] == step
         assert same(new["ema"], old["ema"]) == (epochs == 3)
@@ -1074,7 +1076,6 @@ BROKEN = {                              # what the file holds, made from the sta
     "widths": lambda s: dict(s, config=dict(s["config"], widths=(40,)))}
 NEEDED = {"sample --out out --ckpt bad": "stage config ema guide scale classes class_counts",
           "train-vq --epochs 3 --resume --out bad": "stage config model step log adam"}
-
 @pytest.mark.parametrize("words, how", [(words, how) for words, parts in NEEDED.items()
                                         for how in (*BROKEN, *parts.split())])
 def test_a_checkpoint_not_ours_or_not_whole_is_refused_and_runs_no_code(
@@ -1086,7 +1087,6 @@ def test_a_checkpoint_not_ours_or_not_whole_is_refused_and_runs_no_code(
     path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
     refused(*words.split())
     assert not Path("trace").exists() and not Path("out").exists()
-
 @pytest.mark.parametrize("stage", STAGES)
 def test_two_processes_end_with_the_weights_of_one_and_save_before_any_leaves(
         calm, tmp_path, monkeypatch, stage):
@@ -1126,7 +1126,6 @@ def test_two_processes_end_with_the_weights_of_one_and_save_before_any_leaves(
         for name in one[part].keys():
             a, b = one[part][name], two[part][name] * (2 if name == "codebook.wins" else 1)
             assert (a - b).norm() <= 1e-3 * a.norm() + 1e-5, (part, name)
-
 @pytest.mark.parametrize("stage, name", [("vq", "augment"), ("ldm", "standardise")])
 def test_bad_batches_are_skipped(calm, tmp_path, monkeypatch, capsys, stage, name):
     bad, make = {2, 4, 6, 7, 8, 9, 10}, getattr(vqldm, name)
@@ -1142,7 +1141,6 @@ def full_disk(path, mode):
     assert str(os.getpid()) in path.name                # lest two processes meet there
     open(path, mode).close()
     return open("/dev/full", mode)
-
 @pytest.mark.parametrize("told, name, spoil", [
     pytest.param("No space", "open", full_disk, marks=POSIX),
     ("out of memory", "augment", Mock(side_effect=MemoryError)),
@@ -1154,6 +1152,9 @@ def test_a_full_disk_or_memory_is_one_sentence_and_harms_no_checkpoint(
     assert told in refused(*"train-vq --resume --epochs 4 --out".split(), out)
     assert (out / "last.pt").read_bytes() == Path("calm/vq/last.pt").read_bytes()
     assert not list(out.glob(".*"))                 # no half of one lies beside it
+    monkeypatch.setattr(vqldm, "load_vqgan", Mock(side_effect=RuntimeError("another mistake")))
+    with pytest.raises(RuntimeError, match="another mistake"):      # is not taken for one of these
+        cli("evaluate", "--ckpt", out)
 
 def test_signals_and_pushes_are_means_over_processes(monkeypatch):
     monkeypatch.setattr(vqldm, "world", lambda: 2)
@@ -1177,7 +1178,6 @@ def test_a_step_follows_the_mean_gradient_but_for_frozen_weights_and_none_that_i
     for scale in (1, math.inf, -math.inf, math.nan):
         vqldm.descend(scale * net(x).sum(), net, 0.5, torch.optim.SGD(net.parameters(), 1.0))
         assert torch.allclose(net.weight, want, atol=1e-4) and torch.equal(net.bias, frozen)
-
 @pytest.mark.parametrize("cuda, met_by", [(False, "gloo"), (True, "cpu:gloo,cuda:nccl")])
 def test_processes_of_torchrun_meet_and_each_takes_the_gpu_of_its_number(
         monkeypatch, cuda, met_by):
