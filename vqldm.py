@@ -376,7 +376,7 @@ class VQGAN(nn.Module):
     def decode(self, k):                # and back to x_hat (B,3,H,W)
         return self.decoder(self.codebook.lookup(k))
 
-def load_vqgan(state, device):          # the VQGAN of a checkpoint, frozen
+def load_vqgan(state, device):          # the VQGAN of a checkpoint, frozen. (place: section 5)
     with blame("the VQGAN is of another version"):          # an error in here becomes one sentence
         vqgan = VQGAN(VQConfig(**state["config"]))
         vqgan.load_state_dict(state["model"])
@@ -456,8 +456,8 @@ def place(net, device):
     # Move a network. A convolution takes its layout from its weights. Most devices compute with
     # channels last, or turn tensors there and back at the cost of a convolution. Only a Mac's GPU
     # is slow with it (pytorch issue 193349). Resume its runs there: Adam's memory is not turned.
-    return net.to(device, memory_format=(
-        torch.contiguous_format if "mps" in str(device) else torch.channels_last))
+    layout = torch.contiguous_format if "mps" in str(device) else torch.channels_last
+    return net.to(device, memory_format=layout)
 
 def rng(*key):
     # The random numbers that belong to a key, such as (seed, "turns", step). They are looked up,
@@ -488,7 +488,6 @@ def bar(items, name, total=None):       # with disable=None, tqdm draws on a ter
 # ------------------------------------------------------------------------------------------------
 # 6. What both trainings share
 # A set of images, the order in which they are shown, learning rates, a step of gradient descent.
-
 class Images:
     # All images of a run, as squares of one size. Appendix B finds and reads them.
     #   labels (n,)    class numbers
@@ -632,7 +631,7 @@ def train_vq(cfg, state=None):
     lpips = load_lpips(device)
     adam, muon, adam_d = vq_optimizers(vqgan, disc, cfg)
     parts = {"model": vqgan, "disc": disc, "adam": adam, "muon": muon, "adam_d": adam_d}
-    run = Run(cfg, images, parts, {"seen": images.seen}, state)
+    run = Run(cfg, images, parts, {"seen": images.seen}, state)     # yields steps (appendix C)
 
     def look():                         # measure and draw images that were never trained on
         some = images.rows(images.val[:256])
@@ -684,7 +683,7 @@ def train_vq(cfg, state=None):
             d_loss = hinge_loss(real, fake)
             descend(d_loss, disc, factor, adam_d)
             losses.update(lam=lam, d_loss=d_loss, d_real=real.mean(), d_fake=fake.mean())
-        run.end_step(losses, look)
+        run.end_step(losses, look)              # logs, looks, saves (appendix C)
 
     return run.finish("next: python vqldm.py train-ldm --vq")
 # ------------------------------------------------------------------------------------------------
@@ -939,7 +938,7 @@ def train_ldm(cfg, state=None):
              measure_scale(grids[images.train], vqgan.codebook.embedding.weight))
     def latents(rows, turns):                   # (B,), (B,) -> z0 (B,d,h,w)
         return standardise(vqgan.codebook.lookup(grids[rows, turns]), scale)
-    # Every look measures the loss of the same held-out latents, at fixed levels and noise.
+    # Every look measures the loss of the same held-out latents, not turned, at fixed t and noise.
     val = images.val[:256]
     held_t = torch.linspace(0, cfg.T - 1, len(val), device=device).long()
     held_eps = torch.randn(len(val), *vqgan.cfg.latent_shape, generator=rng("held-out noise"))
@@ -991,15 +990,15 @@ def train_ldm(cfg, state=None):
 def guided(net, guide, label, w):
     """-> a net(z_t, t) that goes further in the direction from a weak network to a strong one:
         out = weak + w (strong - weak)        w is --guidance
-    weak is ema as it was after a fifth of the run. It makes the mistakes of strong, only larger, so
-    moving away from it removes mistakes (Karras 2024, arXiv 2406.02507, whose weak is smaller too).
-    w = 1 is strong alone. A larger w costs variety. With --guide untold weak has no class, so out
-    is also led to what sets the class apart, as in CFG (eq. 6, whose w is ours less 1)."""
+    strong is net, told the class. weak is guide, net as it was after a fifth of the run. It makes
+    the mistakes of strong, only larger, so moving away from it removes mistakes (Karras 2024, arXiv
+    2406.02507). w = 1 is strong alone, and a larger w costs variety. By default guide knows the
+    class too. Untold, out also moves to what sets the class apart (CFG eq. 6, its w is w - 1)."""
     def answer(z_t, t):
         strong = net(z_t, t, label)
         if w == 1:
             return strong
-        weak = guide(z_t, t)                    # walk has told it the class, or not
+        weak = guide(z_t, t)
         return weak + w * (strong - weak)
     return answer
 
@@ -1031,7 +1030,8 @@ class LatentDiffusion:
             drawn = [torch.randn(self.vqgan.cfg.latent_shape, generator=g) for g in own]
             return torch.stack(drawn).to(self.device)
         label = label.to(self.device)
-        guide = functools.partial(self.guide, label=label if settings.guide == "told" else None)
+        told = label if settings.guide == "told" else None      # the class, or None for unknown
+        guide = functools.partial(self.guide, label=told)       # now guide(z_t, t), as guided wants
         net = guided(self.net, guide, label, settings.guidance)
         return self.diffusion.sample(net, noise(), settings.steps, settings.sampler, noise)
     def decode(self, z0):
@@ -1174,7 +1174,7 @@ def find_images(folder):                # -> {name: what changes with its file} 
         raise UserError(f"--data: {error}")
     names, passed_over, links = {}, 0, 0
     for place, folders, files in os.walk(folder, onerror=refuse):
-        folders[:] = [name for name in folders if name[0] != "."]
+        folders[:] = [name for name in folders if name[0] != "."]       # walk only into these
         links += sum(os.path.islink(f"{place}/{name}") for name in folders)
         for file in [Path(place, name) for name in files if re.search(SUFFIX, name)]:
             name = file.relative_to(folder).as_posix()
@@ -1558,9 +1558,9 @@ def settle(argv):
     elif cfg.resume:                    # (the recorded settings contain those of the preset)
         state = load_checkpoint(cfg.folder / "last.pt", "--resume", cfg.stage)
         given = {**asdict(state["settings"]), "out": cfg.out}       # the folder may have moved
-        changed = [name for name in typed if name not in MAY_CHANGE and typed[name] != given[name]]
-        recorded = [f"{flag(name)} was {given[name]}" for name in changed]
-        demand(not changed, f"--resume goes on with the recorded settings: {recorded}")
+        differ = [f"{flag(name)} was {given[name]}" for name in typed
+                  if name not in MAY_CHANGE and typed[name] != given[name]]
+        demand(not differ, f"--resume goes on with the recorded settings: {differ}")
     else:
         demand(not (cfg.folder / "last.pt").exists(),
                f"--out {cfg.folder}: holds a run; --resume it, or name another")
