@@ -1236,7 +1236,7 @@ def test_every_mistake_is_one_sentence_and_nothing_is_written(
     assert not (runs / "vq/metrics.json").exists()
 
 @pytest.mark.parametrize("command, own", [*zip(vqldm.COMMANDS, (
-    "widths:16,32,64|epochs:images", "widths:UNet|batch-size:latents|epochs:random turn|vq:train-vq",
+    "widths:16,32,64|epochs:images", "widths:UNet|batch-size:latents|epochs:a random|vq:train-vq",
     "n:all classes|sampler:ddpm", "n:unseen|data:other images|class:only this class"))])
 def test_help_shows_every_flag_with_its_own_meaning_and_default(command, own, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")
