@@ -77,7 +77,7 @@ def source(text):                       # a folder is recorded with its full pat
 
 @dataclass(frozen=True)
 class Settings:
-    seed: int = 0                       # of all random choices but those about held-out images
+    seed: int = 0                       # of all random choices but held-out images' order and noise
     device: str = "auto"                # auto, or a device of torch, such as cpu or cuda:1
     out: str = ""                       # empty: runs/vq, ldm or samples. evaluate: --ckpt's folder
     @property
@@ -96,13 +96,13 @@ class Sampling:
     sampler: Literal["ddim", "ddpm"] = "ddim"   # ddpm needs many more steps
     steps: whole = 50                   # S, steps from noise to image. More than T only take time
     guidance: amount = 1.5              # strength of guidance (section 11). 1 is none
-    guide: Literal["told", "untold"] = "told"   # of the class (section 11). untold: purer classes
+    guide: Literal["told", "untold"] = "told"   # guide is told the class or not. untold: purer
 
 @dataclass(frozen=True)
 class VQConfig(Training):
     """stage 1: train the VQGAN, image -> codes -> image"""
     stage = "vq"                        # no ": type", so this is no field and has no flag
-    data: source = "synthetic"          # 'synthetic', or a folder of images. A subfolder is a class
+    data: source = "synthetic"          # 'synthetic', or a folder of images, see class_of
     n_images: whole = 4096              # how many to draw if synthetic
     size: whole = 64                    # side of the square images, in pixels
     widths: wholes = (16, 64)           # channels of the m DownBlocks, such as 16,32,64; f = 2^m
@@ -129,7 +129,7 @@ class LDMConfig(Sampling, Training):
     stage = "ldm"
     vq: str = "runs/vq"                 # run or checkpoint of train-vq. A resumed run keeps its own
     data: source = ""                   # folder of images. Empty means those of --vq
-    unconditional: bool = False         # all images are of one class, so the UNet is told nothing
+    unconditional: bool = False         # all images are of one class, which tells the UNet nothing
     balance: bool = False               # draw every class equally often, however rare it is
     T: whole = 1000                     # noise levels, as many as in DDPM
     schedule: Literal["cosine", "linear"] = "cosine"    # how noise grows with t
@@ -146,7 +146,7 @@ class SampleConfig(Sampling, Settings):
     reads = ("ldm",)                    # the stages whose checkpoints it can use
     ckpt: str = "runs/ldm"              # run folder or checkpoint of train-ldm. evaluate: of either
     n: whole = 64                       # how many images, over all classes
-    class_: str = ""                    # only this class. Empty: all in turn. evaluate: as often
+    class_: str = ""                    # only this class. Empty: all in turn. evaluate: as trained
 
 @dataclass(frozen=True)
 class EvaluateConfig(SampleConfig):
@@ -256,7 +256,7 @@ def channel_pairs(widths):
 # The codebook, K learned vectors, is delicate, since a code that is never chosen never learns.
 # Watch the share of codes in use and their perplexity, the exponential of the entropy of code
 # frequencies. It is K if all codes are used equally. trap: Norm and attention see the whole image,
-# so some changed pixels change codes elsewhere as well, and a changed code pixels everywhere.
+# so changing some of its pixels changes codes elsewhere, and changing one code changes all pixels.
 
 class Encoder(nn.Module):
     """x -> z: Conv, m DownBlocks, MidBlock, Norm, SiLU, Conv (VQGAN Table 7)."""
@@ -325,7 +325,7 @@ class Codebook(nn.Module):
         # One distance, two losses. sg[] decides who moves:
         #   codebook_loss   moves codes towards the vectors that chose them     weight 1
         #   commit_loss     moves the encoder's vectors towards their codes     --commit-weight
-        # trap: VQGAN's code has these weights swapped, with 0.25 on the codebook loss and 1 on the
+        # trap: VQGAN's program has these weights swapped: 0.25 on the codebook loss and 1 on the
         # commitment. Both losses have the same value, so no curve gives it away.
         codebook_loss = F.mse_loss(z_q, z.detach())             # mean of (sg[z] - e)²
         commit_loss = F.mse_loss(z, z_q.detach())               # mean of (z - sg[e])²
@@ -372,7 +372,7 @@ class VQGAN(nn.Module):
     def decode(self, k):                # and back to x_hat (B,3,H,W)
         return self.decoder(self.codebook.lookup(k))
 
-def load_vqgan(state, device):          # the VQGAN of a checkpoint, frozen. (place: section 5)
+def load_vqgan(state, device):          # of a checkpoint, frozen. (place: section 5, blame: C)
     with blame("the VQGAN is of another version"):          # an error in here becomes one sentence
         vqgan = VQGAN(VQConfig(**state["config"]))
         vqgan.load_state_dict(state["model"])
@@ -398,7 +398,7 @@ def load_lpips(device):
 
 class PatchDiscriminator(nn.Module):
     """D gives a logit, without a sigmoid, for each place of the latent grid, high where the image
-    looks real. It sees 18×18 pixels at f = 4, 38 at 8, 78 at 16. (pix2pix, 1611.07004, has 70.)"""
+    looks real. Kernels see 18×18 pixels at f = 4, 38 at 8, 78 at 16. (pix2pix, 1611.07004: 70.)"""
     def __init__(self, widths):                                           # the VQGAN's
         super().__init__()
         c = max(32, widths[0] // 2)             # half the VQGAN's, 32 at least (a free choice)
@@ -417,7 +417,7 @@ def adaptive_weight(rec, adversarial, last, limit):
     """lam = ‖∇_L rec‖ / (‖∇_L adversarial‖ + δ), VQGAN eq. 7. L is the decoder's last layer. (All
     weights would cost two more backward passes.) The GAN's gradient may be far longer or shorter
     than rec's. lam makes them equally long. gan_weight then sets their ratio, 1/5 by default and 1
-    in the report. In most steps lam is at its limit, and the ratio is smaller."""
+    in --preset report. In most steps lam is at its limit, and the ratio is smaller."""
     def push(loss):                                         # ‖∇_L loss‖
         # grad makes no graph of its own, so lam is a constant that the VQGAN cannot learn to move.
         (gradient,) = torch.autograd.grad(loss, last, retain_graph=True)
@@ -447,7 +447,7 @@ def pick_device(cfg):
 
 def place(net, device):
     # Move a network. Most devices are faster if a pixel's channels are neighbours in memory. A
-    # Mac's GPU is slower (pytorch issue 193349). Resume its runs there: Adam's memory is not moved.
+    # Mac's GPU is slower (pytorch issue 193349). Resume its runs there: Adam keeps that order.
     layout = torch.contiguous_format if "mps" in str(device) else torch.channels_last
     return net.to(device, memory_format=layout)
 
@@ -487,10 +487,10 @@ class Images:
         class_names, held, contents, groups = zip(*found)
         self.classes = sorted(set(class_names))
         self.labels = torch.tensor([self.classes.index(name) for name in class_names])      # (n,)
-        # (n,2), of each image's content and of its group, which is all images of one patient.
+        # (n,2), of each image's content and of its group (a patient, a lesion, or itself)
         self.checksums = torch.tensor([contents, groups]).T
         held = torch.tensor(held)                                         # (n,) bool
-        self.train = (~held).nonzero().flatten()                          # numbers of rows
+        self.train = (~held).nonzero().flatten()                          # row numbers
         before = torch.as_tensor(seen, dtype=torch.int64)
         self.seen = torch.cat([before, self.checksums[self.train].flatten()]).unique()
         # trap: a held-out image may be a copy of a trained one, or show the same lesion, or have
@@ -524,8 +524,8 @@ def lr_factor(step, progress):
 def descend(loss, net, factor, *optimizers):
     """One step of the optimisers, at factor times their rates. If a gradient is not finite, no
     weight moves, since one bad batch must not end a night's run."""
-    # To add up n batches, zero once, backward each loss / n, do the rest once. trap: lam in stage 1
-    # divides norms of a whole batch's gradients. So take these from the sums over all n.
+    # To use n batches as one: zero once, backward each loss / n, do the rest once. trap: in stage 1
+    # lam must be that of the sum, since a norm of a sum is no sum of norms.
     net.zero_grad()
     loss.backward()
     if world() > 1:                     # all in one message, since one for each tensor is slower
@@ -548,8 +548,8 @@ def descend(loss, net, factor, *optimizers):
 # In each step the generator learns first, then D learns on the same images. D joins after a tenth
 # of the run, since from the first blobs it would learn only that blur is fake. Its lead (d_real -
 # d_fake, the gap of its mean logits) is 0.4 to 0.7 on photographs. Above 1, D is far ahead. At 0 it
-# tells nothing apart. So it is on drawn images, where --gan-weight 0 saves time and costs nothing.
-# Ten times a run has a look: it measures and draws 256 images that were never trained on. By
+# tells nothing apart. On drawn images it is 0, so there --gan-weight 0 saves time at no cost.
+# Ten times a run has a look: it measures 256 images that were never trained on, and draws 16. By
 # default, with 568,246 weights and in four minutes of one core, you will see:
 #                 10 %   50 %  100 % of the run   blurred: no LPIPS   collapsed: no restart_unused
 #   psnr (dB)     29.5   35.2   38.1              39.7                35.5
@@ -593,7 +593,7 @@ def augment(x, turns):
 
 @torch.no_grad()
 def reconstruct(vqgan, images, lpips, autocast):
-    # uint8 (n,3,H,W) -> mean measures by name, and the reconstructions as uint8 (n,3,H,W).
+    # uint8 (n,3,H,W) -> measures by name, and the reconstructions as uint8 (n,3,H,W).
     e = vqgan.codebook.embedding.weight                                   # (K,d)
     measures, all_k, recon = Counter(), [], []
     for part in images.split(16):
@@ -681,8 +681,8 @@ def train_vq(cfg, state=None):
     return run.finish("next: python vqldm.py train-ldm --vq")
 # ------------------------------------------------------------------------------------------------
 # 8. Stage 2: diffusion
-# Noise is added to a latent in T small steps, until only noise is left. A network learns to tell
-# the noise from the latent. Sampling starts from pure noise and walks back.
+# Noise is added to a latent in T small steps, until only noise is left. A network learns to find
+# the noise in the mix. Sampling starts from pure noise and walks back.
 #
 # The noise levels are t = 0…T-1. Level 0 already has a little noise, so z_t at t = 0 is not z0. The
 # clean latent z0 is one level below, at -1. One step of noising mixes in fresh normal noise ε:
@@ -713,13 +713,13 @@ def train_vq(cfg, state=None):
 # of 1/variance add up, and the means are averaged with these as weights:
 #     1/β̃ = α/(1-α) + 1/(1-ᾱ_prev)     with α ᾱ_prev = ᾱ_t this is β̃ = (1-α)(1-ᾱ_prev)/(1-ᾱ_t)
 #     mean = β̃ · ( √α z_t/(1-α) + √ᾱ_prev z0/(1-ᾱ_prev) )
-# z0 is unknown. Put in z0_hat = (z_t - √(1-ᾱ_t) eps_hat)/√ᾱ_t and use √ᾱ_t = √α √ᾱ_prev. Then the
-# factor of z_t is (α(1-ᾱ_prev) + 1-α) / (√α (1-ᾱ_t)) = 1/√α, since α ᾱ_prev = ᾱ_t, and
+# z0 is unknown. Put in z0_hat = (z_t - √(1-ᾱ_t) eps_hat)/√ᾱ_t, and multiply β̃ in. The factor of
+# z_t is then (α(1-ᾱ_prev) + 1-α) / (√α (1-ᾱ_t)) = 1/√α, since √ᾱ_t = √α √ᾱ_prev, and
 #     mean = (z_t - (1-α)/√(1-ᾱ_t) eps_hat) / √α  DDPM Algorithm 2, line 4
 # In the last step, to level -1, nothing is left open. There β̃ = 0, and the mean is z0_hat.
 # β̃ is the variance if z0 is known. If it is only known to be standard normal, so are z_prev, z_t,
-# with covariance √α, and z_prev given z_t has variance 1 - covariance² = 1-α. The truth lies
-# between (DDPM sec. 3.2). We take 1-α.
+# with covariance ρ = √α, and z_prev given z_t has the variance 1-ρ² = 1-α of any two such numbers.
+# The truth lies between (DDPM sec. 3.2). We take 1-α.
 
 class Diffusion:
     """A noise schedule, the loss of DDPM (Algorithm 1) and two samplers (Algorithm 2, DDIM)."""
@@ -731,13 +731,13 @@ class Diffusion:
             beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T
         else:                                   # Nichol & Dhariwal 2021, arXiv 2102.09672, eq. 17
             fraction = torch.arange(T + 1, dtype=torch.float64) / T          # 0…1
-            # ᾱ is this curve over its start, more even than linear's. 0.008 gives level 0 noise.
+            # ᾱ is this curve over its start, and falls more evenly than linear's. Without 0.008,
+            # level 0 would have too little noise to see.
             curve = torch.cos((fraction + 0.008) / 1.008 * math.pi / 2) ** 2
             beta = 1 - curve[1:] / curve[:-1]           # α is the quotient of neighbouring ᾱ
-        alpha = 1 - beta.clamp(max=0.999)       # β = 1 gives ᾱ = 0, and predict() divides by √ᾱ
+        alpha = 1 - beta.clamp(max=0.999)       # β = 1 gives ᾱ = 0, and ε's z0_hat divides by √ᾱ
         alpha_bar = alpha.cumprod(0)            # in float64, so that T roundings do not add up
-        # At T = 1000 it ends at 2e-9 (cosine) or 4e-5 (linear), far below this limit.
-        demand(alpha_bar[T - 1] < 0.05, "--T: too few levels to end in pure noise")
+        demand(alpha_bar[T - 1] < 0.05, "--T: too few levels to end in noise")  # by default 2e-9
         # We append a 1, so that alpha_bar[-1] belongs to level -1, to z0 itself.
         self.alpha_bar = F.pad(alpha_bar, (0, 1), value=1).float()            # (T+1,)
 
@@ -776,9 +776,9 @@ class Diffusion:
         return F.mse_loss(out, goal, reduction="none").flatten(1).mean(1)     # (B,)
 
     def weight(self, t):
-        """The weight of level t (B,) in training on v, 2·√ᾱ·√(1-ᾱ), is 1 at ᾱ = 1/2. (With cosine
-        it is Kingma & Gao's sigmoid, arXiv 2303.00848.) At low levels an error of v hardly enters
-        z0_hat, at high ones little can be learned. ours: at least 1/4, as sampling passes all."""
+        """The weight of level t (B,) in training on v, 2·√ᾱ·√(1-ᾱ), is 1 at ᾱ = 1/2. At low levels
+        an error of v hardly enters z0_hat, at high ones little can be learned. ours: at least 1/4,
+        as sampling passes all levels. (NOTES, Why, compare it with Kingma & Gao, 2303.00848.)"""
         abar = self.alpha_bar.to(t.device)[t]
         if self.target == "eps":                    # all levels count alike, as in DDPM
             return torch.ones_like(abar)
@@ -814,8 +814,8 @@ class Diffusion:
                 if t_prev >= 0:
                     z = z + (1 - alpha).sqrt() * noise()
             # A new sampler is named in Sampling and above. It must not divide by 1-ᾱ_prev, which is
-            # 0 in the last step, or by 1-α, 0 where S > T repeats a level. trap: second order needs
-            # a mean of two z0_hat. One of eps_hat is divided by √ᾱ_t, nearly 0 at t = T-1.
+            # 0 in the last step, or by 1-α, 0 where S > T repeats a level. trap: Heun's step takes
+            # a mean of two answers. Take z0_hat's. That of eps_hat is divided by a tiny √ᾱ_t.
             yield z, z0_hat
 # ------------------------------------------------------------------------------------------------
 # 9. Stage 2: the UNet
@@ -835,7 +835,7 @@ class UNet(nn.Module):
     unknown class. A tenth of the training has it, since --guide untold asks for it (section 11)."""
     def __init__(self, z_dim, widths, n_classes, upsample="nearest"):
         super().__init__()
-        E = 4 * widths[0]                       # as in DDPM
+        E = 4 * widths[0]                       # as DDPM's emb
         self.n_classes = n_classes
         self.time = nn.Sequential(nn.Linear(E, E), nn.SiLU(), nn.Linear(E, E))
         self.label = nn.Embedding(n_classes + 1, E)
@@ -851,7 +851,7 @@ class UNet(nn.Module):
         self.norm = Norm(widths[0])
         self.last = zero(nn.Conv2d(widths[0], z_dim, 3, padding=1))
     def forward(self, z_t, t, label=None):                                # (B,d,h,w), (B,), (B,)
-        emb = self.time(time_embedding(t, self.time[0].in_features))      # (B,E), (B,E)
+        emb = self.time(time_embedding(t, self.time[0].in_features))      # (B,E)
         if label is None:
             label = torch.full_like(t, self.n_classes)
         emb = emb + self.label(label)               # so time and class reach each block together
@@ -915,7 +915,7 @@ def train_ldm(cfg, state=None):
     # Stage 2, from a stage-1 checkpoint to one that holds both stages. -> exit status
     device, autocast = pick_device(cfg)
 
-    # ---- stage 1, frozen, which a run to go on with contains, and the images ----
+    # ---- stage 1, frozen (a resumed run contains it), and the images ----
     vq = state["vq"] if state else load_checkpoint(cfg.vq, "--vq", "vq")
     seen = (state or vq)["seen"]        # by either stage
     vqgan = load_vqgan(vq, device)
@@ -926,7 +926,7 @@ def train_ldm(cfg, state=None):
     demand(not state or classes == state["classes"], "--resume: the classes have changed")
     class_counts = torch.bincount(images.labels[images.train], minlength=len(classes))
 
-    # ---- the UNet net, ema, the running mean of its weights, guide, an early copy of ema ----
+    # ---- net is the UNet, ema its weights' running mean, guide an early copy of ema ----
     diffusion = Diffusion(cfg.T, cfg.schedule, cfg.target)
     torch.manual_seed(cfg.seed % 2**63)
     net = place(build_unet(cfg, vqgan.cfg, classes), device)
@@ -996,7 +996,7 @@ def train_ldm(cfg, state=None):
 def guided(net, guide, label, w):
     """-> a net(z_t, t) that goes further in the direction from a weak network to a strong one:
         out = weak + w (strong - weak)        w is --guidance
-    strong is net, told the class. weak is guide, net as it was after a fifth of the run. It makes
+    strong is net, told the class. weak is guide, ema as it was after a fifth of the run. It makes
     the mistakes of strong, only larger, so moving away from it removes mistakes (Karras 2024, arXiv
     2406.02507). w = 1 is strong alone, and a larger w costs variety. If guide is not told the
     class, out also moves to what sets the class apart (CFG eq. 6, whose w is w - 1 here)."""
@@ -1085,7 +1085,7 @@ def sample(cfg, state):                 # -> PNGs in a folder for each class, an
 # ------------------------------------------------------------------------------------------------
 # A. Drawn lesions
 # Images to begin with, without a download. (They are cached: after a change here clear runs/cache.)
-# For each class: four colours, how ragged the border is, how dark the pigment net (below 0: pale).
+# For each class: four colours, how ragged the border is, how dark the pigment mesh (below 0: pale).
 LESIONS = {"keratosis-like": ("b89970 997a57 ccb894 8c7866", .09, .05),
            "melanoma-like": ("42261c 734a33 545c78 8c4545", .20, .20),
            "nevus-like": ("854f38 9e6647 613829 ad6b57", .04, .24),
@@ -1129,7 +1129,7 @@ def synthetic(i, size, seed=0):
 # One bad image can end a run after hours, and decoding JPEGs would take most of a laptop's time. So
 # each image is opened once, before training, and its pixels are written into one file.
 SUFFIX = r"(?i)\.(bmp|gif|jfif|jpe?g|png|tiff?|webp)$"
-# Masks (1_mask.png, a folder masks, not with_mask.png), downloads under way, our own pictures.
+# Masks (1_mask.png, masks/, but not with_mask and without_mask), -partial files, our pictures.
 NO_PHOTO = (r"(?i)(_seg|_segmentation|_superpixels|_expert\d*|-partial)\.\w+$"
             r"|(?<!with|hout)[_-]mask\.\w+$|(^|/)(masks/|runs/|\.)"
             r"|(^|/)(grid|curves|evaluate|(recon|samples)_step_\d+)\.png$")
@@ -1190,7 +1190,7 @@ def find_images(folder):                # -> {name: what changes with its file} 
 
 def prepare_images(source, cfg, cache):
     # -> pixels, uint8 (n,3,size,size), and of each image (class, held out?, content, group).
-    # content is a checksum of the file, or of a drawn image's name. A group is all images of one
+    # content is a checksum of the file, or of seed and name if drawn. A group is all images of one
     # patient, or of one lesion if no patient is given, or else of one content. Groups with a number
     # that ends in 0 are held out, and so are folders val and test. (If photographs were split one
     # by one, val would show trained lesions again. If you change read_image, clear the cache.)
@@ -1304,7 +1304,7 @@ class Run:
             self.status = 128 + number
             signal(SIGINT, default_int_handler)
         if not self.log:                # new; if it cannot be saved, fail before the work
-            last = self.cfg.folder / "last.pt"      # looked for again, as preparing takes minutes
+            last = self.cfg.folder / "last.pt"      # settle looked too, but preparing takes minutes
             demand(rank() or self.cfg.resume or not last.exists(), f"{last}: is another run's")
             self.save()
         with suppress(ValueError):      # signals are for the main thread only
@@ -1356,7 +1356,7 @@ class Run:
 # D. Pictures
 @contextmanager
 def figure(path, width, rows, columns=1):               # with figure(…) as axes, draw on them
-    from matplotlib.figure import Figure                # not pyplot, which needs a window
+    from matplotlib.figure import Figure                # not pyplot, which may want a window
     fig = Figure(figsize=(width, 1.3 * rows * columns), layout="constrained")
     yield fig.subplots(rows, columns, squeeze=False).flatten()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -1373,7 +1373,7 @@ def draw_rows(path, rows):              # rows {label: uint8 images}, at most 16
             ax.set_anchor("W")                  # a shorter strip begins at the left, too
             ax.set_title(label, fontsize=9, loc="left", parse_math=False)
             ax.axis("off")
-def draw_curves(path, log):             # look_mse beside mse, d_real beside d_fake
+def draw_curves(path, log):             # look_mse and mse in one panel, so are d_real and d_fake
     panels = {}
     for name in sorted({name for row in log for name in row} - {"step"}, reverse=True):
         panels.setdefault(re.sub("look_|_real|_fake", "", name), []).append(name)
@@ -1387,8 +1387,8 @@ def draw_curves(path, log):             # look_mse beside mse, d_real beside d_f
 # ------------------------------------------------------------------------------------------------
 # E. Measuring
 # The kernel distance says how far two sets of images are apart. Two sets of 300 photographs have 0,
-# give or take 1. By default, photographs made have 5 to 7, without a GAN 35, and drawn lesions 18.
-# Its features are LPIPS's, so like lpips it flatters models trained with LPIPS.
+# give or take 1. Samples of photographs have 5 to 7 (44 without a GAN), of drawn lesions 18. Its
+# features are LPIPS's, so like lpips it flatters models trained with LPIPS.
 
 def features(lpips, images):            # uint8 (n,3,H,W) -> (n,512)
     found = []
@@ -1456,9 +1456,9 @@ def evaluate(cfg, state):               # -> metrics.json, evaluate.png
             a = features(lpips, real)
             for name, b in sets.items():
                 numbers[name] = kernel_distance(a, features(lpips, b))
-        # A near copy is nearer to a training image than 99 % of the m unseen images are. Their
-        # quantile has rank r = 1 + (m-1)/100. Chance puts one more distance into each of m+1 gaps
-        # equally often, so below it with r/(m+1), that is 1 + 98/(m+1) %.
+        # A near copy is nearer to a training image than 99 % of the u unseen images are. That limit
+        # has rank 1 + (u-1)/100 among their u distances. One more distance falls into each of the
+        # u+1 gaps equally often, so below the limit by chance with 1 + 98/(u+1) %.
         trained = torch.isin(images.checksums[:, 0], state["seen"]).nonzero().flatten()
         if len(trained) < class_counts.sum():
             say("WARNING only", len(trained), "training images are here: not all copies are found")
@@ -1484,8 +1484,8 @@ def evaluate(cfg, state):               # -> metrics.json, evaluate.png
 
 def orthogonal(g):
     # g (r,n) = U S Vᵀ -> nearly U Vᵀ. All strengths but the tiniest become 0.7 to 1.2. This is
-    # Newton-Schulz. Since x xᵀ x = U S³ Vᵀ, sums of odd powers change S alone. A round takes s to
-    # 3.4445 s - 4.775 s³ + 2.0315 s⁵. A small s grows threefold, others soon lie in 0.7 to 1.2.
+    # Newton-Schulz. Since x xᵀ x = U S³ Vᵀ, sums of odd powers change S alone. Jordan's round takes
+    # s to 3.4445 s - 4.775 s³ + 2.0315 s⁵. A small s grows threefold, others soon lie between both.
     x = g / (g.norm() + 1e-7)                   # the norm is √ of the sum of all s², so s ≤ 1
     for _ in range(5):
         gram = x @ x.T                                                    # (r,r)
@@ -1494,7 +1494,7 @@ def orthogonal(g):
 
 class Muon(torch.optim.Optimizer):
     # Jordan's rule for kernels, of which there may be none. A step is lr · orthogonal(running mean
-    # of the gradient). (torch.optim.Muon always computes in bf16, slow on many CPUs.)
+    # of the gradient, with Nesterov). (torch.optim.Muon always computes in bf16, slow on CPUs.)
     def __init__(self, kernels, lr):
         super().__init__([{"params": kernels}], {"lr": lr})
     @torch.no_grad()
@@ -1570,7 +1570,7 @@ def settle(argv):
     return function, cls(**{**given, **typed}), state
 
 def main(argv):
-    # Run one command. SystemExit is 2 for a mistake or a full disk, 130 or 143 for a signal.
+    # Run one command. SystemExit is 2 for a mistake or lack of room, 130 or 143 for a signal.
     if dist.is_torchelastic_launched():                 # by torchrun; gloo for CPUs, nccl for GPUs
         cuda = torch.cuda.is_available()
         if cuda:
