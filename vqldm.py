@@ -106,8 +106,8 @@ class VQConfig(Training):
     n_images: whole = 4096              # how many to draw if synthetic
     size: whole = 64                    # side of the square images, in pixels
     widths: wholes = (16, 64)           # channels of the m DownBlocks, such as 16,32,64; f = 2^m
-    z_dim: whole = 3                    # d, the length of a code, as in LDM's VQ-f4
-    codes: whole = 2048                 # K, the number of codes. LDM's VQ-f4 has 8192
+    z_dim: whole = 3                    # d, the length of a code. LDM: 3 at f = 4, 8 at f = 16
+    codes: whole = 2048                 # K, the number of codes. LDM: 8192 at f = 4, 16384 at 16
     lpips_weight: amount = 0.1          # weight of LPIPS, a learned distance. At 0 only measured
     commit_weight: amount = 0.25        # weight of the commitment loss, VQ's β (section 3)
     gan_weight: amount = 0.2            # weight of the GAN, times lam. 0: none. 0.4 suits 128×128
@@ -165,8 +165,8 @@ def Norm(c):
     return nn.GroupNorm(1, c)
 
 def zero(layer):
-    # A zeroed last layer adds nothing at first, so that a block starts as its shortcut. The layer
-    # still learns: for y = W x, W's gradient is y's gradient times x, and x is not 0.
+    # A zeroed last layer adds nothing at first, so that a block starts as its shortcut. It learns
+    # nevertheless: for y = W x, W's gradient is y's times x. (Behind a second zero it could not.)
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
@@ -252,7 +252,7 @@ def channel_pairs(widths):
 # 3. Stage 1: the VQGAN
 # The encoder makes the grid small, the codebook makes it discrete, and the decoder maps it back.
 # Why discrete? In the VQGAN paper, stage 2 predicts code numbers one by one, like the words of a
-# text. Here, rounding to the nearest code corrects what stage 2 gets slightly wrong.
+# text. Here, rounding keeps what stage 2 makes to vectors that the decoder knows.
 # The codebook, K learned vectors, is delicate, since a code that is never chosen never learns.
 # Watch the share of codes in use and their perplexity, the exponential of the entropy of code
 # frequencies. It is K if all codes are used equally. trap: Norm and attention see the whole image,
@@ -750,7 +750,7 @@ class Diffusion:
         return abar.sqrt() * z0 + (1 - abar).sqrt() * eps                     # (B,d,h,w)
 
     def goal(self, z0, eps, abar):
-        # What the network should answer. A new target changes LDMConfig, goal, predict and weight.
+        # A new target changes LDMConfig, goal, predict and weight, a new path add_noise and sample.
         if self.target == "eps":
             return eps
         return abar.sqrt() * eps - (1 - abar).sqrt() * z0       # v, Salimans app. D
