@@ -53,16 +53,16 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 # ------------------------------------------------------------------------------------------------
 # 1. Settings
-# Every setting is one line below, with its name, type and default. The comment on the line is its
-# --help. A number without a source, here and in functions, was tried or chosen freely, and the page
-# Why of .github/NOTES.md says which. On a first reading, go on with section 2.
+# Every setting is one line below, with name, type and default. The comment on it is its --help, and
+# must be there. A number without a source, here or in functions, was tried or chosen freely. The
+# page Why of .github/NOTES.md says which. On a first reading, go on with section 2.
 
 class UserError(argparse.ArgumentTypeError):    # caught by argparse in a type, else by main()
     """A mistake that only the user can mend, reported in one sentence with exit status 2."""
 def demand(ok, text):
     if not ok:
         raise UserError(text)
-# The type of a setting is the function that reads its value from the command line.
+# A type is the function that reads a setting's value. bool is a switch, Literal a choice of words.
 def whole(text):
     demand(int(text) >= 1, "must be 1 or more")
     return int(text)
@@ -96,7 +96,7 @@ class Sampling:
     sampler: Literal["ddim", "ddpm"] = "ddim"   # ddpm needs many more steps
     steps: whole = 50                   # S, steps from noise to image. More than T only take time
     guidance: amount = 1.5              # strength of guidance (section 11). 1 is none
-    guide: Literal["told", "untold"] = "told"   # guide is told the class or not. untold: purer
+    guide: Literal["told", "untold"] = "told"   # is the weak guide told the class? untold: purer
 
 @dataclass(frozen=True)
 class VQConfig(Training):
@@ -166,7 +166,7 @@ def Norm(c):
 
 def zero(layer):
     # A zeroed last layer adds nothing at first, so that a block starts as its shortcut. It learns
-    # nevertheless: for y = W x, W's gradient is y's times x. (Behind a second zero it could not.)
+    # nevertheless: for y = W x, W's gradient is y's times x. (Chained zeros wake up last to first.)
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
@@ -212,7 +212,7 @@ class DownBlock(nn.Module):             # two ResBlocks, then a strided convolut
         super().__init__()
         self.res1 = ResBlock(c_in, c_out, emb_dim)
         self.res2 = ResBlock(c_out, c_out, emb_dim)
-        self.down = nn.Conv2d(c_out, c_out, 4, stride=2, padding=1)     # 4 reads all cells equally
+        self.down = nn.Conv2d(c_out, c_out, 4, stride=2, padding=1)     # 3 reads odd cells twice
     def forward(self, x, emb=None):                                       # (B,c_in,H,W)
         skip = self.res2(self.res1(x, emb), emb)                          # (B,c_out,H,W)
         return self.down(skip), skip                # (B,c_out,H/2,W/2), (B,c_out,H,W)
@@ -447,7 +447,7 @@ def pick_device(cfg):
 
 def place(net, device):
     # Move a network. Most devices are faster if a pixel's channels are neighbours in memory. A
-    # Mac's GPU is slower (pytorch issue 193349). Resume its runs there: Adam keeps that order.
+    # Mac's GPU is slower (pytorch issue 193349). A run that changes sides loses Adam's averages.
     layout = torch.contiguous_format if "mps" in str(device) else torch.channels_last
     return net.to(device, memory_format=layout)
 
@@ -460,7 +460,7 @@ def rng(*key):
 
 # torchrun starts this program once for each GPU. There are world() such processes, and this one is
 # number rank(). Each takes an equal share of a batch. All make the same random choices and average
-# what must agree, such as gradients. Only process 0 logs, and the losses are of its own share.
+# what must agree, such as gradients. Process 0 alone prints and saves, the losses of its share.
 def world():
     return dist.get_world_size() if dist.is_initialized() else 1
 def rank():
@@ -540,7 +540,7 @@ def descend(loss, net, factor, *optimizers):
         return
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            initial = group.setdefault("initial_lr", group["lr"])       # noted at the first call
+            initial = group.setdefault("initial_lr", group["lr"])   # in last.pt, beats a new --lr
             group["lr"] = factor * initial
         optimizer.step()
 # ------------------------------------------------------------------------------------------------
@@ -550,7 +550,7 @@ def descend(loss, net, factor, *optimizers):
 # d_fake, the gap of its mean logits) is 0.4 to 0.7 on photographs. Above 1, D is far ahead. At 0 it
 # tells nothing apart. On drawn images it is 0, so there --gan-weight 0 saves time at no cost.
 # Ten times a run has a look: it measures 256 images that were never trained on, and draws 16. By
-# default, with 568,246 weights and in four minutes of one core, you will see:
+# default, with 568,246 weights (without D) and in four minutes of one core, you will see:
 #                 10 %   50 %  100 % of the run   blurred: no LPIPS   collapsed: no restart_unused
 #   psnr (dB)     29.5   35.2   38.1              39.7                35.5
 #   lpips         .044   .016   .011              .016                .018
@@ -588,7 +588,7 @@ def augment(x, turns):
     for image, turn in zip(x, turns):
         if turn >= 4:
             image = image.flip(2)
-        turned.append(image.rot90(int(turn) % 4, (1, 2)))
+        turned.append(image.rot90(int(turn), (1, 2)))       # 4 quarter turns are none
     return torch.stack(turned)
 
 @torch.no_grad()
@@ -603,7 +603,7 @@ def reconstruct(vqgan, images, lpips, autocast):
             x_hat = vqgan.decode(k).clamp(-1, 1)
         mse = F.mse_loss(x_hat, x, reduction="none").mean((1, 2, 3))      # (B,)
         psnr = 10 * torch.log10(4 / mse.clamp(min=1e-10))       # dB: 10 lg(range² / error)
-        of_part = {"mse": mse, "psnr": psnr}            # a new measure of images: one line here
+        of_part = {"mse": mse, "psnr": psnr}    # add a measure here: it is printed, logged, drawn
         if lpips:
             of_part["lpips"] = lpips(x_hat, x)
         for name, value in of_part.items():
@@ -669,9 +669,9 @@ def train_vq(cfg, state=None):
 
         # ---- the discriminator, on the same images ----
         if gan_on:
-            # trap: without detach, d_loss would run back into the VQGAN, whose graph is freed. That
-            # of D(x_hat) is freed as well, so D sees x_hat anew. That of D(x) lives. trap: loss has
-            # left gradients in D. If descend did not zero them, D would learn to call fakes real.
+            # trap: descend(loss) freed the graphs of the VQGAN and of D(x_hat). So without detach
+            # d_loss would fail, and D(x_hat) is computed anew. D(x) took no part, its graph lives.
+            # trap: loss left gradients in D. Unless descend zeroed them, D would call fakes real.
             with autocast():
                 fake = disc(x_hat.detach())
             d_loss = hinge_loss(real, fake)
@@ -717,8 +717,8 @@ def train_vq(cfg, state=None):
 # z_t is then (α(1-ᾱ_prev) + 1-α) / (√α (1-ᾱ_t)) = 1/√α, since √ᾱ_t = √α √ᾱ_prev, and
 #     mean = (z_t - (1-α)/√(1-ᾱ_t) eps_hat) / √α  DDPM Algorithm 2, line 4
 # In the last step, to level -1, nothing is left open. There β̃ = 0, and the mean is z0_hat.
-# β̃ is the variance if z0 is known. If it is only known to be standard normal, so are z_prev, z_t,
-# with covariance ρ = √α, and z_prev given z_t has the variance 1-ρ² = 1-α of any two such numbers.
+# β̃ is the variance if z0 is known. If it is only known to be standard normal, so is z_prev, and so
+# is z_t, their covariance is √α, and given z_t, z_prev has the mean √α z_t and the variance 1-α.
 # The truth lies between (DDPM sec. 3.2). We take 1-α.
 
 class Diffusion:
@@ -814,8 +814,8 @@ class Diffusion:
                 if t_prev >= 0:
                     z = z + (1 - alpha).sqrt() * noise()
             # A new sampler is named in Sampling and above. It must not divide by 1-ᾱ_prev, which is
-            # 0 in the last step, or by 1-α, 0 where S > T repeats a level. trap: Heun's step takes
-            # a mean of two answers. Take z0_hat's. That of eps_hat is divided by a tiny √ᾱ_t.
+            # 0 in the last step, or by 1-α, 0 where S > T repeats a level. trap: Heun's step asks
+            # at both levels. Average the two z0_hat. A mean of eps_hat is divided by a tiny √ᾱ_t.
             yield z, z0_hat
 # ------------------------------------------------------------------------------------------------
 # 9. Stage 2: the UNet
@@ -999,7 +999,7 @@ def guided(net, guide, label, w):
     strong is net, told the class. weak is guide, ema as it was after a fifth of the run. It makes
     the mistakes of strong, only larger, so moving away from it removes mistakes (Karras 2024, arXiv
     2406.02507). w = 1 is strong alone, and a larger w costs variety. If guide is not told the
-    class, out also moves to what sets the class apart (CFG eq. 6, whose w is w - 1 here)."""
+    class, out also moves to what sets the class apart (CFG eq. 6, whose w is our w - 1)."""
     def answer(z_t, t):
         strong = net(z_t, t, label)
         if w == 1:
@@ -1084,7 +1084,7 @@ def sample(cfg, state):                 # -> PNGs in a folder for each class, an
         f"latents have std {std:.2f}, healthy is 0.7 to 1.4")
 # ------------------------------------------------------------------------------------------------
 # A. Drawn lesions
-# Images to begin with, without a download. (They are cached: after a change here clear runs/cache.)
+# Images to begin with. (Cached beside --out: clear it after a change. A fifth class: two % 4.)
 # For each class: four colours, how ragged the border is, how dark the pigment mesh (below 0: pale).
 LESIONS = {"keratosis-like": ("b89970 997a57 ccb894 8c7866", .09, .05),
            "melanoma-like": ("42261c 734a33 545c78 8c4545", .20, .20),
@@ -1118,7 +1118,7 @@ def synthetic(i, size, seed=0):
     radius = span(.30, .56) + 2 * ragged * clouds(6)            # a circle, more or less ragged
     inside = torch.sigmoid(50 * (radius - torch.hypot(x, y)))             # (1,H,W), 1 inside
     image = torch.lerp(skin, body, inside)              # skin + inside · (body - skin)
-    # On 3 of 10 images one to four hairs: dark lines, each with a direction and a place.
+    # On 4 of 14 images (int cuts towards 0) one to four hairs, dark lines of any place and turn.
     for _ in range(int(span(-9, 5))):
         turn = span(0, 6.3)
         across = y * turn.cos() - x * turn.sin() + span(-.8, .8)
@@ -1129,7 +1129,7 @@ def synthetic(i, size, seed=0):
 # One bad image can end a run after hours, and decoding JPEGs would take most of a laptop's time. So
 # each image is opened once, before training, and its pixels are written into one file.
 SUFFIX = r"(?i)\.(bmp|gif|jfif|jpe?g|png|tiff?|webp)$"
-# Masks (1_mask.png, masks/, but not with_mask and without_mask), -partial files, our pictures.
+# Masks (1_mask.png, masks/, but not with_mask or without_mask: hout), -partial, our pictures.
 NO_PHOTO = (r"(?i)(_seg|_segmentation|_superpixels|_expert\d*|-partial)\.\w+$"
             r"|(?<!with|hout)[_-]mask\.\w+$|(^|/)(masks/|runs/|\.)"
             r"|(^|/)(grid|curves|evaluate|(recon|samples)_step_\d+)\.png$")
@@ -1167,7 +1167,7 @@ def read_tables(folder):                # the .csv files in it and beside it: {s
 def class_of(name, row):                # the innermost folder, or else what a table says
     ones = [column for column, word in row.items()
             if word in ("1", "1.0") and column not in ID + GROUP]       # patient 1 is no class
-    is_one_hot = len(ones) == 1 and {"0", "0.0"} & set(row.values())    # a column for each class
+    is_one_hot = len(ones) == 1 and {"0", "0.0"} & set(row.values())    # one 1 and 0s: the class
     by_table = row.get(filled(row, CLASS), ones[0] if is_one_hot else "images")
     return Path(re.sub(NO_CLASS, "", name)).parent.name or by_table
 def find_images(folder):                # -> {name: what changes with its file} of all images in it
@@ -1207,7 +1207,7 @@ def prepare_images(source, cfg, cache):
         pixels = torch.empty(len(names), 3, cfg.size, cfg.size, dtype=torch.uint8)
         contents = {}
         for i, name in enumerate(bar(names, "preparing images")):
-            # What cannot be read may be there tomorrow, so it ends this and is not cached.
+            # An unreadable file ends this, uncached. One refused below stays out with the cache.
             data = f"{cfg.seed} {name}".encode() if drawn else (folder / name).read_bytes()
             try:
                 image = synthetic(i, cfg.size, cfg.seed) if drawn else read_image(data, cfg.size)
@@ -1221,7 +1221,7 @@ def prepare_images(source, cfg, cache):
     demand(contents, f"--data {source}: no images are there, name another folder")
     tables = {} if drawn else read_tables(folder)
     both = [row for row in tables.values() if set(GROUP) <= set(row)]
-    patients = {row["lesion_id"]: row["patient_id"] for row in both}
+    patients = {row["lesion_id"]: row["patient_id"] for row in both}    # for rows without patient
     found, counts = [], Counter()
     for name, content in contents.items():
         row = tables.get(stem_of(name), {})
@@ -1299,7 +1299,7 @@ class Run:
     def progress(self):                 # 0 … 1
         return self.step / self.steps
     def __iter__(self):
-        # Ctrl-C and SIGTERM only ask to finish the step and save. A second Ctrl-C ends at once.
+        # Ctrl-C and SIGTERM only ask to finish the step and save. Ctrl-C after either ends at once.
         def ask(number, frame):
             self.status = 128 + number
             signal(SIGINT, default_int_handler)
@@ -1316,10 +1316,10 @@ class Run:
         with suppress(ValueError):      # as before, for notebooks
             signal(SIGINT, default_int_handler)
             signal(SIGTERM, SIG_DFL)
-    def stopped(self):                  # a signal to one process ends all after the same step
+    def stopped(self):          # one process's signal ends all after this step; only it exits 130
         return mean_over_processes(torch.tensor([float(self.status)])).item() > 0
     def end_step(self, losses, look):
-        # Log every tenth step. look (measure and draw) is called at tenths of the run.
+        # Log every tenth step. look (measure and draw) at tenths of the run, or after ten minutes.
         before = self.looks * self.step // self.steps
         self.step += 1
         self.line.update()
@@ -1349,7 +1349,7 @@ class Run:
     def finish(self, next_hint):        # -> exit status
         self.save()
         mean_over_processes(torch.zeros(1))     # a barrier: all wait for that save
-        hint = "to go on, add --resume; it is in" if self.status else next_hint
+        hint = next_hint if self.progress >= 1 else "to go on, add --resume; it is in"
         say("saved at step", self.step, "--", hint, shlex.quote(str(self.cfg.folder)))
         return self.status
 # ------------------------------------------------------------------------------------------------
@@ -1357,7 +1357,7 @@ class Run:
 @contextmanager
 def figure(path, width, rows, columns=1):               # with figure(…) as axes, draw on them
     from matplotlib.figure import Figure                # not pyplot, which may want a window
-    fig = Figure(figsize=(width, 1.3 * rows * columns), layout="constrained")
+    fig = Figure(figsize=(width, 1.3 * rows * columns), layout="constrained")   # wide: taller too
     yield fig.subplots(rows, columns, squeeze=False).flatten()
     path.parent.mkdir(parents=True, exist_ok=True)
     with suppress(PermissionError):                     # a viewer may lock the file
@@ -1457,8 +1457,8 @@ def evaluate(cfg, state):               # -> metrics.json, evaluate.png
             for name, b in sets.items():
                 numbers[name] = kernel_distance(a, features(lpips, b))
         # A near copy is nearer to a training image than 99 % of the u unseen images are. That limit
-        # has rank 1 + (u-1)/100 among their u distances. One more distance falls into each of the
-        # u+1 gaps equally often, so below the limit by chance with 1 + 98/(u+1) %.
+        # has rank r = 1 + (u-1)/100 among their u distances. One more distance falls into each of
+        # the u+1 gaps equally often, so below the limit by chance with r/(u+1) = 1 + 98/(u+1) %.
         trained = torch.isin(images.checksums[:, 0], state["seen"]).nonzero().flatten()
         if len(trained) < class_counts.sum():
             say("WARNING only", len(trained), "training images are here: not all copies are found")
@@ -1558,7 +1558,7 @@ def settle(argv):
     elif cfg.resume:                    # (the recorded settings contain those of the preset)
         state = load_checkpoint(cfg.folder / "last.pt", "--resume", cfg.stage)
         given = {**asdict(state["settings"]), "out": cfg.out}       # the folder may have moved
-        differ = [f"{flag(name)} was {given[name]}" for name in typed
+        differ = [f"{flag(name)} was {given[name]}" for name in typed       # (--lr: see descend)
                   if name not in MAY_CHANGE and typed[name] != given[name]]
         demand(not differ, f"--resume goes on with the recorded settings: {differ}")
     else:
@@ -1583,7 +1583,7 @@ def main(argv):
     try:
         function, cfg, state = settle(argv)
         status = function(cfg, state)                   # None is 0
-    except KeyboardInterrupt:                           # while preparing or sampling
+    except KeyboardInterrupt:                           # not while training, or a second one
         status = 130
     except (UserError, OSError) as e:
         print("vqldm:", e, file=sys.stderr)
