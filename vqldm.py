@@ -1387,7 +1387,7 @@ def draw_curves(path, log):             # look_mse and mse in one panel, so are 
 # ------------------------------------------------------------------------------------------------
 # E. Measuring
 # The kernel distance says how far two sets of images are apart. Two sets of 300 photographs have 0,
-# give or take 1. Samples of photographs have 5 to 7 (45 without a GAN), of drawn lesions 18. Its
+# give or take 1. Samples of photographs have 5 to 7 (45 without a GAN), of drawn lesions 19. Its
 # features are LPIPS's, so like lpips it flatters models trained with LPIPS.
 
 def features(lpips, images):            # uint8 (n,3,H,W) -> (n,512)
