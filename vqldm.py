@@ -127,7 +127,7 @@ class VQConfig(Training):
 class LDMConfig(Sampling, Training):
     """stage 2: train the diffusion model on the VQGAN's codes"""
     stage = "ldm"
-    vq: str = "runs/vq"                 # run or checkpoint of train-vq. A resumed run keeps its own
+    vq: str = "runs/vq"                 # run or checkpoint of train-vq. Fixed once a run has begun
     data: source = ""                   # folder of images. Empty means those of --vq
     unconditional: bool = False         # all images are of one class, which tells the UNet nothing
     balance: bool = False               # draw every class equally often, however rare it is
@@ -417,7 +417,7 @@ def adaptive_weight(rec, adversarial, last, limit):
     """lam = ‖∇_L rec‖ / (‖∇_L adversarial‖ + δ), VQGAN eq. 7. L is the decoder's last layer. (All
     weights would cost two more backward passes.) The GAN's gradient may be far longer or shorter
     than rec's. lam makes them equally long. gan_weight then sets their ratio, 1/5 by default and 1
-    in --preset report. In most steps lam is at its limit, and the ratio is smaller."""
+    in --preset report. By default lam is mostly at its limit, and the ratio is smaller."""
     def push(loss):                                         # ‖∇_L loss‖
         # grad makes no graph of its own, so lam is a constant that the VQGAN cannot learn to move.
         (gradient,) = torch.autograd.grad(loss, last, retain_graph=True)
@@ -447,7 +447,7 @@ def pick_device(cfg):
 
 def place(net, device):
     # Move a network. Most devices are faster if a pixel's channels are neighbours in memory. A
-    # Mac's GPU is slower (pytorch issue 193349). A run that changes sides loses Adam's averages.
+    # Mac's GPU is slower (pytorch issue 193349). Resumed elsewhere, fused Adam mixes up averages.
     layout = torch.contiguous_format if "mps" in str(device) else torch.channels_last
     return net.to(device, memory_format=layout)
 
@@ -460,7 +460,7 @@ def rng(*key):
 
 # torchrun starts this program once for each GPU. There are world() such processes, and this one is
 # number rank(). Each takes an equal share of a batch. All make the same random choices and average
-# what must agree, such as gradients. Process 0 alone prints and saves, the losses of its share.
+# what must agree, such as gradients. Process 0 alone prints and saves. Its losses are of its share.
 def world():
     return dist.get_world_size() if dist.is_initialized() else 1
 def rank():
@@ -525,7 +525,7 @@ def descend(loss, net, factor, *optimizers):
     """One step of the optimisers, at factor times their rates. If a gradient is not finite, no
     weight moves, since one bad batch must not end a night's run."""
     # To use n batches as one: zero once, backward each loss / n, do the rest once. trap: in stage 1
-    # lam must be that of the sum, since a norm of a sum is no sum of norms.
+    # push must add up the gradients of all n before it takes their norm.
     net.zero_grad()
     loss.backward()
     if world() > 1:                     # all in one message, since one for each tensor is slower
@@ -536,11 +536,11 @@ def descend(loss, net, factor, *optimizers):
     # Clipped to length 1, so that an outlier cannot dominate the optimisers' running averages.
     norm = nn.utils.clip_grad_norm_(net.parameters(), 1.0)
     if not norm.isfinite():
-        say("WARNING a gradient is not finite, a step is skipped. If it goes on, lower --lr")
+        say("WARNING a gradient is not finite, a step is skipped. If often, start with less --lr")
         return
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            initial = group.setdefault("initial_lr", group["lr"])   # in last.pt, beats a new --lr
+            initial = group.setdefault("initial_lr", group["lr"])  # last.pt keeps it: --lr is fixed
             group["lr"] = factor * initial
         optimizer.step()
 # ------------------------------------------------------------------------------------------------
@@ -750,7 +750,7 @@ class Diffusion:
         return abar.sqrt() * z0 + (1 - abar).sqrt() * eps                     # (B,d,h,w)
 
     def goal(self, z0, eps, abar):
-        # A new target changes LDMConfig, goal, predict and weight, a new path add_noise and sample.
+        # A new target changes LDMConfig, goal, predict, weight. Another mix: add_noise, sample too.
         if self.target == "eps":
             return eps
         return abar.sqrt() * eps - (1 - abar).sqrt() * z0       # v, Salimans app. D
@@ -814,8 +814,8 @@ class Diffusion:
                 if t_prev >= 0:
                     z = z + (1 - alpha).sqrt() * noise()
             # A new sampler is named in Sampling and above. It must not divide by 1-ᾱ_prev, which is
-            # 0 in the last step, or by 1-α, 0 where S > T repeats a level. trap: Heun's step asks
-            # at both levels. Average the two z0_hat. A mean of eps_hat is divided by a tiny √ᾱ_t.
+            # 0 in the last step, or by 1-α, 0 where S > T repeats a level. trap: Heun averages two
+            # answers, at t and t_prev. Take z0_hat's: eps_hat's gives one divided by a tiny √ᾱ_t.
             yield z, z0_hat
 # ------------------------------------------------------------------------------------------------
 # 9. Stage 2: the UNet
@@ -1084,7 +1084,7 @@ def sample(cfg, state):                 # -> PNGs in a folder for each class, an
         f"latents have std {std:.2f}, healthy is 0.7 to 1.4")
 # ------------------------------------------------------------------------------------------------
 # A. Drawn lesions
-# Images to begin with. (Cached beside --out: clear it after a change. A fifth class: two % 4.)
+# Images to begin with. (Cached beside --out: clear it after a change. A fifth class: both % 4.)
 # For each class: four colours, how ragged the border is, how dark the pigment mesh (below 0: pale).
 LESIONS = {"keratosis-like": ("b89970 997a57 ccb894 8c7866", .09, .05),
            "melanoma-like": ("42261c 734a33 545c78 8c4545", .20, .20),
@@ -1129,7 +1129,7 @@ def synthetic(i, size, seed=0):
 # One bad image can end a run after hours, and decoding JPEGs would take most of a laptop's time. So
 # each image is opened once, before training, and its pixels are written into one file.
 SUFFIX = r"(?i)\.(bmp|gif|jfif|jpe?g|png|tiff?|webp)$"
-# Masks (1_mask.png, masks/, but not with_mask or without_mask: hout), -partial, our pictures.
+# Masks (1_mask.png, masks/, but not with_mask or wit"hout"_mask), -partial, dots, our pictures.
 NO_PHOTO = (r"(?i)(_seg|_segmentation|_superpixels|_expert\d*|-partial)\.\w+$"
             r"|(?<!with|hout)[_-]mask\.\w+$|(^|/)(masks/|runs/|\.)"
             r"|(^|/)(grid|curves|evaluate|(recon|samples)_step_\d+)\.png$")
@@ -1189,7 +1189,7 @@ def find_images(folder):                # -> {name: what changes with its file} 
     return dict(sorted(names.items()))
 
 def prepare_images(source, cfg, cache):
-    # -> pixels, uint8 (n,3,size,size), and of each image (class, held out?, content, group).
+    # -> pixels, uint8 (n or more,3,size,size), and of n images (class, held out?, content, group).
     # content is a checksum of the file, or of seed and name if drawn. A group is all images of one
     # patient, or of one lesion if no patient is given, or else of one content. Groups with a number
     # that ends in 0 are held out, and so are folders val and test. (If photographs were split one
@@ -1207,7 +1207,7 @@ def prepare_images(source, cfg, cache):
         pixels = torch.empty(len(names), 3, cfg.size, cfg.size, dtype=torch.uint8)
         contents = {}
         for i, name in enumerate(bar(names, "preparing images")):
-            # An unreadable file ends this, uncached. One refused below stays out with the cache.
+            # A file that cannot be opened ends the run. A broken one is left out, also next time.
             data = f"{cfg.seed} {name}".encode() if drawn else (folder / name).read_bytes()
             try:
                 image = synthetic(i, cfg.size, cfg.seed) if drawn else read_image(data, cfg.size)
@@ -1316,7 +1316,7 @@ class Run:
         with suppress(ValueError):      # as before, for notebooks
             signal(SIGINT, default_int_handler)
             signal(SIGTERM, SIG_DFL)
-    def stopped(self):          # one process's signal ends all after this step; only it exits 130
+    def stopped(self):          # one process's signal ends all after this step, its status only its
         return mean_over_processes(torch.tensor([float(self.status)])).item() > 0
     def end_step(self, losses, look):
         # Log every tenth step. look (measure and draw) at tenths of the run, or after ten minutes.
@@ -1357,7 +1357,7 @@ class Run:
 @contextmanager
 def figure(path, width, rows, columns=1):               # with figure(…) as axes, draw on them
     from matplotlib.figure import Figure                # not pyplot, which may want a window
-    fig = Figure(figsize=(width, 1.3 * rows * columns), layout="constrained")   # wide: taller too
+    fig = Figure(figsize=(width, 1.3 * rows * columns), layout="constrained")   # 2: twice as high
     yield fig.subplots(rows, columns, squeeze=False).flatten()
     path.parent.mkdir(parents=True, exist_ok=True)
     with suppress(PermissionError):                     # a viewer may lock the file
@@ -1485,7 +1485,7 @@ def evaluate(cfg, state):               # -> metrics.json, evaluate.png
 def orthogonal(g):
     # g (r,n) = U S Vᵀ -> nearly U Vᵀ. All strengths but the tiniest become 0.7 to 1.2. This is
     # Newton-Schulz. Since x xᵀ x = U S³ Vᵀ, sums of odd powers change S alone. Jordan's round takes
-    # s to 3.4445 s - 4.775 s³ + 2.0315 s⁵. A small s grows threefold, others soon lie between both.
+    # s to 3.4445 s - 4.775 s³ + 2.0315 s⁵. A small s grows threefold a round, up to that range.
     x = g / (g.norm() + 1e-7)                   # the norm is √ of the sum of all s², so s ≤ 1
     for _ in range(5):
         gram = x @ x.T                                                    # (r,r)
@@ -1493,7 +1493,7 @@ def orthogonal(g):
     return x
 
 class Muon(torch.optim.Optimizer):
-    # Jordan's rule for kernels, of which there may be none. A step is lr · orthogonal(running mean
+    # Jordan's rule (but one factor) for kernels, if any. A step is lr · orthogonal(running mean
     # of the gradient, with Nesterov). (torch.optim.Muon always computes in bf16, slow on CPUs.)
     def __init__(self, kernels, lr):
         super().__init__([{"params": kernels}], {"lr": lr})
@@ -1590,7 +1590,7 @@ def main(argv):
     except (MemoryError, RuntimeError) as e:            # torch has several words for it
         if not re.search("^$|allocate|out of memory", str(e)):
             raise
-        print("vqldm: out of memory; lower --batch-size or --size", file=sys.stderr)
+        print("vqldm: out of memory; train with lower --batch-size or --size", file=sys.stderr)
     if status:
         raise SystemExit(status)
     if dist.is_initialized():
