@@ -551,7 +551,7 @@ def descend(loss, net, factor, *optimizers):
 # tells nothing apart. On drawn images it is below 0.1, so --gan-weight 0 saves time at no cost.
 # Ten times a run has a look: it measures 256 images that were never trained on, and draws 16. By
 # default, with 568,246 weights (without D) and in four minutes of one core, you will see:
-#                 10 %   50 %  100 % of the run   blurred: no LPIPS   collapsed: no restart_unused
+#                 10 %   50 %  100 % of the run   blurred: no LPIPS   collapsed: see NOTES, fifth
 #   psnr (dB)     29.5   35.2   38.1              39.7                35.5
 #   lpips         .044   .016   .011              .016                .018
 #   perplexity   1,466  1,334  1,430              1,398               101
