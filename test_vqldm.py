@@ -2,6 +2,7 @@
 """What vqldm.py promises, as tests. Each name, with its docstring, is the sentence that it proves.
 The strongest are the references: both trainings and the samplers, written out once more as plainly
 as possible; the program must end with the same numbers. No network, no GPU, no data."""
+
 import copy, functools, hashlib, itertools, json, math, os, re, shutil, signal, subprocess, sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,43 +17,69 @@ from PIL import Image
 from torch import nn
 from vqldm import Diffusion, rng
 
-torch.set_num_threads(1)        # these tensors are small: more threads only wait for each other
+torch.set_num_threads(1)  # these tensors are small: more threads only wait for each other
 HERE = Path(vqldm.__file__).parent
-SOURCE = Path(vqldm.__file__).read_text(encoding="utf8")        # now: it may be edited meanwhile
-ORIGINAL = SimpleNamespace(**vars(vqldm))         # what at_home replaces, as it was
-vqldm.build_parser = functools.cache(vqldm.build_parser)    # the dearest part of a short command
+SOURCE = Path(vqldm.__file__).read_text(encoding="utf8")  # now: it may be edited meanwhile
+ORIGINAL = SimpleNamespace(**vars(vqldm))  # what at_home replaces, as it was
+vqldm.build_parser = functools.cache(vqldm.build_parser)  # the dearest part of a short command
 vqldm.build_parser()
-def randn(*shape, key=0):       # normal numbers that are the same in each run, whatever ran before
+
+
+def randn(*shape, key=0):  # normal numbers that are the same in each run, whatever ran before
     return torch.randn(shape, generator=rng("test", key))
+
+
 def grads(loss, tensors):
     return torch.autograd.grad(loss, tensors, retain_graph=True)
-def flat(z):                    # (B,d,h,w) -> (B·h·w,d)
+
+
+def flat(z):  # (B,d,h,w) -> (B·h·w,d)
     return z.detach().permute(0, 2, 3, 1).flatten(0, 2)
+
+
 def bf16(on=True):
     return torch.autocast("cpu", torch.bfloat16, enabled=on)
-def rough(net, std=0.3):        # no weight is left at zero, so that everything in it is heard
+
+
+def rough(net, std=0.3):  # no weight is left at zero, so that everything in it is heard
     for i, p in enumerate(net.parameters()):
         p.data = std * randn(*p.shape, key=("rough", i))
     return net
-def same(a, b):                         # bit for bit
+
+
+def same(a, b):  # bit for bit
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else str(a) == str(b)
-def recorded(patch, owner, name, before=lambda *a: None):   # -> [(arguments, result) of each call]
+
+
+def recorded(patch, owner, name, before=lambda *a: None):  # -> [(arguments, result) of each call]
     function, calls = getattr(owner, name), []
+
     def call(*a, **how):
         before(*a)
         result = function(*a, **how)
         calls.append((a, result))
         return result
+
     patch.setattr(owner, name, call)
     return calls
 
+
 # ---- 6. Rates, 7. Symmetries -------------------------------------------------------------------
 def test_learning_rates_rise_for_50_steps_and_fall_to_a_hundredth_in_the_last_three_fifths():
-    for step, progress, want in [(0, 0, 0.02), (24, 0, 0.5), (49, 0.4, 1), (1000, 0, 1), (99, 0.7,
-                                 0.5), (9, 0.99, 1 / 60), (1000, 0.999, 0.01), (49, 2, 0.01)]:
+    for step, progress, want in [
+        (0, 0, 0.02),
+        (24, 0, 0.5),
+        (49, 0.4, 1),
+        (1000, 0, 1),
+        (99, 0.7, 0.5),
+        (9, 0.99, 1 / 60),
+        (1000, 0.999, 0.01),
+        (49, 2, 0.01),
+    ]:
         assert vqldm.lr_factor(step, progress) == pytest.approx(want)
+
 
 def test_augment_shows_each_image_in_the_eight_symmetries_of_the_square():
     x, turns = randn(8, 3, 5, 5), torch.arange(8)
@@ -61,6 +88,7 @@ def test_augment_shows_each_image_in_the_eight_symmetries_of_the_square():
         assert sum(np.array_equal(shown, a) for a in group) == 1
     every = vqldm.augment(x[:1].expand(8, -1, -1, -1), turns)
     assert len(every.unique(dim=0)) == 8 and torch.equal(every[0], x[0])
+
 
 # ---- 2. Blocks ---------------------------------------------------------------------------------
 def test_residual_branches_start_as_nothing():
@@ -74,6 +102,8 @@ def test_residual_branches_start_as_nothing():
     assert torch.equal(vqldm.ResBlock(8, 8, 16)(x, emb), x)
     assert torch.equal(wider(x), wider.shortcut(x)) and torch.equal(vqldm.AttentionBlock(8)(x), x)
     assert not vqldm.UNet(8, (8, 12), 1)(x, torch.tensor([0, 5])).any()
+
+
 def res(block, x, emb):
     """emb scales and shifts what the second norm puts out: AdaGN (Dhariwal & Nichol 2021)."""
     y = block.norm2(block.conv1(F.silu(block.norm1(x))))
@@ -81,11 +111,15 @@ def res(block, x, emb):
         scale, shift = block.emb(F.silu(emb))[:, :, None, None].chunk(2, 1)
         y = y + scale * y + shift
     return block.shortcut(x) + block.conv2(F.silu(y))
-def attention(block, x):        # softmax of queries times keys, over all positions
-    y, own = block.norm(x).flatten(2).transpose(1, 2), block.attention                  # (B,N,C)
+
+
+def attention(block, x):  # softmax of queries times keys, over all positions
+    y, own = block.norm(x).flatten(2).transpose(1, 2), block.attention  # (B,N,C)
     q, k, v = F.linear(y, own.in_proj_weight, own.in_proj_bias).chunk(3, 2)
     y = own.out_proj((q @ k.transpose(1, 2) / math.sqrt(x.shape[1])).softmax(2) @ v)
     return x + y.transpose(1, 2).view_as(x)
+
+
 def written_out(net, y, emb=None):
     """Down, middle, up, last, as VQGAN's Table 7 has them, from a network's layers. With emb:
     what each DownBlock has before it halves stands beside what the UpBlock of that size doubled."""
@@ -102,6 +136,8 @@ def written_out(net, y, emb=None):
         y = y if emb is None else torch.cat([y, skips.pop()], 1)
         y = res(block.res2, res(block.res1, y, emb), emb)
     return net.last(F.silu(net.norm(y)))
+
+
 @pytest.mark.parametrize("upsample", ["nearest", "transposed"])
 def test_encoder_and_decoder_are_the_blocks_of_the_paper_written_out(upsample):
     net = rough(vqldm.VQGAN(vqldm.VQConfig(widths=(8, 12), codes=5, upsample=upsample)))
@@ -110,6 +146,8 @@ def test_encoder_and_decoder_are_the_blocks_of_the_paper_written_out(upsample):
     for part, y, out in ((net.encoder, x, z), (net.decoder, z, x)):
         assert torch.allclose(part(y), written_out(part, y), atol=1e-3)
         assert part(y).shape == out.shape
+
+
 @pytest.mark.parametrize("upsample", ["nearest", "transposed"])
 def test_unet_is_down_middle_and_up_with_skips_of_the_same_size_and_hears_time_and_class(upsample):
     """emb is time, in sines of periods 2π to 2π·10,000, plus class."""
@@ -121,8 +159,9 @@ def test_unet_is_down_middle_and_up_with_skips_of_the_same_size_and_hears_time_a
     y = written_out(net, z, emb)
     assert torch.allclose(net(z, t, label), y, atol=1e-3) and y.shape == z.shape
     assert vqldm.channel_pairs((16, 64, 32)) == [(16, 16), (16, 64), (64, 32)]
-    assert torch.equal(net(z, t), net(z, t, torch.full((3,), 3)))       # class 3 of 0…2: not told
+    assert torch.equal(net(z, t), net(z, t, torch.full((3,), 3)))  # class 3 of 0…2: not told
     assert (y - net(z, t)).abs().max() > 1e-3
+
 
 # ---- 3. The codebook, 4. The losses of stage 1 -------------------------------------------------
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -135,6 +174,7 @@ def test_nearest_code_is_that_of_a_float64_search(dtype):
     excess = d.gather(1, k.flatten()[:, None])[:, 0] - d.amin(1)
     assert torch.equal(k, inside) and k.shape == (4, 16, 16) and excess.max() < 1e-5
 
+
 def test_codes_start_again_on_encoder_outputs_and_only_those_that_shall():
     book, z, dead = rough(vqldm.Codebook(64, 4), 1), randn(2, 4, 6, 6), torch.arange(64) % 3 == 0
     e, outputs, book.wins[~dead] = book.embedding.weight, flat(100 + z), 1
@@ -142,13 +182,20 @@ def test_codes_start_again_on_encoder_outputs_and_only_those_that_shall():
     book.restart_unused(100 + z, rng(0))
     far, place = torch.cdist(e[dead].detach(), outputs).min(1)
     assert torch.equal(e[~dead], before[~dead]) and far.max() < 0.1 * outputs.std(0).norm()
-    assert place.min() < 10 and place.max() > 61            # of 0…71: drawn from all
-    assert len(e[dead].unique(dim=0)) == dead.sum() and not book.wins.any()     # no two alike
+    assert place.min() < 10 and place.max() > 61  # of 0…71: drawn from all
+    assert len(e[dead].unique(dim=0)) == dead.sum() and not book.wins.any()  # no two alike
     book.restart_unused(z[:1, :, :1, :1], rng(0))
-    assert e.isfinite().all()                               # a single vector has no spread
-@pytest.mark.parametrize("widths, channels, sees", [
-    ((80, 8), [3, 40, 80, 1], 18), ((8, 8, 8), [3, 32, 64, 128, 1], 38),
-    ((8, 8, 8, 8), [3, 32, 64, 128, 256, 1], 78)])
+    assert e.isfinite().all()  # a single vector has no spread
+
+
+@pytest.mark.parametrize(
+    "widths, channels, sees",
+    [
+        ((80, 8), [3, 40, 80, 1], 18),
+        ((8, 8, 8), [3, 32, 64, 128, 1], 38),
+        ((8, 8, 8, 8), [3, 32, 64, 128, 256, 1], 78),
+    ],
+)
 def test_discriminator_gives_a_raw_logit_for_each_place_of_the_latent_grid(widths, channels, sees):
     """Convolutions that halve, Norm (not after the first), LeakyReLU. No sigmoid or tanh at the
     end. Without its norms, which see the whole image, a logit sees 18, 38, 78 pixels."""
@@ -167,6 +214,7 @@ def test_discriminator_gives_a_raw_logit_for_each_place_of_the_latent_grid(width
     (seen,) = grads(disc(x.requires_grad_())[0, 0, 48 // f, 48 // f], (x,))
     assert seen[0].any(0).any(0).sum() == seen[0].any(0).any(1).sum() == sees
 
+
 def test_lam_is_measured_in_float32_under_autocast(monkeypatch):
     """At the last layer: its output, and so its gradient, is that of a float32 convolution."""
     decoder = rough(vqldm.Decoder((8, 8), 4))
@@ -176,13 +224,17 @@ def test_lam_is_measured_in_float32_under_autocast(monkeypatch):
         assert vqldm.PatchDiscriminator((8, 8))(x_hat).dtype == torch.float32
     want = F.conv2d(calls[0][0][0].float(), *decoder.last.parameters(), padding=1)
     assert x_hat.dtype == torch.float32 and torch.allclose(x_hat, want, atol=1e-6)
-    for has in (True, False):                           # or in float32, on most processors
+    for has in (True, False):  # or in float32, on most processors
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has)
         with ORIGINAL.pick_device(vqldm.Settings(device="cpu"))[1]() as autocast:
             assert torch.is_autocast_enabled("cpu") == has and autocast.fast_dtype == torch.bfloat16
+
+
 def blind_lpips(patch):
-    import lpips                        # with a random trunk: enough, and without a download
+    import lpips  # with a random trunk: enough, and without a download
+
     patch.setattr(lpips, "LPIPS", functools.partial(lpips.LPIPS, pnet_rand=True))
+
 
 def test_lpips_is_frozen_in_eval_mode_and_sees_images_from_minus_1_to_1(monkeypatch, capsys):
     """The features are its last map's means over places. If it cannot be loaded, it is left out."""
@@ -192,26 +244,30 @@ def test_lpips_is_frozen_in_eval_mode_and_sees_images_from_minus_1_to_1(monkeypa
     assert not any(p.requires_grad for p in lpips.parameters())
     x, x_hat = randn(2, 2, 3, 64, 64).requires_grad_()
     assert not lpips(x, x).any() and grads(lpips(x_hat, x).sum(), (x_hat,))[0].any()
-    u8 = (60 * randn(35, 3, 64, 64).clamp(-2, 2) + 128).byte()          # 35 are several parts
+    u8 = (60 * randn(35, 3, 64, 64).clamp(-2, 2) + 128).byte()  # 35 are several parts
     large = F.interpolate(u8[[0, 34]] / 255 * 2 - 1, (224, 224), mode="bilinear")
     want = lpips.net(lpips.scaling_layer(large))[-1].mean((2, 3))
     assert torch.allclose(vqldm.features(lpips, u8)[[0, 34]].float(), want, atol=1e-5)
-    assert want.shape == (2, 512)                       # so it is SqueezeNet's
+    assert want.shape == (2, 512)  # so it is SqueezeNet's
     monkeypatch.setattr("lpips.LPIPS", Mock(side_effect=OSError))
     assert ORIGINAL.load_lpips("cpu") is None
     assert re.search("no LPIPS.*/checkpoints", capsys.readouterr().out)
 
+
 # ---- 7, 10. References: both trainings, written out plainly ------------------------------------
 # They share the program's modules and the keys of its random numbers, and nothing of its loops.
-def drawn(cfg):                 # -> all images in [-1,1], rows to train on, held-out rows
+def drawn(cfg):  # -> all images in [-1,1], rows to train on, held-out rows
     def content(i):
         name = f"{cfg.seed} {list(vqldm.LESIONS)[i % 4]}/{i}"
         return vqldm.digest(hashlib.sha256(name.encode()).digest())
+
     images = torch.stack([vqldm.synthetic(i, cfg.size, cfg.seed) for i in range(cfg.n_images)])
     held = torch.tensor([content(i) % 10 == 0 for i in range(cfg.n_images)])
     val = held.nonzero()[:, 0]
     val = val[torch.randperm(len(val), generator=rng("held out"))]
     return images.float() / 127.5 - 1, (~held).nonzero()[:, 0], val
+
+
 def steps_of(cfg, train):
     """Step, its rows, how far the run is, factor of all learning rates."""
     orders = [torch.randperm(len(train), generator=rng(cfg.seed, "order", i)) for i in range(11)]
@@ -220,28 +276,40 @@ def steps_of(cfg, train):
     for i in range(n):
         progress = i / n
         yield i, rows[i], progress, max(0.01, min(1, (i + 1) / 50, (1 - progress) / 0.6))
+
+
 def adam(params, betas=(0.9, 0.99)):
     return torch.optim.Adam(params, 0.0, betas, fused=True)
-def step_along(net, loss, optimizers, factor):          # optimizers: {optimizer: learning rate}
+
+
+def step_along(net, loss, optimizers, factor):  # optimizers: {optimizer: learning rate}
     params = list(net.parameters())
     for p, g in zip(params, torch.autograd.grad(loss, params)):
-        p.grad = torch.empty_like(p).copy_(g)                   # fused Adam takes it as it lies
+        p.grad = torch.empty_like(p).copy_(g)  # fused Adam takes it as it lies
     nn.utils.clip_grad_norm_(params, 1.0)
     for optimizer, lr in optimizers.items():
         optimizer.param_groups[0]["lr"] = factor * lr
         optimizer.step()
+
+
 def plain_vq(cfg, autocast):
     """-> VQGAN, D, how often each code won since the restart, what a log should tell."""
     (images, train, val), seed = drawn(cfg), cfg.seed
     torch.manual_seed(seed)
     net, disc = vqldm.VQGAN(cfg), vqldm.PatchDiscriminator(cfg.widths)
-    [m.to(memory_format=torch.channels_last) for m in (net, disc)]      # so that roundings agree
+    [m.to(memory_format=torch.channels_last) for m in (net, disc)]  # so that roundings agree
     book, named = net.codebook, dict(net.named_parameters())
-    inner = [n for n, p in named.items()
-             if cfg.muon_lr and p.dim() == 4 and not re.search("first|last", n)]
+    inner = [
+        n
+        for n, p in named.items()
+        if cfg.muon_lr and p.dim() == 4 and not re.search("first|last", n)
+    ]
     rest = [p for n, p in named.items() if n not in inner and "embedding" not in n]
-    optimizers = {adam(rest): cfg.lr, adam([book.embedding.weight]): cfg.codes_lr,
-                  vqldm.Muon([named[n] for n in inner], 0.0): cfg.muon_lr}
+    optimizers = {
+        adam(rest): cfg.lr,
+        adam([book.embedding.weight]): cfg.codes_lr,
+        vqldm.Muon([named[n] for n in inner], 0.0): cfg.muon_lr,
+    }
     optimizers_d, told = {adam(disc.parameters(), (0.5, 0.9)): cfg.d_lr}, {}
     for i, rows, progress, factor in steps_of(cfg, train):
         if i in (0, 50, 100):
@@ -281,16 +349,18 @@ def plain_vq(cfg, autocast):
     x = images[val]
     told.update(look_mse=F.mse_loss(x_hat, x), look_lpips=blurred(x_hat, x).mean())
     return net, disc, book.wins, {name: float(value.detach()) for name, value in told.items()}
+
+
 def plain_ldm(cfg, vq_cfg, vqgan, scale, autocast):
     """-> UNet, its mean, its guide, held-out losses of the first two, the last loss told."""
     (images, train, val), seed, B = drawn(vq_cfg), cfg.seed, cfg.batch_size
     n_classes = 1 if cfg.unconditional else 4
     labels, book, codes = torch.arange(len(images)) % n_classes, vqgan.codebook, []
-    for turn in range(8):               # all eight, since 46 images are fewer than 20,000 / 8
+    for turn in range(8):  # all eight, since 46 images are fewer than 20,000 / 8
         turned = vqldm.augment(images, [turn] * len(images))
         with autocast(), torch.no_grad():
             codes.append(book.lookup(book.nearest(vqgan.encoder(turned))))
-    codes = torch.stack(codes, 1)                                               # (n,8,d,h,w)
+    codes = torch.stack(codes, 1)  # (n,8,d,h,w)
     each = codes[train].movedim(2, 0).flatten(1)
     assert torch.allclose(scale, torch.stack([each.mean(1), each.std(1, correction=0)]), rtol=1e-5)
     latents = (codes - scale[0].view(-1, 1, 1)) / scale[1].view(-1, 1, 1)
@@ -299,12 +369,14 @@ def plain_ldm(cfg, vq_cfg, vqgan, scale, autocast):
     net.to(memory_format=torch.channels_last)
     ema, guide, optimizers = copy.deepcopy(net), None, {adam(net.parameters()): cfg.lr}
     alpha_bar, told = Diffusion(cfg.T, cfg.schedule).alpha_bar, None
+
     def errors(net, z0, t, eps, label):
         a = alpha_bar[t].view(-1, 1, 1, 1)
         goal = a.sqrt() * eps - (1 - a).sqrt() * z0 if cfg.target == "v" else eps
         with autocast():
             out = net(a.sqrt() * z0 + (1 - a).sqrt() * eps, t, label)
         return (out - goal).square().flatten(1).mean(1)
+
     for i, rows, progress, factor in steps_of(cfg, train):
         draw = rng(seed, "step", i)
         if cfg.balance:
@@ -323,28 +395,77 @@ def plain_ldm(cfg, vq_cfg, vqgan, scale, autocast):
         for m, p in zip(ema.parameters(), net.parameters()):
             m.data = keep * m.data + (1 - keep) * p.data
         guide = copy.deepcopy(ema) if progress < 0.2 else guide
-    t = torch.linspace(0, cfg.T - 1, len(val)).long()           # from no noise to noise alone
+    t = torch.linspace(0, cfg.T - 1, len(val)).long()  # from no noise to noise alone
     eps = torch.randn(latents[val, 0].shape, generator=rng("held-out noise"))
     both = [errors(m, latents[val, 0], t, eps, labels[val]).detach() for m in (ema, net)]
     return net, ema, guide, *both, told
-def blurred(x_hat, x):          # stands in for LPIPS, which wants float32
+
+
+def blurred(x_hat, x):  # stands in for LPIPS, which wants float32
     assert not torch.is_autocast_enabled("cpu")
     return F.avg_pool2d(x_hat.float() - x, 4).square().mean((1, 2, 3))
-REPORT = dict(                          # the report's system, as settings of both stages
-    vq=dict(upsample="transposed", commit_weight=1.0, lpips_weight=1.0, gan_weight=1.0,
-            lam_max=1e4, gan_start=0.267, muon_lr=0.0, lr=3e-4, codes_lr=3e-4, d_lr=3e-4),
-    ldm=dict(upsample="transposed", unconditional=True, balance=False, target="eps",
-             schedule="linear", sampler="ddpm", steps=1000, guidance=1.0))
+
+
+REPORT = dict(  # the report's system, as settings of both stages
+    vq=dict(
+        upsample="transposed",
+        commit_weight=1.0,
+        lpips_weight=1.0,
+        gan_weight=1.0,
+        lam_max=1e4,
+        gan_start=0.267,
+        muon_lr=0.0,
+        lr=3e-4,
+        codes_lr=3e-4,
+        d_lr=3e-4,
+    ),
+    ldm=dict(
+        upsample="transposed",
+        unconditional=True,
+        balance=False,
+        target="eps",
+        schedule="linear",
+        sampler="ddpm",
+        steps=1000,
+        guidance=1.0,
+    ),
+)
+
+
 @pytest.fixture(scope="module", params=["float32", "bfloat16", "report"])
 def runs(request, tmp_path_factory):
     """Both stages, trained by the program: with Muon and v (D joins late, lest rounding decides
     near ties of codes); in bf16 with Adam, ε and balance; and the report's system."""
     kind, folder = request.param, tmp_path_factory.mktemp(request.param)
-    vq_cfg = vqldm.VQConfig(size=32, n_images=46, widths=(4, 8), codes=512, batch_size=4, epochs=10,
-                            seed=6, lpips_weight=0.5, gan_start=0.75, lr=5e-4, muon_lr=0.005,
-                            codes_lr=0.005, d_lr=2e-3, gan_weight=0.4, out=str(folder / "vq"))
-    cfg = vqldm.LDMConfig(vq=vq_cfg.out, T=40, widths=(8, 12), ema=0.6, lr=1e-2, batch_size=2,
-                          steps=9, epochs=2, seed=5, out=str(folder / "ldm"))
+    vq_cfg = vqldm.VQConfig(
+        size=32,
+        n_images=46,
+        widths=(4, 8),
+        codes=512,
+        batch_size=4,
+        epochs=10,
+        seed=6,
+        lpips_weight=0.5,
+        gan_start=0.75,
+        lr=5e-4,
+        muon_lr=0.005,
+        codes_lr=0.005,
+        d_lr=2e-3,
+        gan_weight=0.4,
+        out=str(folder / "vq"),
+    )
+    cfg = vqldm.LDMConfig(
+        vq=vq_cfg.out,
+        T=40,
+        widths=(8, 12),
+        ema=0.6,
+        lr=1e-2,
+        batch_size=2,
+        steps=9,
+        epochs=2,
+        seed=5,
+        out=str(folder / "ldm"),
+    )
     if kind == "bfloat16":
         vq_cfg = vqldm.replace(vq_cfg, epochs=2, gan_start=0.3, muon_lr=0.0, codes_lr=0.05)
         cfg = vqldm.replace(cfg, epochs=1, target="eps", schedule="linear", balance=True)
@@ -360,11 +481,17 @@ def runs(request, tmp_path_factory):
     vq, ldm = [vqldm.load_checkpoint(c.out, "", kind) for c, kind in ((vq_cfg, "vq"), (cfg, "ldm"))]
     model = vqldm.LatentDiffusion(ldm, "cpu", autocast)
     return SimpleNamespace(
-        kind=kind, autocast=autocast, vq_cfg=vq_cfg, cfg=cfg, vq=vq, ldm=ldm, model=model)
-def assert_same(state, net):            # or how far off the worst are, in units of the allowed
-    off = {name: float(((state[name] - p).abs() / (1e-4 + 1e-3 * p.abs())).max().detach())
-           for name, p in net.named_parameters()}
+        kind=kind, autocast=autocast, vq_cfg=vq_cfg, cfg=cfg, vq=vq, ldm=ldm, model=model
+    )
+
+
+def assert_same(state, net):  # or how far off the worst are, in units of the allowed
+    off = {
+        name: float(((state[name] - p).abs() / (1e-4 + 1e-3 * p.abs())).max().detach())
+        for name, p in net.named_parameters()
+    }
     assert max(off.values()) <= 1, sorted(off.items(), key=lambda row: -row[1])[:3]
+
 
 def test_reference_stage_1_ends_with_the_weights_of_the_paper_written_out(runs):
     """With one rate, row, turn, loss, weight or restart wrong, weights or what is told differ."""
@@ -378,10 +505,12 @@ def test_reference_stage_1_ends_with_the_weights_of_the_paper_written_out(runs):
     assert 0 < restarted < 512 if runs.kind == "float32" else restarted == 512
     assert {name: told[name] for name in want} == pytest.approx(want, rel=1e-3)
 
+
 def test_reference_stage_2_ends_with_the_weights_of_algorithm_1_written_out(runs):
     """And its mean, guide and scale; what it tells of held-out images and samples is the mean's."""
     net, ema, guide, held, raw, loss = plain_ldm(
-        runs.cfg, runs.vq_cfg, runs.model.vqgan, runs.ldm["scale"], runs.autocast)
+        runs.cfg, runs.vq_cfg, runs.model.vqgan, runs.ldm["scale"], runs.autocast
+    )
     for part, want in (("model", net), ("ema", ema), ("guide", guide)):
         assert_same(runs.ldm[part], want)
     told = runs.ldm["log"][-1]
@@ -393,20 +522,29 @@ def test_reference_stage_2_ends_with_the_weights_of_algorithm_1_written_out(runs
     assert told["look_latent_std"] == pytest.approx(float(std), rel=1e-3)
     told = [row["loss"] for row in runs.ldm["log"] if "loss" in row]
     assert told[-1] == pytest.approx(loss, 1e-3)
+
+
 @pytest.mark.parametrize("n, versions", [(2500, 8), (5000, 4), (20_001, 1)])
 def test_large_sets_are_encoded_in_fewer_symmetries(calm, tmp_path, monkeypatch, n, versions):
     found = [("images", i % 10 == 0, i, i) for i in range(n)]
     monkeypatch.setattr(vqldm, "prepare_images", lambda *a: (None, found))
     encode = Mock(side_effect=lambda net, images, v, *a: torch.zeros(n, v, 8, 8).int())
-    monkeypatch.setattr(vqldm, "encode_images", encode)     # another turn would be an IndexError
+    monkeypatch.setattr(vqldm, "encode_images", encode)  # another turn would be an IndexError
     assert cli(*STAGES["ldm"], "--batch-size", n, "--epochs", 1, "--out", tmp_path / "ldm") == 0
     assert encode.call_args[0][2] == versions
+
 
 # ---- 8. Diffusion ------------------------------------------------------------------------------
 def root(t, T):
     return math.cos((t / T + 0.008) / 1.008 * math.pi / 2)
-BETA = dict(linear=lambda t, T: (1e-4 + 0.0199 * t / (T - 1)) * 1000 / T,
-            cosine=lambda t, T: 1 - (root(t + 1, T) / root(t, T)) ** 2)
+
+
+BETA = dict(
+    linear=lambda t, T: (1e-4 + 0.0199 * t / (T - 1)) * 1000 / T,
+    cosine=lambda t, T: 1 - (root(t + 1, T) / root(t, T)) ** 2,
+)
+
+
 @pytest.mark.parametrize("T", [50, 250, 1000])
 @pytest.mark.parametrize("schedule", BETA)
 def test_alpha_bar_is_the_product_and_ends_near_0_for_every_T(schedule, T):
@@ -416,14 +554,16 @@ def test_alpha_bar_is_the_product_and_ends_near_0_for_every_T(schedule, T):
     np.testing.assert_allclose(a.double(), [*want, 1], rtol=1.2e-7)
     assert a[-2] < 0.01 and (a[:-1].diff() < 0).all()
 
+
 def test_pairs_are_exactly_S_steps_from_noise_to_the_latent_for_every_S():
     """And no other sampler can be named."""
     for S in range(1, 1001):
         t, prev = zip(*Diffusion.pairs(SimpleNamespace(T=1000), S))
         assert len(t) == S and t[0] == 999 and prev == (*t[1:], -1)
-        assert {a - b for a, b in zip(t, prev)} <= {1000 // S, 1000 // S + 1}       # even strides
+        assert {a - b for a, b in zip(t, prev)} <= {1000 // S, 1000 // S + 1}  # even strides
     with pytest.raises(vqldm.UserError, match="dpm"):
         next(Diffusion().sample(lambda z, t: z, randn(1, 3, 4, 4), 1, "dpm", None))
+
 
 # ---- 10, 11. Sampling --------------------------------------------------------------------------
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm", "recorded"])
@@ -431,8 +571,10 @@ def test_reference_sampling_ends_with_the_latents_of_the_papers_written_out(runs
     """Of the running mean, led by its younger self; each image with noise of its own. The guide is
     told the class or not. recorded: as the training says, so the report's in all T steps, unguided.
     ddim: eq. 12, σ = 0. ddpm: the mean of q(z_prev | z_t, z0), DDPM eq. 7, and σ² = β."""
+
     def fresh():
         return torch.stack([torch.randn(3, 8, 8, generator=g) for g in own])
+
     model, some, label = runs.model, [33, 4, 9], torch.tensor([2, 0, 1]).repeat(12)
     how = dict(steps=7, sampler=sampler, guidance=3.0, guide="untold")
     how = dict(how, guidance=0.5, guide="told") if sampler == "ddpm" else how
@@ -457,17 +599,18 @@ def test_reference_sampling_ends_with_the_latents_of_the_papers_written_out(runs
         else:
             z = (p.sqrt() * (1 - a / p) * z0 + (a / p).sqrt() * (1 - p) * z) / (1 - a)
             z = z + (1 - a / p).sqrt() * fresh() if prev >= 0 else z
-    numbers = torch.arange(0, 252, 7)           # torch's integers are the same numbers as Python's
+    numbers = torch.arange(0, 252, 7)  # torch's integers are the same numbers as Python's
     pictures, latents = model.images(cfg, numbers, label)
-    off = 1e-4 if runs.kind != "bfloat16" else 2e-3     # there batches of another size round apart
+    off = 1e-4 if runs.kind != "bfloat16" else 2e-3  # there batches of another size round apart
     assert torch.allclose(latents[some], z, rtol=off, atol=off * float(z.std()))
     with runs.autocast(), torch.no_grad():
         mean, std = model.scale.view(2, 3, 1, 1)
         k = model.vqgan.codebook.nearest(latents[32:] * std + mean)
         x = model.vqgan.decoder(model.vqgan.codebook.lookup(k))
-        again = model.decode(latents[32:])      # within autocast, which it leaves as it was
+        again = model.decode(latents[32:])  # within autocast, which it leaves as it was
     assert torch.equal(pictures[32:], ((x.clamp(-1, 1) + 1) * 127.5).round().byte())
     assert torch.equal(pictures[32:], again) and not torch.is_autocast_enabled("cpu")
+
 
 # ---- E. Measuring, F. Muon ---------------------------------------------------------------------
 def test_reconstructions_are_measured_by_numbers_worked_out_by_hand():
@@ -477,39 +620,54 @@ def test_reconstructions_are_measured_by_numbers_worked_out_by_hand():
     vqgan.encoder = vqgan.decoder = nn.Identity()
     vqgan.codebook.embedding.weight.data = torch.tensor([[-1], [-0.2], [0.23], [1.2]]).expand(4, 3)
     u8 = torch.tensor(72 * [179] + 24 * [255]).byte().view(-1, 1, 1, 1).expand(-1, 3, 16, 16)
+
     def lpips(*images):
         seen.extend(torch.stack(images)[:, :, 0, 0, 0].T.tolist())
         return 2 * (images[1].mean((1, 2, 3)) > 0.9)
+
     numbers, copies = vqldm.reconstruct(vqgan, u8, lpips, functools.partial(bf16, False))
-    x = 179 / 127.5 - 1                                 # 0.404, rounded to 0.23; 1 to 1.2, so to 1
+    x = 179 / 127.5 - 1  # 0.404, rounded to 0.23; 1 to 1.2, so to 1
     mse = (x - 0.23) ** 2
     psnr = (3 * 10 * math.log10(4 / mse) + 10 * math.log10(4 / 1e-10)) / 4
-    assert numbers == pytest.approx(dict(mse=0.75 * mse, psnr=psnr, lpips=0.5,
-                                         perplexity=4 / 3**0.75, codes_used_percent=50), rel=1e-3)
+    assert numbers == pytest.approx(
+        dict(mse=0.75 * mse, psnr=psnr, lpips=0.5, perplexity=4 / 3**0.75, codes_used_percent=50),
+        rel=1e-3,
+    )
     assert seen == [pytest.approx(pair) for pair in 72 * [[0.23, x]] + 24 * [[1, 1]]]
     assert copies[:, 0, 0, 0].tolist() == 72 * [157] + 24 * [255]
     assert vqldm.to_bytes(torch.tensor([-7, 7])).tolist() == [0, 255]
 
+
 def test_kernel_distance_is_the_unbiased_sum_over_pairs():
     def mean(pairs):
         return np.mean([float((u @ v / 3 + 1) ** 3) for u, v in pairs])
+
     a, b = randn(5, 3).double(), randn(5, 3, key=1).double() + 1
-    within = sum(mean(itertools.permutations(u, 2)) for u in (a, b))        # no image with itself
-    between = mean((a[i], b[j]) for i, j in itertools.permutations(range(5), 2))    # nor its twin
+    within = sum(mean(itertools.permutations(u, 2)) for u in (a, b))  # no image with itself
+    between = mean((a[i], b[j]) for i, j in itertools.permutations(range(5), 2))  # nor its twin
     assert vqldm.kernel_distance(a, b) == pytest.approx(within - 2 * between)
+
 
 def test_the_nearest_training_image_is_found_in_all_eight_symmetries():
     """Among those trained on alone, by the distance of 32×32 means: against a float64 search."""
     pixels = torch.randint(256, (300, 3, 64, 64), generator=rng(1)).byte()
-    trained = torch.arange(299, 0, -1)                          # not 0
+    trained = torch.arange(299, 0, -1)  # not 0
     pictures = torch.cat([pixels[:1], vqldm.augment(pixels[290:298], torch.arange(8))] * 30)
     distance, row = vqldm.nearest_trained(pictures, SimpleNamespace(pixels=pixels), trained)
     small = pixels.double().unflatten(3, (32, 2)).unflatten(2, (32, 2)).mean((3, 5)) / 127.5 - 1
-    best = min((torch.dist(small[0], turned(small[i])), i) for i in range(1, 300)
-               for turned in [lambda x, k=k, m=m: torch.rot90(x.flip(2) if m else x, k, (1, 2))
-                              for k in range(4) for m in (0, 1)])
+    best = min(
+        (torch.dist(small[0], turned(small[i])), i)
+        for i in range(1, 300)
+        for turned in [
+            lambda x, k=k, m=m: torch.rot90(x.flip(2) if m else x, k, (1, 2))
+            for k in range(4)
+            for m in (0, 1)
+        ]
+    )
     assert row.tolist() == [best[1], *range(290, 298)] * 30
     assert abs(distance[0] / best[0] - 1) < 1e-4 and distance[1:9].max() < 0.1
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (1, 9, 1, 1), (9, 1, 1, 1), (64, 4, 2, 2)])
 def test_muon_keeps_the_directions_of_the_gradients_mean_and_evens_out_their_strengths(shape):
     """m <- .95 m + .05 g, and with .95 m + .05 g = U S Vᵀ a step is lr · U S' Vᵀ, where S' is S of
@@ -525,50 +683,65 @@ def test_muon_keeps_the_directions_of_the_gradients_mean_and_evens_out_their_str
         u, s, v = torch.linalg.svd((0.95 * mean + 0.05 * p.grad).flatten(1), full_matrices=False)
         s = s / s.norm()
         for _ in range(5):
-            s = 3.4445 * s - 4.775 * s ** 3 + 2.0315 * s ** 5
+            s = 3.4445 * s - 4.775 * s**3 + 2.0315 * s**5
         inner = u.T @ (before - p.detach().flatten(1)) @ v.T / 0.1
         assert torch.allclose(inner, s.diag(), atol=3e-3) and 0.6 < s.min() and s.max() < 1.3
+
 
 # ---- Part 2: data, commands, command line, words -----------------------------------------------
 POSIX = pytest.mark.skipif(os.name == "nt", reason="needs signals, links, gloo as POSIX has them")
 state_of = functools.partial(torch.load, weights_only=True)
-def cli(*words):                        # the command, run in this process -> exit status
+
+
+def cli(*words):  # the command, run in this process -> exit status
     try:
         return vqldm.main([str(word) for word in words]) or 0
     except SystemExit as e:
         return e.code
-def pictures(patch, *more):             # none: they take most of a tiny run's time
+
+
+def pictures(patch, *more):  # none: they take most of a tiny run's time
     for name in ("draw_rows", "draw_curves", *more):
         patch.setattr(vqldm, name, lambda *a: None)
+
+
 @pytest.fixture(autouse=True)
-def at_home(request, monkeypatch):      # in the folder of the runs that a test asks for, no LPIPS
+def at_home(request, monkeypatch):  # in the folder of the runs that a test asks for, no LPIPS
     pictures(monkeypatch, "load_lpips")
     for name in {"trained", "calm"} & {*request.fixturenames}:
         monkeypatch.chdir(request.getfixturevalue(name)[0])
+
+
 @pytest.fixture()
-def elsewhere(at_home, tmp_path, monkeypatch):         # in an empty folder
+def elsewhere(at_home, tmp_path, monkeypatch):  # in an empty folder
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
 @pytest.fixture()
 def refused(capsys):
-    def call(*words):                   # -> the one sentence with which it ends, status 2
+    def call(*words):  # -> the one sentence with which it ends, status 2
         capsys.readouterr()
         assert cli(*words) == 2
         said = capsys.readouterr().err
         assert re.fullmatch("vqldm: .+\n", said), said
         return said
+
     return call
+
 
 # ---- A, B. Drawn lesions, a folder of images, what is held out ---------------------------------
 def test_drawn_lesions_follow_from_seed_and_number_and_show_their_class(tmp_path, monkeypatch):
     """What marks an image is not its pixels, which another processor may round otherwise."""
+
     def load(n, seed, cache="here"):
         cfg = vqldm.VQConfig(size=24, n_images=n, seed=seed)
         images = vqldm.Images("synthetic", cfg, tmp_path / cache)
         return images, images.pixels[torch.arange(n)]
+
     maps = recorded(monkeypatch, torch, "load")
     images, pixels = load(160, 0)
-    assert images.pixels is maps[-1][1][0]      # on disk, also in the run that made them
+    assert images.pixels is maps[-1][1][0]  # on disk, also in the run that made them
     _, (ones, other), (_, cached) = load(8, 0), load(8, 1), load(8, 1)
     again = torch.stack([vqldm.synthetic(i, 24, 1) for i in range(7, -1, -1)]).flip(0)
     assert torch.equal(other, cached) and torch.equal(other, again)
@@ -576,39 +749,53 @@ def test_drawn_lesions_follow_from_seed_and_number_and_show_their_class(tmp_path
     assert images.labels.tolist() == [0, 1, 2, 3] * 40 and images.classes == sorted(vqldm.LESIONS)
     assert sorted([*images.val, *images.train]) == [*range(160)] and 5 < len(images.val) < 30
     middle = pixels[..., 6:18, 6:18].float().flatten(2).view(40, 4, 3, -1)
-    assert (middle[:, :, 0] - middle[:, :, 1]).mean((0, 2)).argmax() == 3       # vascular: reddest
+    assert (middle[:, :, 0] - middle[:, :, 1]).mean((0, 2)).argmax() == 3  # vascular: reddest
     for a, b in itertools.combinations(torch.cat([middle.mean(3), middle.std(3)], 2).unbind(1), 2):
         assert ((a.mean(0) - b.mean(0)).abs() / ((a.var(0) + b.var(0)) / 40).sqrt()).max() > 4
     monkeypatch.setattr(vqldm, "synthetic", lambda *a: 255 - ORIGINAL.synthetic(*a))
     assert torch.equal(load(8, 1, "another processor")[0].checksums, ones.checksums)
     assert len(torch.cat([ones.checksums, images.checksums]).unique()) == 168
-    assert rng(0, "a").initial_seed() == 3057973756231466050            # in any process
+    assert rng(0, "a").initial_seed() == 3057973756231466050  # in any process
+
+
 def picture(mode="RGB", left="red", right="blue", size=(40, 40)):
     im = Image.new(mode, size, left)
     im.paste(right, (size[0] // 2, 0, *size))
     return im
-def fill(folder, names, colour=(0, 0, 99), size=(40, 40), first=0):     # of 37 no two are alike
+
+
+def fill(folder, names, colour=(0, 0, 99), size=(40, 40), first=0):  # of 37 no two are alike
     folder.mkdir(parents=True, exist_ok=True)
-    for i, name in enumerate(names, first):     # as BMP, whose bytes are the same in any version
+    for i, name in enumerate(names, first):  # as BMP, whose bytes are the same in any version
         left = tuple(c + i * k % 37 for c, k in zip(colour, (1, 5, 11)))
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         picture(left=left, right=colour, size=size).save(folder / name)
     return folder
-def numbered(images, rows):             # red of the left half: which image of fill it is
+
+
+def numbered(images, rows):  # red of the left half: which image of fill it is
     return [int(image[0, 8, 3]) for image in images.pixels[rows]]
+
+
 def everything(images):
     return torch.arange(len(images.labels))
+
+
 @pytest.fixture()
 def load(tmp_path):
     return lambda folder, *seen, size=16: vqldm.Images(
-        str(folder), vqldm.VQConfig(size=size), tmp_path / "cache", *seen)
+        str(folder), vqldm.VQConfig(size=size), tmp_path / "cache", *seen
+    )
+
 
 def test_the_middle_square_of_a_photograph_is_scaled_smoothly(tmp_path, load, monkeypatch):
     """80x40: a mesh of black and white pixels, so all comes out grey; left and right of it: red.
     A JPEG is decoded no smaller than needed: a mesh of four times its size stays one. And what a
     camera says it has turned, here mirrored, is turned back."""
-    wide, large = [np.stack([(np.indices(shape) // cell).sum(0) % 2 * 255] * 3, 2).astype(np.uint8)
-                   for shape, cell in (((40, 80), 1), ((64, 64), 4))]
+    wide, large = [
+        np.stack([(np.indices(shape) // cell).sum(0) % 2 * 255] * 3, 2).astype(np.uint8)
+        for shape, cell in (((40, 80), 1), ((64, 64), 4))
+    ]
     wide[:, :19] = wide[:, 61:] = 255, 0, 0
     fill(tmp_path / "all", [])
     for name, pixels in (("a.png", wide), ("b.png", wide.transpose(1, 0, 2)), ("c.jpg", large)):
@@ -618,15 +805,16 @@ def test_the_middle_square_of_a_photograph_is_scaled_smoothly(tmp_path, load, mo
     *small, meshed, turned = load(tmp_path / "all").pixels[:4].int()
     assert (torch.stack(small) - 128).abs().max() < 20 and turned[0, 8, 3] < 9 < turned[0, 8, 12]
     assert (meshed[0] - torch.from_numpy(large[::4, ::4, 0])).abs().max() < 40
-    picture(left="lime").save(tmp_path / "all/d.jpg")   # the cache knows what has changed,
-    for _ in range(2):                                  # and that it was cut
+    picture(left="lime").save(tmp_path / "all/d.jpg")  # the cache knows what has changed,
+    for _ in range(2):  # and that it was cut
         for n in (16, 32):
             assert load(tmp_path / "all", size=n).pixels[[3]][0, 1, n // 2, 3] > 200
         for path in (tmp_path / "cache").iterdir():
             path.write_bytes(path.read_bytes()[:-50])
-    monkeypatch.setattr(vqldm, "find_images", lambda folder: {"a.bmp": 0})      # and the folder
+    monkeypatch.setattr(vqldm, "find_images", lambda folder: {"a.bmp": 0})  # and the folder
     folders = [fill(tmp_path / "unzipped" / name, ["a.bmp"], first=int(name)) for name in "01"]
     assert [numbered(load(folder), [0]) for folder in folders] == [[0], [1]]
+
 
 def test_bad_images_are_named_and_passed_over_and_other_files_not_opened(tmp_path, load, capsys):
     good = [f"{i}.{kind}" for i, kind in enumerate("bmp gif jfif jpg png tif tiff webp".split())]
@@ -635,21 +823,27 @@ def test_bad_images_are_named_and_passed_over_and_other_files_not_opened(tmp_pat
     for name, mode in (("0.bmp", "L"), ("4.png", "LA"), ("5.tif", "CMYK"), ("6.tiff", "P")):
         Image.open(folder / name).convert(mode).save(folder / name)
     (folder / "cut.jpg").write_bytes((folder / "cut.jpg").read_bytes()[:-300])
-    Image.new("F", (9, 9)).save(folder / "floats.tiff")         # they would be black
+    Image.new("F", (9, 9)).save(folder / "floats.tiff")  # they would be black
     Image.fromarray(np.zeros((9, 9), np.uint16)).save(folder / "deep.png")
     Image.new("1", (12_000, 12_000)).save(folder / "giant.png")
-    for name in ("text.jpg .hidden.png q-partial.jpg I_1_segmentation.png a.txt .git/x.png "
-                 "grid.png curves.png recon_step_000150.png my/runs/a.png masks/a.png "
-                 "I_1_superpixels.png I_2_expert.png 3_seg.png 4_mask.png").split():
+    for name in (
+        "text.jpg .hidden.png q-partial.jpg I_1_segmentation.png a.txt .git/x.png "
+        "grid.png curves.png recon_step_000150.png my/runs/a.png masks/a.png "
+        "I_1_superpixels.png I_2_expert.png 3_seg.png 4_mask.png"
+    ).split():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("no image")
     (folder / "album.jpg").mkdir()
     os.name == "nt" or (folder / "broken.png").symlink_to("nowhere")
     images, told = load(folder), capsys.readouterr().out
-    assert re.findall(r"WARNING skipped (\S+) \w+\(", told) == [
-        "cut.jpg", "deep.png", "floats.tiff", "giant.png", "text.jpg"] and "} of 17" in told
+    assert (
+        re.findall(r"WARNING skipped (\S+) \w+\(", told)
+        == ["cut.jpg", "deep.png", "floats.tiff", "giant.png", "text.jpg"]
+        and "} of 17" in told
+    )
     assert len(images.labels) == len(good) == len(images.pixels[everything(images)].unique(dim=0))
     assert numbered(images, [8, 9, 10]) == [11, 10, 9]  # patient…, without…, z…: each in its row
+
 
 def test_folders_are_classes_and_some_names_of_folders_are_the_split(tmp_path, load):
     """latest, which ends in test, is a class like others."""
@@ -658,7 +852,7 @@ def test_folders_are_classes_and_some_names_of_folders_are_the_split(tmp_path, l
     for i, (part, c) in enumerate(itertools.product([*held, "Train", "training"], kinds)):
         fill(folder / part / c, [f"{j}.bmp" for j in range(4)], (40 * (i // 3), 40 * (i % 3), 9))
     fill(folder / "latest/HAM10000_images_part_1/images", ["a.bmp"], (0, 0, 200))
-    (folder / "metadata.csv").write_text("isic_id,dx\n1,scar")              # weighs less
+    (folder / "metadata.csv").write_text("isic_id,dx\n1,scar")  # weighs less
     images = load(folder)
     assert images.classes == kinds and len(images.labels) == 7 * 3 * 4 + 1
     for i, x in enumerate(images.pixels[everything(images)]):
@@ -666,40 +860,71 @@ def test_folders_are_classes_and_some_names_of_folders_are_the_split(tmp_path, l
         assert blue == 5 or images.labels[i] == kind
         named = part < 5 and blue < 5
         assert i in images.val if named else (i in images.val) == (images.checksums[i, 1] % 10 == 0)
-    assert torch.bincount(images.labels[images.val[:20]], minlength=3).min() > 3      # a mixture
-@pytest.mark.parametrize("place, table, text, want", [
-    ("isic", "isic/Metadata.csv", "\ufeffISIC_ID,diagnosis_1 ,diagnosis_3,dx,target\n"
-     "0,Benign,Nevus,\n1,Bad ,,\n2,,,scar,no\nc,,,,mole", "Nevus Bad scar mole"),
-    ("isic/HAM10000_images_part_1", "isic/HAM10000_metadata.csv", "image_id,dx\n0,nv,more", "nv"),
-    ("isic", "isic/a.csv", 'image,"a, b",lesion_id,MEL,NV\n0.PNG,,1,0.0,1.0\nx/1,,,1,0', "nv mel"),
-    ("isic", "isic/a.csv", "image,label,class,diagnosis,day\n0,c,b,a\n1,c,b\n2,c\nC,,,,1", "a b c"),
-    ("isic", "isic/a.csv", "name,dx\n0,scar", "")])
+    assert torch.bincount(images.labels[images.val[:20]], minlength=3).min() > 3  # a mixture
+
+
+@pytest.mark.parametrize(
+    "place, table, text, want",
+    [
+        (
+            "isic",
+            "isic/Metadata.csv",
+            "\ufeffISIC_ID,diagnosis_1 ,diagnosis_3,dx,target\n"
+            "0,Benign,Nevus,\n1,Bad ,,\n2,,,scar,no\nc,,,,mole",
+            "Nevus Bad scar mole",
+        ),
+        (
+            "isic/HAM10000_images_part_1",
+            "isic/HAM10000_metadata.csv",
+            "image_id,dx\n0,nv,more",
+            "nv",
+        ),
+        (
+            "isic",
+            "isic/a.csv",
+            'image,"a, b",lesion_id,MEL,NV\n0.PNG,,1,0.0,1.0\nx/1,,,1,0',
+            "nv mel",
+        ),
+        (
+            "isic",
+            "isic/a.csv",
+            "image,label,class,diagnosis,day\n0,c,b,a\n1,c,b\n2,c\nC,,,,1",
+            "a b c",
+        ),
+        ("isic", "isic/a.csv", "name,dx\n0,scar", ""),
+    ],
+)
 def test_tables_in_or_beside_it_tell_classes(tmp_path, load, capsys, place, table, text, want):
     """The first column that is filled counts. Tables add up, also one that breaks off."""
     fill(tmp_path / place, [f"{i}.bmp" for i in (0, 1, 2, "C")])
     (tmp_path / table).write_text(text, encoding="utf8")
     mad, latin = [(tmp_path / place).parent / name for name in ("mad.csv", "latin.csv")]
-    latin.write_bytes("isic_id,dx\n0,é".encode("latin1"))               # as Excel may write it
-    mad.write_text("isic_id,dx\nC," + "x" * 200_000)                    # over csv's limit
-    (tmp_path / place / "mean.csv").write_text("isic_id,diagnosis_3\n0,")      # takes none away
+    latin.write_bytes("isic_id,dx\n0,é".encode("latin1"))  # as Excel may write it
+    mad.write_text("isic_id,dx\nC," + "x" * 200_000)  # over csv's limit
+    (tmp_path / place / "mean.csv").write_text("isic_id,diagnosis_3\n0,")  # takes none away
     images, told = load(tmp_path / place), capsys.readouterr().out
     assert [images.classes[c] for c in images.labels] == (want.split() + ["images"] * 4)[:4]
     assert re.findall("WARNING the table (.*) breaks off", told) == [str(latin), str(mad)]
-    n = max(1, text.count("\n", 0, -1) if want else 0)                  # mean.csv names one
+    n = max(1, text.count("\n", 0, -1) if want else 0)  # mean.csv names one
     assert f"'named in tables': {n}" in told
-    assert "images: " + ", ".join(images.classes) in told             # names may have spaces
+    assert "images: " + ", ".join(images.classes) in told  # names may have spaces
+
 
 def test_patients_lesions_and_copies_stay_on_one_side_whatever_else_changes(tmp_path, load, capsys):
     """All of a patient, or else of a lesion, or else copies of a file. A tenth is held out."""
-    def sides(order):                   # of the table's rows -> {number: held out?}
-        (folder / "any.csv").write_text("image_name,patient_id,lesion_id\n" + "".join(
-            f"{i:03},{patient[i]},{lesion[i]}\n" for i in order))
+
+    def sides(order):  # of the table's rows -> {number: held out?}
+        (folder / "any.csv").write_text(
+            "image_name,patient_id,lesion_id\n"
+            + "".join(f"{i:03},{patient[i]},{lesion[i]}\n" for i in order)
+        )
         images, found = load(folder), {}
         for held, rows in ((True, images.val), (False, images.train)):
             for x in images.pixels[rows]:
                 i = int(x[0, 8, 3]) + 37 * int(x[1, 8, 12])
-                assert found.setdefault(i, held) == held            # copies on one side
+                assert found.setdefault(i, held) == held  # copies on one side
         return found
+
     patient = [f"P{i // 2}" if i < 222 else "" for i in range(600)]
     lesion = [f"L{i // 3}" if i < 444 else "" for i in range(600)]
     folder = tmp_path / "isic"
@@ -717,25 +942,36 @@ def test_patients_lesions_and_copies_stay_on_one_side_whatever_else_changes(tmp_
     [path.unlink() for path in folder.glob("*7.bmp")]
     [path.rename(path.with_name("new" + path.name)) for path in folder.glob("copies/6*6.bmp")]
     assert sides(range(599, -1, -1)) == first
-def tabled(folder):                     # ways to change a folder after training
+
+
+def tabled(folder):  # ways to change a folder after training
     rows = "".join(f"{i},{i % 9}\n" for i in range(99))
     (folder / "metadata.csv").write_text("isic_id,lesion_id\n" + rows)
+
+
 def sorted_out(folder):
     for i in range(0, 30, 3):
         (folder / "test").mkdir(exist_ok=True)
         (folder / f"{i}.bmp").rename(folder / f"test/{i}.bmp")
+
+
 def copied(folder):
     shutil.copytree(folder, folder / "val" / "b")
+
+
 def more_of_trained_lesions(folder):
     tabled(folder)
     fill(folder / "val", [f"{i}.bmp" for i in range(30, 99)], first=30)
+
+
 @pytest.mark.parametrize("change", [tabled, sorted_out, copied, more_of_trained_lesions])
 def test_nothing_that_is_known_from_training_is_held_out_however_the_folder_changes(
-        tmp_path, load, change):
+    tmp_path, load, change
+):
     """Neither trained images, nor their copies, nor other photographs of their lesions."""
     folder = fill(tmp_path / "photos", [f"{i}.bmp" for i in range(30)])
     before = load(folder)
-    n = 9 if change in (tabled, more_of_trained_lesions) else 99        # of lesions, of images
+    n = 9 if change in (tabled, more_of_trained_lesions) else 99  # of lesions, of images
     trained = numbered(before, before.train)
     change(folder)
     after = load(folder, before.seen)
@@ -748,6 +984,7 @@ def test_nothing_that_is_known_from_training_is_held_out_however_the_folder_chan
     for path in [path for i in trained[:9] for path in folder.rglob(f"{i}.bmp")]:
         path.unlink()
     assert torch.isin(before.seen, load(folder, before.seen).seen).all()
+
 
 # ---- B. What a folder of somebody's own can do -------------------------------------------------
 def test_a_quote_that_never_ends_and_tables_that_name_no_image_are_told(tmp_path, load, capsys):
@@ -762,8 +999,10 @@ def test_a_quote_that_never_ends_and_tables_that_name_no_image_are_told(tmp_path
     assert "a.csv breaks off: " in told and images.classes == ["a", "b", "images"]
     assert "'named in tables': 5" in told
 
+
 def test_the_cache_sees_files_swapped_under_one_date_and_forgets_what_could_not_be_read(
-        tmp_path, load, monkeypatch, refused):
+    tmp_path, load, monkeypatch, refused
+):
     folder = fill(tmp_path / "all", ["a/1.bmp", "b/1.bmp", "b/val/2.bmp"])
     paths = [folder / "a/1.bmp", folder / "b/1.bmp"]
     [os.utime(path, ns=(0, 0)) for path in paths]
@@ -776,7 +1015,8 @@ def test_the_cache_sees_files_swapped_under_one_date_and_forgets_what_could_not_
     with monkeypatch.context() as patch:
         patch.setattr(Path, "read_bytes", Mock(side_effect=PermissionError(13, "locked", "2.bmp")))
         assert "2.bmp" in refused("train-vq", "--size", 32, "--data", folder, "--out", "vq")
-    assert len(load(folder, size=32).labels) == 3               # it is there again
+    assert len(load(folder, size=32).labels) == 3  # it is there again
+
 
 def test_postscript_called_png_is_no_order_to_start_ghostscript(tmp_path, load, monkeypatch):
     folder, run = fill(tmp_path / "all", ["0.bmp"]), Mock(side_effect=OSError)
@@ -785,11 +1025,14 @@ def test_postscript_called_png_is_no_order_to_start_ghostscript(tmp_path, load, 
     monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", run)
     assert len(load(folder).labels) == 1 and not run.called
 
+
 @pytest.mark.skipif(os.name == "nt", reason="needs links")
 def test_links_in_a_circle_are_not_followed_and_folders_that_cannot_be_read_are_no_loss(
-        tmp_path, load, capsys, monkeypatch, refused):
-    folder = fill(tmp_path / "all", ["a/0.bmp", "b/1.bmp", "a/0_mask.bmp", "recon_step_02.png",
-                                       ".git/a.png"])
+    tmp_path, load, capsys, monkeypatch, refused
+):
+    folder = fill(
+        tmp_path / "all", ["a/0.bmp", "b/1.bmp", "a/0_mask.bmp", "recon_step_02.png", ".git/a.png"]
+    )
     fill(folder, ["patient_step_02.png"])
     (folder / "me").symlink_to(".")
     (folder / "a/up").symlink_to("..")
@@ -799,6 +1042,7 @@ def test_links_in_a_circle_are_not_followed_and_folders_that_cannot_be_read_are_
     monkeypatch.setattr(os, "scandir", Mock(side_effect=PermissionError(13, "locked", "all/b")))
     assert "all/b" in refused("train-vq", "--data", folder, "--out", tmp_path / "vq")
 
+
 def test_a_lesion_is_its_patients_though_only_some_of_its_rows_name_him(tmp_path, load):
     folder = fill(tmp_path / "isic", [f"{i}.bmp" for i in range(30)])
     rows = [f"{i},{f'P{i // 6}' if i % 3 == 1 else ''},L{i // 3}" for i in range(30)]
@@ -807,17 +1051,22 @@ def test_a_lesion_is_its_patients_though_only_some_of_its_rows_name_him(tmp_path
     order = [int(path.stem) for path in sorted(folder.glob("*.bmp"))]
     assert len({*groups}) == len({(i // 6, group) for i, group in zip(order, groups)}) == 5
 
+
 def test_a_second_start_in_one_folder_leaves_the_first_as_it_is(
-        calm, tmp_path, monkeypatch, refused):
+    calm, tmp_path, monkeypatch, refused
+):
     """Though it looked before the other's first checkpoint. torchrun's late process is none."""
+
     def other(*a):
         shutil.copytree("calm/vq", tmp_path / "vq")
         return ORIGINAL.prepare_images(*a)
+
     monkeypatch.setattr(vqldm, "prepare_images", other)
     assert "another run" in refused(*STAGES["vq"], "--out", tmp_path / "vq")
     assert (tmp_path / "vq/last.pt").read_bytes() == Path("calm/vq/last.pt").read_bytes()
     monkeypatch.setattr(vqldm, "rank", lambda: 1)
     assert vqldm.settle([*STAGES["vq"], "--out", str(tmp_path / "vq")])
+
 
 def test_stage_2_can_have_images_of_its_own(calm, tmp_path, capsys):
     """It is told of which step stage 1 is. What either stage saw is never measured."""
@@ -832,23 +1081,30 @@ def test_stage_2_can_have_images_of_its_own(calm, tmp_path, capsys):
     assert cli("evaluate", "--ckpt", tmp_path / "ldm", "--n", 4) == 0
     assert " of 10 images that no training" in capsys.readouterr().out
 
+
 # ---- 11, D, E. What the commands write ---------------------------------------------------------
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("trained")        # the four commands ran there in a row
+    folder = tmp_path_factory.mktemp("trained")  # the four commands ran there in a row
     with pytest.MonkeyPatch.context() as patch:
         pictures(patch)
         drawn = recorded(patch, vqldm, "draw_rows")
         blind_lpips(patch)
         patch.chdir(folder)
-        for words in ("train-vq --preset tiny --lpips-weight 0 --n-images 80 --epochs 1",
-                      "train-ldm --preset tiny --epochs 2 --T 8 --steps 8", "sample --n 5"):
+        for words in (
+            "train-vq --preset tiny --lpips-weight 0 --n-images 80 --epochs 1",
+            "train-ldm --preset tiny --epochs 2 --T 8 --steps 8",
+            "sample --n 5",
+        ):
             assert cli(*words.split()) == 0
-        calls = [recorded(patch, vqldm, name) for name in
-                 ("reconstruct", "features", "nearest_trained")]
+        calls = [
+            recorded(patch, vqldm, name) for name in ("reconstruct", "features", "nearest_trained")
+        ]
         calls += [recorded(patch, vqldm.LatentDiffusion, "images")]
         assert cli("evaluate", "--n", 8) == 0
     return folder, drawn, *calls
+
+
 @pytest.mark.parametrize("run, score, name", [("vq", "mse", "recon"), ("ldm", "loss", "samples")])
 def test_a_run_logs_and_draws_what_it_measures_under_its_step(trained, run, score, name):
     log = state_of(f"runs/{run}/last.pt")["log"]
@@ -857,19 +1113,23 @@ def test_a_run_logs_and_draws_what_it_measures_under_its_step(trained, run, scor
     drawn = [words for words, _ in trained[1] if words[0].stem.startswith(name)]
     assert [path.name for path, _ in drawn] == looks
     originals = bytes_of(x["original"] for _, x in drawn if "original" in x)
-    assert len({*originals}) == (run == "vq")           # the same each time, unlike what is made
+    assert len({*originals}) == (run == "vq")  # the same each time, unlike what is made
     assert all(len({*bytes_of(x.values())}) == len(x) for (_, x), _ in trained[1])
     assert json.loads(Path(f"runs/{run}/log.json").read_text()) == log and len(looks) > 8
     assert held[-1]["look_" + score] < held[0]["look_" + score]
+
+
 def bytes_of(images):
     return [x.numpy().tobytes() for x in images]
+
+
 def test_evaluate_measures_each_distance_to_the_set_that_it_names(trained):
     numbers = json.loads(Path("runs/ldm/metrics.json").read_text())
     _, shown, looked, calls, near, made = trained
     ((_, real, *_), (_, recon)), ((_, other, *_), (_, perfect)) = looked
     (samples, z0), seen = made[0][1], {x.numpy().tobytes(): found for (_, x), found in calls}
     for name, images in dict(_perfect=perfect, _recon=recon, _real=other, **{"": samples}).items():
-        a, b = (seen[x.numpy().tobytes()] for x in (real, images[:len(real)]))
+        a, b = (seen[x.numpy().tobytes()] for x in (real, images[: len(real)]))
         assert numbers.pop("kernel" + name) == pytest.approx(vqldm.kernel_distance(a, b), rel=1e-3)
     assert numbers.pop("latent_std") == pytest.approx(float(z0.std()))
     assert len(real) == len(other) == 4 and len(samples) == 8
@@ -880,18 +1140,22 @@ def test_evaluate_measures_each_distance_to_the_set_that_it_names(trained):
     copied = far.numpy() < np.quantile(usual.numpy(), 0.01)
     assert numbers.pop("near_copies_percent") == pytest.approx(100 * copied.mean())
     chance = torch.rand(200_000, len(unseen), generator=rng("chance"), dtype=torch.double)
-    chance = 100 * chance.quantile(0.01, 1).mean()      # a uniform number lies below
+    chance = 100 * chance.quantile(0.01, 1).mean()  # a uniform number lies below
     assert numbers.pop("near_copies_by_chance") == pytest.approx(float(chance), rel=0.02)
-    assert (numbers.pop("unseen_images"), numbers.pop("step")) == (4, state_of(
-        "runs/ldm/last.pt")["step"])                    # 500 were asked for, of the last step
+    assert (numbers.pop("unseen_images"), numbers.pop("step")) == (
+        4,
+        state_of("runs/ldm/last.pt")["step"],
+    )  # 500 were asked for, of the last step
     told = "psnr mse lpips codes_used_percent perplexity".split() + [*vars(vqldm.EvaluateConfig())]
     assert {*numbers} == {*told}
     (path, strips), _ = shown[-1]
     want = [real, recon, samples, samples[far.argsort()], images.pixels[row[far.argsort()]]]
     assert path.name == "evaluate.png" and all(map(torch.equal, strips.values(), want))
 
+
 def test_evaluate_mixes_the_unseen_images_takes_one_class_and_tells_what_it_cannot_find(
-        trained, elsewhere, monkeypatch, capsys, refused):
+    trained, elsewhere, monkeypatch, capsys, refused
+):
     """Of other images, in their folder's order by class. And caches beside its --out. Patient P was
     trained on, in other photographs: 0 and 1 of both classes."""
     for i, name in enumerate(["melanoma-like", "nevus-like"]):
@@ -905,36 +1169,65 @@ def test_evaluate_mixes_the_unseen_images_takes_one_class_and_tells_what_it_cann
     state["seen"] = torch.cat([state["seen"], torch.tensor([vqldm.digest(("patient_id", "P"))])])
     torch.save(state, "one.pt")
     assert vqldm.source("home/new") == vqldm.source("~/home/new") == os.path.realpath("home/new")
-    assert "--data" in refused("evaluate", "--ckpt", "x", "--data", "")        # an unset $PHOTOS
-    words = ["evaluate", "--ckpt", "one.pt", "--data", "~/home/new", "--n", 5, "--steps", 1,
-             "--out", "o/e"]
+    assert "--data" in refused("evaluate", "--ckpt", "x", "--data", "")  # an unset $PHOTOS
+    words = [
+        "evaluate",
+        "--ckpt",
+        "one.pt",
+        "--data",
+        "~/home/new",
+        "--n",
+        5,
+        "--steps",
+        1,
+        "--out",
+        "o/e",
+    ]
     assert cli(*words) == cli(*words, "--seed", 7) == cli(*words, "--class", "nevus-like") == 0
-    both, again, nevi = [(a[1][:, 1, 20, 20] > 100).tolist() for a, _ in calls]     # at any seed
+    both, again, nevi = [(a[1][:, 1, 20, 20] > 100).tolist() for a, _ in calls]  # at any seed
     assert len({*both}) == 2 and both == again and nevi == [True] * 5 and Path("o/cache").is_dir()
     assert made[2][0][3].tolist() == [2] * 5 and "nevus-" in Path("o/e/metrics.json").read_text()
     told = capsys.readouterr().out
     assert "of 20 images that no" in told and "of 10 images that no" in told
     assert "WARNING only 0 training images" in told
     assert "--class" in refused(*words, "--class", "wart")
-@pytest.mark.parametrize("words, labels, want", [
-    ("--n 70", [0, 1, 2, 4, 5] * 14, (3, "ddpm", 1.7)), ("--n 2", [0, 1], (3, "ddpm", 1.7)),
-    ("--n 5 --class $\\frac$/../../up --sampler ddim --steps 2 --guidance 4", 5 * [2],
-     (2, "ddim", 4))])
+
+
+@pytest.mark.parametrize(
+    "words, labels, want",
+    [
+        ("--n 70", [0, 1, 2, 4, 5] * 14, (3, "ddpm", 1.7)),
+        ("--n 2", [0, 1], (3, "ddpm", 1.7)),
+        (
+            "--n 5 --class $\\frac$/../../up --sampler ddim --steps 2 --guidance 4",
+            5 * [2],
+            (2, "ddim", 4),
+        ),
+    ],
+)
 def test_sample_and_evaluate_make_what_is_asked_for_and_else_what_the_training_recorded(
-        trained, elsewhere, monkeypatch, capsys, refused, words, labels, want):
+    trained, elsewhere, monkeypatch, capsys, refused, words, labels, want
+):
     """Of classes that training saw: in turns, or as often. Their names are no paths or formulas."""
     state = state_of(trained[0] / "runs/ldm/last.pt")
     state["config"].update(sampler="ddpm", steps=3, guidance=1.7)
     state["classes"] = ["nevus-like, new", "/tmp/up", "$\\frac$/../../up", "never", "_TMP_up", "é"]
     state["class_counts"] = torch.tensor([1, 1, 10**6, 0, 1, 1])
     state["ema"]["label.weight"] = state["guide"]["label.weight"] = randn(7, 128)
-    with monkeypatch.context() as patch:                # as if saved on a GPU
+    with monkeypatch.context() as patch:  # as if saved on a GPU
         patch.setattr("torch.serialization.location_tag", lambda storage: "cuda:0")
         torch.save(state, "one.pt")
     monkeypatch.setattr(vqldm, "draw_rows", ORIGINAL.draw_rows)
-    made, drawn, walks, guides, strips = [recorded(monkeypatch, owner, name) for owner, name in (
-        (vqldm.LatentDiffusion, "images"), (vqldm, "draw_rows"), (Diffusion, "sample"),
-        (vqldm, "guided"), (Axes, "imshow"))]
+    made, drawn, walks, guides, strips = [
+        recorded(monkeypatch, owner, name)
+        for owner, name in (
+            (vqldm.LatentDiffusion, "images"),
+            (vqldm, "draw_rows"),
+            (Diffusion, "sample"),
+            (vqldm, "guided"),
+            (Axes, "imshow"),
+        )
+    ]
     words = ["--ckpt", "one.pt", "--out", "a/out", *words.split()]
     assert cli("sample", *words) == 0
     assert f"have std {made[0][1][1].std():.2f}, " in capsys.readouterr().out
@@ -943,10 +1236,10 @@ def test_sample_and_evaluate_make_what_is_asked_for_and_else_what_the_training_r
     images, (path, shown) = torch.cat([found for _, (found, _) in made]), drawn[0][0]
     assert numbers == list(range(len(labels))) and label == labels
     names = ["nevus-like, new", "_tmp_up", "__frac________up", "", "_TMP_up", "é"]
-    names = [f"{c} {name}" for c, name in enumerate(names)]     # since two are alike
+    names = [f"{c} {name}" for c, name in enumerate(names)]  # since two are alike
     assert path.name == "grid.png" and {*shown} == {names[k] for k in labels}
     assert torch.equal(shown[names[labels[0]]], images[:64][torch.tensor(labels[:64]) == labels[0]])
-    edge = 2 * (len(labels) > 2)                                # a lone image has none
+    edge = 2 * (len(labels) > 2)  # a lone image has none
     assert np.array_equal(strips[0][0][1][edge:, edge:][:32, :32], images[0].permute(1, 2, 0))
     for i, k in enumerate(labels):
         (path,) = Path().rglob(f"{i:05d}.png")
@@ -958,10 +1251,21 @@ def test_sample_and_evaluate_make_what_is_asked_for_and_else_what_the_training_r
         assert re.search("WARNING only 7. training images are here", capsys.readouterr().out)
     assert {(*walk[3:5], guide[3]) for (walk, _), (guide, _) in zip(walks, guides)} == {want}
 
+
 def test_curves_show_each_number_over_steps_beside_that_of_held_out_images(tmp_path, monkeypatch):
     from matplotlib.axes import Axes
-    log = [{"step": 7 * j * j, "mse": 9.0 ** -j, "look_mse": 8.0 ** -j, "d_real": j - 1.0,
-            "d_fake": -1.0, "look_psnr": 30.0 + j} for j in range(3)]
+
+    log = [
+        {
+            "step": 7 * j * j,
+            "mse": 9.0**-j,
+            "look_mse": 8.0**-j,
+            "d_real": j - 1.0,
+            "d_fake": -1.0,
+            "look_psnr": 30.0 + j,
+        }
+        for j in range(3)
+    ]
     del log[1]["d_real"]
     drawn = recorded(monkeypatch, Axes, "legend")
     ORIGINAL.draw_curves(tmp_path / "curves.png", log)
@@ -969,46 +1273,67 @@ def test_curves_show_each_number_over_steps_beside_that_of_held_out_images(tmp_p
     for ((ax, *_), _), (panel, scale) in zip(drawn, panels.items(), strict=True):
         points = {line.get_label(): line.get_xydata().tolist() for line in ax.get_lines()}
         assert ax.get_yscale() == scale and points == {
-            name: [[row["step"], row[name]] for row in log if name in row]
-            for name in panel.split()}
+            name: [[row["step"], row[name]] for row in log if name in row] for name in panel.split()
+        }
+
 
 # ---- C. Keeping a run --------------------------------------------------------------------------
-STAGES = {"vq": ("train-vq --lpips-weight 0 --device cpu --size 32 --widths 8,8 --codes 16 "
-                 "--epochs 3 --data photos --gan-start .4").split(),
-          "ldm": "train-ldm --device cpu --vq calm/vq --T 3 --steps 3 --widths 8 "
-                 "--batch-size 8 --epochs 3".split()}
+STAGES = {
+    "vq": (
+        "train-vq --lpips-weight 0 --device cpu --size 32 --widths 8,8 --codes 16 "
+        "--epochs 3 --data photos --gan-start .4"
+    ).split(),
+    "ldm": "train-ldm --device cpu --vq calm/vq --T 3 --steps 3 --widths 8 "
+    "--batch-size 8 --epochs 3".split(),
+}
+
+
 @pytest.fixture(scope="session")
 def calm(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("calm")            # both stages, undisturbed, 12 steps each
+    folder = tmp_path_factory.mktemp("calm")  # both stages, undisturbed, 12 steps each
     fill(folder / "photos/train", [f"{i}.bmp" for i in range(36)], (200, 120, 90))
     fill(folder / "photos/val", [f"{i}.bmp" for i in range(12)], (90, 120, 200))
     with pytest.MonkeyPatch.context() as patch:
-        pictures(patch, "load_lpips")                   # whether its weights are here or not
+        pictures(patch, "load_lpips")  # whether its weights are here or not
         patch.chdir(folder)
         for stage, words in STAGES.items():
             assert cli(*words, "--out", f"calm/{stage}") == 0
-    return folder,
-def assert_same_run(a, b):              # in all but place and time
+    return (folder,)
+
+
+def assert_same_run(a, b):  # in all but place and time
     one, two = [state_of(Path(folder, "last.pt")) for folder in (a, b)]
     for state in (one, two):
         state["config"].update(out="", vq="", resume=0, epochs=0)
     assert [part for part in one.keys() | two.keys() if not same(one[part], two[part])] == []
     assert Path(a, "log.json").read_bytes() == Path(b, "log.json").read_bytes()
-@pytest.mark.parametrize("stage, stop, number", [
-    ("vq", 0, signal.SIGINT), ("vq", 5, signal.SIGTERM), ("vq", 11, signal.SIGINT),
-    ("ldm", 2, signal.SIGINT), ("ldm", 9, signal.SIGTERM)])
+
+
+@pytest.mark.parametrize(
+    "stage, stop, number",
+    [
+        ("vq", 0, signal.SIGINT),
+        ("vq", 5, signal.SIGTERM),
+        ("vq", 11, signal.SIGINT),
+        ("ldm", 2, signal.SIGINT),
+        ("ldm", 9, signal.SIGTERM),
+    ],
+)
 def test_stopped_and_resumed_is_bit_for_bit_the_undisturbed_run(
-        calm, tmp_path, monkeypatch, capsys, stage, stop, number):
+    calm, tmp_path, monkeypatch, capsys, stage, stop, number
+):
     """And stage 2 goes on with its own VQGAN, whatever --vq holds by now."""
     now, first = [], []
     if stage == "ldm":
         first = ["--vq", shutil.copytree("calm/vq", tmp_path / "vq")]
     (out := tmp_path / "a b").mkdir()
-    (out / "metrics.json").touch()                              # somebody's: it stays
+    (out / "metrics.json").touch()  # somebody's: it stays
+
     def ask(n, step, *a):
         if step == stop:
             signal.raise_signal(number)
-            now.append(signal.getsignal(signal.SIGINT))         # a second one ends it
+            now.append(signal.getsignal(signal.SIGINT))  # a second one ends it
+
     with monkeypatch.context() as patch:
         recorded(patch, vqldm, "next_rows", ask)
         assert cli(*STAGES[stage], "--out", out, *first) == 128 + number
@@ -1024,64 +1349,100 @@ def test_stopped_and_resumed_is_bit_for_bit_the_undisturbed_run(
     assert_same_run(f"calm/{stage}", out)
     assert (out / "metrics.json").exists()
 
+
 def test_a_resumed_run_forgets_nothing_that_was_trained_on_though_its_files_are_gone(
-        calm, tmp_path):
+    calm, tmp_path
+):
     """Nor does a stage 2, nor its resume, which keeps the scale that its network knows."""
+
     def run(*words):
         assert cli(*words, "--device", "cpu") == 0
         next(photos.glob("train/2?.bmp")).unlink()
         return [state_of(words[2] / "last.pt").get(name) for name in ("seen", "scale")]
+
     photos, vq, ldm = tmp_path / "photos", tmp_path / "vq", tmp_path / "ldm"
     shutil.copytree("photos", photos)
     seen, _ = run("train-vq", "--out", vq, *STAGES["vq"][1:], "--data", photos, "--epochs", 1)
     for i in range(20):
         (photos / f"train/{i}.bmp").rename((tmp_path, photos / "val")[i % 2] / f"again{i}.bmp")
-    marks, scales = zip(*[run(*words) for words in (
-        ["train-vq", "--out", vq, "--resume", "--epochs", 2],
-        ["train-ldm", "--out", ldm, *STAGES["ldm"][1:], "--vq", vq, "--epochs", 1],
-        ["train-ldm", "--out", ldm, "--resume", "--epochs", 2])])
+    marks, scales = zip(
+        *[
+            run(*words)
+            for words in (
+                ["train-vq", "--out", vq, "--resume", "--epochs", 2],
+                ["train-ldm", "--out", ldm, *STAGES["ldm"][1:], "--vq", vq, "--epochs", 1],
+                ["train-ldm", "--out", ldm, "--resume", "--epochs", 2],
+            )
+        ]
+    )
     assert all(torch.equal(found, seen) for found in marks) and torch.equal(*scales[1:])
 
+
 def test_a_finished_run_stays_and_may_grow_and_nothing_is_overwritten(
-        calm, tmp_path, monkeypatch, refused):
+    calm, tmp_path, monkeypatch, refused
+):
     bars, saving = recorded(monkeypatch, vqldm, "bar"), []
-    for name in ("fsync", "replace"):                   # on the disk before it has the name
+    for name in ("fsync", "replace"):  # on the disk before it has the name
         recorded(monkeypatch, os, name, lambda *a, name=name: saving.append(name))
     out = shutil.copytree("calm/ldm", tmp_path / "ldm")
     old = state_of("calm/ldm/last.pt")
     for epochs, step in ((3, 12), (4, 15)):
-        assert cli(*STAGES["ldm"], "--resume", "--epochs", epochs, "--out", out,
-                   "--guide", "untold") == 0
+        assert (
+            cli(*STAGES["ldm"], "--resume", "--epochs", epochs, "--out", out, "--guide", "untold")
+            == 0
+        )
         new = state_of(out / "last.pt")
         assert new["step"] == step
         assert same(new["ema"], old["ema"]) == (epochs == 3)
-    assert [words[2] for words, _ in bars if words[1] == "training"] == [0, 3]      # steps to do
+    assert [words[2] for words, _ in bars if words[1] == "training"] == [0, 3]  # steps to do
     assert len(saving) > 2 and saving == ["fsync", "replace"] * (len(saving) // 2)
     torch.save({**new, "classes": ["renamed"]}, out / "last.pt")
     assert "classes" in refused("train-ldm", "--resume", "--out", out)
     before = {path: path.read_bytes() for path in Path("calm").glob("*/*.*")}
     for words in ("train-vq --out calm/vq", "train-ldm --vq calm/vq --out calm/ldm"):
         assert "--resume" in refused(*words.split())
-    told = refused(*"train-vq --resume --out calm/vq --codes 9 --size 32 --seed 1 --lr .002 "
-                   "--batch-size 4".split())
+    told = refused(
+        *"train-vq --resume --out calm/vq --codes 9 --size 32 --seed 1 --lr .002 "
+        "--batch-size 4".split()
+    )
     assert re.findall(r"--([\w-]+) was (\d)", told) == [
-        ("codes", "1"), ("seed", "0"), ("lr", "0"), ("batch-size", "8")]
+        ("codes", "1"),
+        ("seed", "0"),
+        ("lr", "0"),
+        ("batch-size", "8"),
+    ]
     assert "calm" in refused(*"sample --out calm --ckpt calm/ldm".split())
     assert before == {path: path.read_bytes() for path in Path("calm").glob("*/*.*")}
-class Code:                             # pickled, this is an order to make a folder
+
+
+class Code:  # pickled, this is an order to make a folder
     def __reduce__(self):
         return os.mkdir, ("trace",)
-BROKEN = {                              # what the file holds, made from the state of a whole one
-    "cut": None, "empty": lambda s: b"", "text": lambda s: b"hello", "a list": lambda s: [1, 2],
-    "code": lambda s: dict(s, more=Code()), "foreign": lambda s: dict(weights=s["model"]),
+
+
+BROKEN = {  # what the file holds, made from the state of a whole one
+    "cut": None,
+    "empty": lambda s: b"",
+    "text": lambda s: b"hello",
+    "a list": lambda s: [1, 2],
+    "code": lambda s: dict(s, more=Code()),
+    "foreign": lambda s: dict(weights=s["model"]),
     "alien": lambda s: dict(s, config=dict(s["config"], beyond=1)),
-    "widths": lambda s: dict(s, config=dict(s["config"], widths=(40,)))}
-NEEDED = {"sample --out out --ckpt bad": "stage config ema guide scale classes class_counts",
-          "train-vq --epochs 3 --resume --out bad": "stage config model step log adam"}
-@pytest.mark.parametrize("words, how", [(words, how) for words, parts in NEEDED.items()
-                                        for how in (*BROKEN, *parts.split())])
+    "widths": lambda s: dict(s, config=dict(s["config"], widths=(40,))),
+}
+NEEDED = {
+    "sample --out out --ckpt bad": "stage config ema guide scale classes class_counts",
+    "train-vq --epochs 3 --resume --out bad": "stage config model step log adam",
+}
+
+
+@pytest.mark.parametrize(
+    "words, how",
+    [(words, how) for words, parts in NEEDED.items() for how in (*BROKEN, *parts.split())],
+)
 def test_a_checkpoint_not_ours_or_not_whole_is_refused_and_runs_no_code(
-        trained, elsewhere, refused, words, how):
+    trained, elsewhere, refused, words, how
+):
     whole = trained[0] / ("runs/vq/last.pt" if "vq" in words else "runs/ldm/last.pt")
     less = {name: part for name, part in state_of(whole).items() if name != how}
     content = whole.read_bytes()[:-5000] if how == "cut" else BROKEN.get(how, dict)(less)
@@ -1089,30 +1450,40 @@ def test_a_checkpoint_not_ours_or_not_whole_is_refused_and_runs_no_code(
     path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
     refused(*words.split())
     assert not Path("trace").exists() and not Path("out").exists()
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_two_processes_end_with_the_weights_of_one_and_save_before_any_leaves(
-        calm, tmp_path, monkeypatch, stage):
+    calm, tmp_path, monkeypatch, stage
+):
     """Two threads stand in for them. Only the first saves. (No Muon, which enlarges rounding.)"""
-    more = {"vq": "--muon-lr 0 --data synthetic --n-images 90 --gan-start 0 --lam-max 1e4 "
-                  "--d-lr .001 --batch-size 20", "ldm": "--balance"}
+    more = {
+        "vq": "--muon-lr 0 --data synthetic --n-images 90 --gan-start 0 --lam-max 1e4 "
+        "--d-lr .001 --batch-size 20",
+        "ldm": "--balance",
+    }
     words = [*STAGES[stage], *more[stage].split(), "--epochs", "1", "--out"]
     monkeypatch.setattr(vqldm, "pick_device", lambda cfg: ("cpu", nullcontext))
     assert cli(*words, tmp_path / "one") == 0
     meeting, both, status, saved_by = Barrier(2), [None, None], [], []
     mine, begun, ready = local(), Event(), Event()
+
     def all_reduce(x):
         mine.rank and ready.set()
         both[mine.rank] = x.clone()
         meeting.wait(60)
         x.copy_(both[0] + both[1])
         meeting.wait(60)
+
     def process(rank):
         mine.rank = rank
         status.append((cli(*words, tmp_path / "two"), len(saved_by)))
-    def save(*a):                       # the seed is global, so networks are made one by one,
-        begun.set()                     # but both runs begin before one is saved
+
+    def save(*a):  # the seed is global, so networks are made one by one,
+        begun.set()  # but both runs begin before one is saved
         ready.wait(60)
         saved_by.append(mine.rank)
+
     for name, stand_in in (("world", lambda: 2), ("rank", lambda: mine.rank)):
         monkeypatch.setattr(vqldm, name, stand_in)
     monkeypatch.setattr(vqldm.dist, "all_reduce", all_reduce)
@@ -1128,35 +1499,49 @@ def test_two_processes_end_with_the_weights_of_one_and_save_before_any_leaves(
         for name in one[part].keys():
             a, b = one[part][name], two[part][name] * (2 if name == "codebook.wins" else 1)
             assert (a - b).norm() <= 1e-3 * a.norm() + 1e-5, (part, name)
+
+
 @pytest.mark.parametrize("stage, name", [("vq", "augment"), ("ldm", "standardise")])
 def test_bad_batches_are_skipped(calm, tmp_path, monkeypatch, capsys, stage, name):
     bad, make = {2, 4, 6, 7, 8, 9, 10}, getattr(vqldm, name)
     begun = recorded(monkeypatch, vqldm, "next_rows")
+
     def spoiled(*a):
         return make(*a) * (math.nan if begun and begun[-1][0][1] in bad else 1)
+
     monkeypatch.setattr(vqldm, name, spoiled)
     assert cli(*STAGES[stage], "--out", tmp_path) == 0
-    assert capsys.readouterr().out.count("is skipped") == 7 + 5 * (stage == "vq")   # D's, too
+    assert capsys.readouterr().out.count("is skipped") == 7 + 5 * (stage == "vq")  # D's, too
     state = state_of(tmp_path / "last.pt")
     assert state["step"] == 12 and all(p.isfinite().all() for p in state["model"].values())
+
+
 def full_disk(path, mode):
-    assert str(os.getpid()) in path.name                # lest two processes meet there
+    assert str(os.getpid()) in path.name  # lest two processes meet there
     open(path, mode).close()
     return open("/dev/full", mode)
-@pytest.mark.parametrize("told, name, spoil", [
-    pytest.param("No space", "open", full_disk, marks=POSIX),
-    ("out of memory", "augment", Mock(side_effect=MemoryError)),
-    ("out of memory", "augment", Mock(side_effect=RuntimeError("x: can't allocate memory")))])
+
+
+@pytest.mark.parametrize(
+    "told, name, spoil",
+    [
+        pytest.param("No space", "open", full_disk, marks=POSIX),
+        ("out of memory", "augment", Mock(side_effect=MemoryError)),
+        ("out of memory", "augment", Mock(side_effect=RuntimeError("x: can't allocate memory"))),
+    ],
+)
 def test_a_full_disk_or_memory_is_one_sentence_and_harms_no_checkpoint(
-        calm, tmp_path, monkeypatch, refused, told, name, spoil):
+    calm, tmp_path, monkeypatch, refused, told, name, spoil
+):
     out = shutil.copytree("calm/vq", tmp_path / "vq")
     monkeypatch.setattr(vqldm, name, spoil, raising=False)
     assert told in refused(*"train-vq --resume --epochs 4 --out".split(), out)
     assert (out / "last.pt").read_bytes() == Path("calm/vq/last.pt").read_bytes()
-    assert not list(out.glob(".*"))                 # no half of one lies beside it
+    assert not list(out.glob(".*"))  # no half of one lies beside it
     monkeypatch.setattr(vqldm, "load_vqgan", Mock(side_effect=RuntimeError("another mistake")))
-    with pytest.raises(RuntimeError, match="another mistake"):      # is not taken for one of these
+    with pytest.raises(RuntimeError, match="another mistake"):  # is not taken for one of these
         cli("evaluate", "--ckpt", out)
+
 
 def test_signals_and_pushes_are_means_over_processes(monkeypatch):
     monkeypatch.setattr(vqldm, "world", lambda: 2)
@@ -1165,12 +1550,14 @@ def test_signals_and_pushes_are_means_over_processes(monkeypatch):
         assert vqldm.Run.stopped(SimpleNamespace(status=mine)) == stopped
     others = iter(([0, 4.0], [0, 2.0]))
     monkeypatch.setattr(vqldm.dist, "all_reduce", lambda x: x.add_(torch.tensor(next(others))))
-    last = torch.zeros(2, requires_grad=True)           # my pushes: (3, 0) and (0, 1)
+    last = torch.zeros(2, requires_grad=True)  # my pushes: (3, 0) and (0, 1)
     lam = vqldm.adaptive_weight(3 * last[0], last[1], last, 1e4)
     assert float(lam) == pytest.approx(2.5 / (1.5 + 1e-4))
 
+
 def test_a_step_follows_the_mean_gradient_but_for_frozen_weights_and_none_that_is_not_finite(
-        monkeypatch):
+    monkeypatch,
+):
     """The mean over processes: mine is (.2, .4), the other's (.4, .4). The step is half of it."""
     monkeypatch.setattr(vqldm, "world", lambda: 2)
     monkeypatch.setattr(vqldm.dist, "all_reduce", lambda x: x.add_(torch.tensor([0.4, 0.4])))
@@ -1180,9 +1567,10 @@ def test_a_step_follows_the_mean_gradient_but_for_frozen_weights_and_none_that_i
     for scale in (1, math.inf, -math.inf, math.nan):
         vqldm.descend(scale * net(x).sum(), net, 0.5, torch.optim.SGD(net.parameters(), 1.0))
         assert torch.allclose(net.weight, want, atol=1e-4) and torch.equal(net.bias, frozen)
+
+
 @pytest.mark.parametrize("cuda, met_by", [(False, "gloo"), (True, "cpu:gloo,cuda:nccl")])
-def test_processes_of_torchrun_meet_and_each_takes_the_gpu_of_its_number(
-        monkeypatch, cuda, met_by):
+def test_processes_of_torchrun_meet_and_each_takes_the_gpu_of_its_number(monkeypatch, cuda, met_by):
     joined, device = Mock(), Mock()
     monkeypatch.setenv("LOCAL_RANK", "3")
     monkeypatch.setattr(vqldm.dist, "is_torchelastic_launched", lambda: True)
@@ -1191,6 +1579,7 @@ def test_processes_of_torchrun_meet_and_each_takes_the_gpu_of_its_number(
     monkeypatch.setattr(torch.cuda, "set_device", device)
     assert cli("sample", "--help") == 0
     assert joined.call_args[0] == (met_by,) and device.mock_calls == [call(3)] * cuda
+
 
 def test_looks_come_at_tenths_and_each_ten_minutes_by_the_first_process_and_are_saved(monkeypatch):
     """Lest a power cut costs more than this."""
@@ -1206,8 +1595,9 @@ def test_looks_come_at_tenths_and_each_ten_minutes_by_the_first_process_and_are_
     run.step = 44
     run.end_step({}, Mock(side_effect=AssertionError))
 
+
 # ---- G. Command line ---------------------------------------------------------------------------
-MISTAKES = {        # the first word of each stands in its sentence
+MISTAKES = {  # the first word of each stands in its sentence
     "train-vq": "--epoch 3|--batchsize=4|5|--size|--size 1.5|--size 40|--size 16|--widths 16,x|"
     "--size 48 --widths 8,8,8,8,8|--widths 16,0|--lr nan|--lr -1|--batch-size -8|"
     "--batch-size 8 --n-images 60|--preset huge|--data nowhere|--data empty|--data held|--device "
@@ -1218,15 +1608,20 @@ MISTAKES = {        # the first word of each stands in its sentence
     "--n 0|--ckpt {vq}|--ckpt empty",
     "evaluate": "--ckpt nowhere|--data nowhere --ckpt {ldm}|--data empty --ckpt {vq}|--n 0|"
     "--data free --ckpt {vq}|--class wart --ckpt {vq}|--images empty --ckpt {vq}",
-    "dream": "dream"}
+    "dream": "dream",
+}
 
-@pytest.mark.parametrize("command, mistake", [(command, mistake) for command in MISTAKES
-                                              for mistake in MISTAKES[command].split("|")])
+
+@pytest.mark.parametrize(
+    "command, mistake",
+    [(command, mistake) for command in MISTAKES for mistake in MISTAKES[command].split("|")],
+)
 def test_every_mistake_is_one_sentence_and_nothing_is_written(
-        trained, elsewhere, monkeypatch, refused, command, mistake):
+    trained, elsewhere, monkeypatch, refused, command, mistake
+):
     for name, names in (("empty", []), ("held", ["val/a.bmp"]), ("free", ["a.bmp"])):
-        fill(Path(name), names)         # none at all, none to train on, none to hold out
-    if "--batch-size 8" in mistake:                     # is a mistake only with three processes
+        fill(Path(name), names)  # none at all, none to train on, none to hold out
+    if "--batch-size 8" in mistake:  # is a mistake only with three processes
         monkeypatch.setattr(vqldm, "world", lambda: 3)
     runs = trained[0] / "runs"
     words = f"{command} {mistake}".format(vq=runs / "vq", ldm=runs / "ldm").split()
@@ -1235,9 +1630,21 @@ def test_every_mistake_is_one_sentence_and_nothing_is_written(
     assert {path.name for path in Path(".").iterdir()} <= {"empty", "held", "cache", "free"}
     assert not (runs / "vq/metrics.json").exists()
 
-@pytest.mark.parametrize("command, own", [*zip(vqldm.COMMANDS, (
-    "widths:16,32,64|epochs:images", "widths:UNet|batch-size:latents|epochs:a random|vq:train-vq",
-    "n:all classes|sampler:ddpm", "n:unseen|data:other images|class:only this class"))])
+
+@pytest.mark.parametrize(
+    "command, own",
+    [
+        *zip(
+            vqldm.COMMANDS,
+            (
+                "widths:16,32,64|epochs:images",
+                "widths:UNet|batch-size:latents|epochs:a random|vq:train-vq",
+                "n:all classes|sampler:ddpm",
+                "n:unseen|data:other images|class:only this class",
+            ),
+        )
+    ],
+)
 def test_help_shows_every_flag_with_its_own_meaning_and_default(command, own, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")
     assert cli(command, "--help") == 0
@@ -1250,51 +1657,72 @@ def test_help_shows_every_flag_with_its_own_meaning_and_default(command, own, ca
     for flag, words in [pair.split(":") for pair in own.split("|")]:
         assert re.search(rf"^ +--{flag} \S+\n? +.*{words}", shown, re.M), flag
 
+
 @pytest.fixture()
-def told(monkeypatch):                  # the settings that each command was given; it does nothing
+def told(monkeypatch):  # the settings that each command was given; it does nothing
     seen = []
     for name, (cls, _) in [*vqldm.COMMANDS.items()]:
         monkeypatch.setitem(vqldm.COMMANDS, name, (cls, lambda cfg, *a: seen.append(cfg)))
     return seen
+
+
 BOTH = " --out new --seed 0 --device auto --preset default --upsample nearest --lr .001"
-DEFAULTS = ("train-vq --data synthetic --n-images 4096 --size 64 --widths 16,64 --z-dim 3 "
-            "--codes 2048 --gan-start .1 --lpips-weight .1 --commit-weight .25 --gan-weight .2 "
-            "--lam-max .004 --muon-lr .02 --codes-lr .02 --d-lr 4e-4 --batch-size 8 "
-            "--epochs 3" + BOTH,
-            "train-ldm --sampler ddim --steps 50 --guidance 1.5 --guide told --vq runs/vq "
-            "--T 1000 --target v --schedule cosine --widths 64,128 --ema .995 --batch-size 32 "
-            "--epochs 27" + BOTH)
+DEFAULTS = (
+    "train-vq --data synthetic --n-images 4096 --size 64 --widths 16,64 --z-dim 3 "
+    "--codes 2048 --gan-start .1 --lpips-weight .1 --commit-weight .25 --gan-weight .2 "
+    "--lam-max .004 --muon-lr .02 --codes-lr .02 --d-lr 4e-4 --batch-size 8 "
+    "--epochs 3" + BOTH,
+    "train-ldm --sampler ddim --steps 50 --guidance 1.5 --guide told --vq runs/vq "
+    "--T 1000 --target v --schedule cosine --widths 64,128 --ema .995 --batch-size 32 "
+    "--epochs 27" + BOTH,
+)
 TINY = {"size": 32, "n_images": 200, "widths": (16, 32), "codes": 64, "epochs": 2}
+
 
 def test_default_yields_to_preset_to_recorded_to_typed(trained, told):
     """The run under way was recorded with 80 images, tiny has 200."""
-    for words in (*DEFAULTS, "train-vq --preset report --out new",
-                  "train-ldm --preset report --out new", "train-vq --preset tiny --out new",
-                  "train-vq --codes 9 --preset tiny --out new", "train-vq --resume --epochs 7",
-                  "train-vq --resume", "evaluate", "train-vq --resume --preset tiny",
-                  "sample --class mole"):
+    for words in (
+        *DEFAULTS,
+        "train-vq --preset report --out new",
+        "train-ldm --preset report --out new",
+        "train-vq --preset tiny --out new",
+        "train-vq --codes 9 --preset tiny --out new",
+        "train-vq --resume --epochs 7",
+        "train-vq --resume",
+        "evaluate",
+        "train-vq --resume --preset tiny",
+        "sample --class mole",
+    ):
         assert cli(*words.split()) == 0
     vq, ldm, vq_report, ldm_report, tiny, typed, more, recorded, evaluate, again, sample = told
     assert (vq, ldm) == (vqldm.VQConfig(out="new"), vqldm.LDMConfig(out="new"))
     assert vq_report == vqldm.replace(vq, preset="report", epochs=30, **REPORT["vq"])
     assert ldm_report == vqldm.replace(ldm, preset="report", **REPORT["ldm"])
     assert (vqldm.VQConfig().folder, vqldm.LDMConfig().folder) == (
-        Path(vqldm.LDMConfig().vq), Path(sample.ckpt)) and evaluate.ckpt == sample.ckpt
+        Path(vqldm.LDMConfig().vq),
+        Path(sample.ckpt),
+    ) and evaluate.ckpt == sample.ckpt
     assert (sample.n, evaluate.n) == (64, 500)
     assert tiny == vqldm.replace(vq, preset="tiny", **TINY)
     assert typed == vqldm.replace(tiny, codes=9) and (more.n_images, more.epochs) == (80, 7)
-    assert recorded == again == vqldm.replace(
-        tiny, n_images=80, epochs=1, lpips_weight=0, out="", resume=True)
-    assert sample == vqldm.SampleConfig(class_="mole", steps=8)         # as the model was trained
+    assert (
+        recorded
+        == again
+        == vqldm.replace(tiny, n_images=80, epochs=1, lpips_weight=0, out="", resume=True)
+    )
+    assert sample == vqldm.SampleConfig(class_="mole", steps=8)  # as the model was trained
+
 
 # ---- Words -------------------------------------------------------------------------------------
 README = (HERE / "README.md").read_text(encoding="utf8")
 NOTES = (HERE / ".github/NOTES.md").read_text(encoding="utf8")
 
+
 def test_the_python_of_readme_and_notes_runs_as_it_stands(trained, monkeypatch, capsys):
     """README's lines are the file's, or make images. NOTES' write folders, train a classifier."""
     (lines, readme), (notes, useful, *_) = [
-        re.findall(r"```python\n(.*?)```", text, re.S) for text in (README, NOTES)]
+        re.findall(r"```python\n(.*?)```", text, re.S) for text in (README, NOTES)
+    ]
     assert lines in SOURCE
     exec(readme, there := {})
     assert there["images"].shape == there["recon"].shape == (4, 3, 32, 32)
@@ -1309,29 +1737,39 @@ def test_the_python_of_readme_and_notes_runs_as_it_stands(trained, monkeypatch, 
     exec(useful, {})
     assert "with samples balanced accuracy" in capsys.readouterr().out
 
+
 def test_the_places_of_a_change_exist():
     rows = NOTES.split("## If you want to change")[1].split("\n# ")[0].split("\n|")[3:]
     for name in re.findall(r"`(?:\w+\.)?(\w+)", " ".join(row.split("|")[1] for row in rows)):
         assert re.search(rf"(?:def|class) {name}\b", SOURCE), name
 
+
 def test_every_command_in_the_readme_can_be_typed(elsewhere, monkeypatch, told):
-    monkeypatch.setattr(vqldm, "load_checkpoint", lambda where, name, stage, *more: {
-        "stage": "vq", "settings": (vqldm.LDMConfig if stage == "ldm" else vqldm.VQConfig)()})
+    monkeypatch.setattr(
+        vqldm,
+        "load_checkpoint",
+        lambda where, name, stage, *more: {
+            "stage": "vq",
+            "settings": (vqldm.LDMConfig if stage == "ldm" else vqldm.VQConfig)(),
+        },
+    )
     blocks = "\n".join(re.findall(r"^```sh\n(.*?)^```", README, re.M | re.S))
-    assert "#" not in blocks                    # zsh, the shell of a Mac, takes it as an argument
+    assert "#" not in blocks  # zsh, the shell of a Mac, takes it as an argument
     typed = re.findall(r"python3? +vqldm\.py +([^\n&]+)", blocks)
     assert [words for words in typed if cli(*words.split()) != 0] == []
     assert [words.split()[0] for words in typed[:3]] == [*vqldm.COMMANDS][:3]
+
 
 def test_tables_show_the_numbers_of_the_runs():
     """.github/results.json holds what was measured, {header of the table: {row: numbers}}."""
     results, found = json.loads((HERE / ".github/results.json").read_text(encoding="utf8")), 0
     for table in re.findall(r"(?:^\|.*\n)+", README + NOTES, re.M):
-        head, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]]
-                          for line in table.splitlines()]
+        head, _, *rows = [
+            [cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()
+        ]
         for row in rows if head[0] in results else []:
             known = results[head[0]][row[0].split(":")[0].replace("*", "")]
-            shown = re.findall(r"-?[\d,]*\.?\d+|–", "|".join(row[1:]))   # "33.5 to 33.7" is two
+            shown = re.findall(r"-?[\d,]*\.?\d+|–", "|".join(row[1:]))  # "33.5 to 33.7" is two
             assert len(shown) == len(known), row
             for text, number in zip(shown, known):
                 exact = None if text == "–" else float(text.replace(",", ""))
@@ -1339,12 +1777,25 @@ def test_tables_show_the_numbers_of_the_runs():
             found += 1
     assert found == sum(map(len, results.values()))
 
+
 # ---- The notebook ------------------------------------------------------------------------------
 CELLS = json.loads((HERE / "tutorial.ipynb").read_text(encoding="utf8"))["cells"]
 SOURCES = ["".join(cell["source"]) for cell in CELLS]
 CODE = [source for cell, source in zip(CELLS, SOURCES) if cell["cell_type"] == "code"]
-TAUGHT = {"add_noise", "guess", "loss", "predict", "update_ema", "sample", "score", "flow_step",
-          "guided", "nearest", "measure_scale"}
+TAUGHT = {
+    "add_noise",
+    "guess",
+    "loss",
+    "predict",
+    "update_ema",
+    "sample",
+    "score",
+    "flow_step",
+    "guided",
+    "nearest",
+    "measure_scale",
+}
+
 
 def test_notebook_was_run_from_top_to_bottom_without_errors_and_its_links_lead_somewhere():
     ran = [cell for cell in CELLS if cell["cell_type"] == "code"]
@@ -1352,22 +1803,32 @@ def test_notebook_was_run_from_top_to_bottom_without_errors_and_its_links_lead_s
     assert [cell["execution_count"] for cell in ran] == [*range(1, len(ran) + 1)]
     assert "error" not in outputs and outputs.count("display_data") > 30
     text = "\n".join(SOURCES)
-    links = re.findall(r"\]\(#(.*?)\)", text)              # Jupyter names its headings like this
+    links = re.findall(r"\]\(#(.*?)\)", text)  # Jupyter names its headings like this
     heads = {head.replace(" ", "-") for head in re.findall(r"^#+ (.*)$", text, re.M)}
     assert len(links) > 20 and set(links) <= heads
-def run_page(tmp_path, code):   # in a process of its own, with the file as it was at first
+
+
+def run_page(tmp_path, code):  # in a process of its own, with the file as it was at first
     code = "\n".join(["import os", f"os.chdir({str(tmp_path)!r})", *code])
     for name, text in (("vqldm.py", SOURCE), ("script.py", code)):
         (tmp_path / name).write_text(text, encoding="utf8")
     env = {**os.environ, "OMP_NUM_THREADS": "1", "VQLDM_FAST": "1", "MPLBACKEND": "Agg"}
-    done = subprocess.run([sys.executable, tmp_path / "script.py"], env=env, text=True,
-                          capture_output=True, timeout=600)
+    done = subprocess.run(
+        [sys.executable, tmp_path / "script.py"],
+        env=env,
+        text=True,
+        capture_output=True,
+        timeout=600,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
+
 
 def test_notebook_runs_in_its_short_form_though_nothing_is_answered(tmp_path):
     out = run_page(tmp_path, CODE)
     assert out.count("○") == 19 and "✓" not in out and out.count("yours: none yet") == 2
+
+
 # Wrong answers, which `use` refuses (.ci/notebook.py). Forced in, each spoils the last picture.
 PLANTED = """
 def add_noise(d, z0, t, eps): return z0 + eps
@@ -1386,9 +1847,10 @@ for wrong in (add_noise, predict, sample, guided, nearest):
     setattr(place, name, good)
 """
 
+
 def test_notebook_draws_its_last_picture_with_right_answers_and_no_wrong_one(tmp_path):
     code = list(CODE)
-    for before, source in zip(SOURCES, SOURCES[1:]):        # solved in place, as a student would
+    for before, source in zip(SOURCES, SOURCES[1:]):  # solved in place, as a student would
         if solution := re.search(r">Solution.*?```python\n(.*?)```", source, re.S):
             code[code.index(before)] = solution[1]
     (last,) = [source for source in CODE if "last, last_z0 = " in source]
@@ -1397,4 +1859,4 @@ def test_notebook_draws_its_last_picture_with_right_answers_and_no_wrong_one(tmp
     yours = re.search(r"mean of the pixels .*\nyours: (.*)\n", out)[1]
     assert set(re.findall(r"(\w+) \([1-9]\d* calls\)", yours)) == TAUGHT
     for name in ("add_noise", "predict", "sample", "guided", "nearest"):
-        assert re.findall(rf"SAME {name} (\w+)", out) == ["True", "False"]   # own, wrong
+        assert re.findall(rf"SAME {name} (\w+)", out) == ["True", "False"]  # own, wrong
