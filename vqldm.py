@@ -30,47 +30,60 @@ Contents  1. Settings                       7. Stage 1: training      B. A folde
 Run it    python vqldm.py train-vq, then train-ldm, then sample. evaluate measures either stage.
           "trap" marks a frequent mistake, "ours" an idea that none of the named papers has.
 """
-import argparse, csv, functools, hashlib, io, json, math, os, random, re, shlex, sys, time, warnings
+# The language: functions, types, text
+import argparse, functools, re, shlex
 from collections import Counter
 from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass, fields, replace
 from inspect import getsource
 from itertools import pairwise
+from typing import Literal, get_args
+# Files, and the system that the program runs on
+import csv, hashlib, io, json
+import os, sys, time, warnings
 from pathlib import Path
 from signal import SIG_DFL, SIGINT, SIGTERM, default_int_handler, signal
-from typing import Literal, get_args
-os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")   # a Mac's GPU leaves what it lacks to
-import torch                                                # the CPU; torch reads this at import
+# Numbers and networks
+import math, random
+# A Mac's GPU leaves what it lacks to the CPU. torch reads this when it is imported.
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
+import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
-from PIL import Image, ImageOps
 from torch import nn
+from tqdm import tqdm
+# Images
+from PIL import Image, ImageOps
 from torchvision.io import write_png
 from torchvision.transforms.functional import pil_to_tensor
 from torchvision.utils import make_grid
-from tqdm import tqdm
-# ------------------------------------------------------------------------------------------------
-# 1. Settings
+
+# ---- 1. Settings -----------------------------------------------------------------------------
 # Every setting is one line below, with name, type and default. The comment on it is its --help, and
 # must be there. A number without a source, here or in functions, was tried or chosen freely. The
 # page Why of .github/NOTES.md says which. On a first reading, go on with section 2.
 
 class UserError(argparse.ArgumentTypeError):    # caught by argparse in a type, else by main()
     """A mistake that only the user can mend, reported in one sentence with exit status 2."""
+
 def demand(ok, text):
     if not ok:
         raise UserError(text)
+
 # A type is the function that reads a setting's value. bool is a switch, Literal a choice of words.
 def whole(text):
     demand(int(text) >= 1, "must be 1 or more")
     return int(text)
+
 def wholes(text):                       # "16,64" -> (16, 64)
     return tuple(map(whole, text.split(",")))
+
 def amount(text):
     demand(0 <= float(text) < math.inf, "must be 0 or more")
     return float(text)
+
 def source(text):                       # a folder is recorded with its full path
     demand(text, "is empty")
     return text if text == "synthetic" else os.path.realpath(os.path.expanduser(text))
@@ -90,6 +103,7 @@ class Training(Settings):
     upsample: Literal["nearest", "transposed"] = "nearest"  # how grids are doubled (section 2)
     lr: amount = 1e-3                   # learning rate of everything that has none of its own
     resume: bool = False                # go on with the run in --out
+
 @dataclass(frozen=True)
 class Sampling:
     # How images are made. For what you do not type, sample and evaluate use train-ldm's settings.
@@ -98,64 +112,7 @@ class Sampling:
     guidance: amount = 1.5              # strength of guidance (section 11). 1 is none
     guide: Literal["told", "untold"] = "told"   # is the weak guide told the class? untold: purer
 
-@dataclass(frozen=True)
-class VQConfig(Training):
-    """stage 1: train the VQGAN, image -> codes -> image"""
-    stage = "vq"                        # no ": type", so this is no field and has no flag
-    data: source = "synthetic"          # 'synthetic', or a folder of images, see class_of
-    n_images: whole = 4096              # how many to draw if synthetic
-    size: whole = 64                    # side of the square images, in pixels
-    widths: wholes = (16, 64)           # channels of the m DownBlocks, such as 16,32,64; f = 2^m
-    z_dim: whole = 3                    # d, the length of a code. LDM: 3 at f = 4, 8 at f = 16
-    codes: whole = 2048                 # K, the number of codes. LDM: 8192 at f = 4, 16384 at 16
-    lpips_weight: amount = 0.1          # weight of LPIPS, a learned distance. At 0 only measured
-    commit_weight: amount = 0.25        # weight of the commitment loss, VQ's β (section 3)
-    gan_weight: amount = 0.2            # weight of the GAN, times lam. 0: none. 0.4 suits 128×128
-    lam_max: amount = 0.004             # upper limit of lam, which balances the GAN (section 4)
-    gan_start: amount = 0.1             # fraction of the run after which the GAN joins
-    muon_lr: amount = 0.02              # learning rate of Muon (appendix F). 0: Adam at --lr
-    codes_lr: amount = 0.02             # learning rate of the codes, which must keep up with z
-    d_lr: amount = 4e-4                 # learning rate of the GAN's discriminator
-    batch_size: whole = 8               # images in a step, over all processes
-    epochs: whole = 3                   # passes over the training images
-    @property
-    def latent_shape(self):             # (d,h,w) of z, for square images
-        side = self.size // 2 ** len(self.widths)
-        return self.z_dim, side, side
-
-@dataclass(frozen=True)
-class LDMConfig(Sampling, Training):
-    """stage 2: train the diffusion model on the VQGAN's codes"""
-    stage = "ldm"
-    vq: str = "runs/vq"                 # run or checkpoint of train-vq. Fixed once a run has begun
-    data: source = ""                   # folder of images. Empty means those of --vq
-    unconditional: bool = False         # all images are of one class, which tells the UNet nothing
-    balance: bool = False               # draw every class equally often, however rare it is
-    T: whole = 1000                     # noise levels, as many as in DDPM
-    schedule: Literal["cosine", "linear"] = "cosine"    # how noise grows with t
-    target: Literal["v", "eps"] = "v"   # what the UNet predicts. With eps take linear, see predict
-    widths: wholes = (64, 128)          # channels of the UNet's DownBlocks
-    ema: amount = 0.995                 # decay of the running mean of the weights
-    batch_size: whole = 32              # latents in a step, over all processes
-    epochs: whole = 27                  # passes over the training images, each in a random turn
-
-@dataclass(frozen=True)
-class SampleConfig(Sampling, Settings):
-    """make new images with a trained stage 2, with train-ldm's sampler unless you name another"""
-    stage = "samples"                   # only names the folder
-    reads = ("ldm",)                    # the stages whose checkpoints it can use
-    ckpt: str = "runs/ldm"              # run folder or checkpoint of train-ldm. evaluate: of either
-    n: whole = 64                       # how many images, over all classes
-    class_: str = ""                    # only this class. Empty: all in turn. evaluate: as trained
-
-@dataclass(frozen=True)
-class EvaluateConfig(SampleConfig):
-    """measure a checkpoint of either stage on images that it was not trained on"""
-    reads = ("ldm", "vq")
-    data: source = ""                   # folder of other images. Empty means those of --ckpt
-    n: whole = 500                      # samples to make, and a limit for each set of unseen images
-# ------------------------------------------------------------------------------------------------
-# 2. Blocks
+# ---- 2. Blocks -------------------------------------------------------------------------------
 # The VQGAN and the UNet are built from the same blocks. In the UNet, each ResBlock also receives
 # the noise level and the class (emb), and each UpBlock what the matching DownBlock had (a skip).
 
@@ -174,6 +131,7 @@ def zero(layer):
 class ResBlock(nn.Module):
     """Norm, SiLU, Conv, twice, plus the shortcut. emb sets a scale and a shift for the output of
     the second Norm. This is AdaGN (Dhariwal & Nichol 2021, arXiv 2105.05233)."""
+
     def __init__(self, c_in, c_out, emb_dim=None):
         super().__init__()
         self.norm1 = Norm(c_in)
@@ -182,6 +140,7 @@ class ResBlock(nn.Module):
         self.norm2 = Norm(c_out)
         self.conv2 = zero(nn.Conv2d(c_out, c_out, 3, padding=1))
         self.shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
     def forward(self, x, emb=None):                                       # (B,c_in,H,W), (B,E)
         y = self.conv1(F.silu(self.norm1(x)))                             # (B,c_out,H,W)
         y = self.norm2(y)
@@ -196,11 +155,13 @@ class AttentionBlock(nn.Module):
     """Every cell sees all others, not only its neighbours. Linear maps give each a query, a key and
     a value. A cell's output is the mean of all values, weighted by how well their keys fit its
     query, softmax(query·key/√C), Vaswani 2017. This costs (h·w)², so only MidBlock has it."""
+
     def __init__(self, c):
         super().__init__()
         self.norm = Norm(c)
         self.attention = nn.MultiheadAttention(c, num_heads=1, batch_first=True)
         zero(self.attention.out_proj)
+
     def forward(self, x):                                                 # (B,C,h,w)
         y = rearrange(self.norm(x), "B C h w -> B (h w) C")               # (B,N,C)
         y, _ = self.attention(y, y, y, need_weights=False)    # queries, keys, values: all from y
@@ -208,21 +169,25 @@ class AttentionBlock(nn.Module):
         return x + y                                                      # (B,C,h,w)
 
 class DownBlock(nn.Module):             # two ResBlocks, then a strided convolution halves the grid
+
     def __init__(self, c_in, c_out, emb_dim=None):
         super().__init__()
         self.res1 = ResBlock(c_in, c_out, emb_dim)
         self.res2 = ResBlock(c_out, c_out, emb_dim)
         self.down = nn.Conv2d(c_out, c_out, 4, stride=2, padding=1)     # 3 reads odd cells twice
+
     def forward(self, x, emb=None):                                       # (B,c_in,H,W)
         skip = self.res2(self.res1(x, emb), emb)                          # (B,c_out,H,W)
         return self.down(skip), skip                # (B,c_out,H/2,W/2), (B,c_out,H,W)
 
 class MidBlock(nn.Module):              # ResBlock, self-attention, ResBlock, on the smallest grid
+
     def __init__(self, c, emb_dim=None):
         super().__init__()
         self.res1 = ResBlock(c, c, emb_dim)
         self.attention = AttentionBlock(c)
         self.res2 = ResBlock(c, c, emb_dim)
+
     def forward(self, x, emb=None):                                       # (B,C,h,w)
         y = self.res1(x, emb)
         y = self.attention(y)
@@ -232,6 +197,7 @@ class UpBlock(nn.Module):
     """The grid doubles, the skip's channels are appended, and two ResBlocks follow.
     trap: a transposed convolution computes even and odd pixels with different weights, and a
     checkerboard can show (Odena 2016, distill.pub). Copying each cell to 2×2 avoids it."""
+
     def __init__(self, c_in, c_out, emb_dim=None, c_skip=0, upsample="nearest"):
         super().__init__()
         self.up = nn.Upsample(scale_factor=2, mode="nearest")
@@ -239,6 +205,7 @@ class UpBlock(nn.Module):
             self.up = nn.ConvTranspose2d(c_in, c_in, 4, stride=2, padding=1)
         self.res1 = ResBlock(c_in + c_skip, c_out, emb_dim)
         self.res2 = ResBlock(c_out, c_out, emb_dim)
+
     def forward(self, x, emb=None, skip=None):                            # (B,c_in,h,w)
         y = self.up(x)                                                    # (B,c_in,2h,2w)
         if skip is not None:
@@ -248,8 +215,8 @@ class UpBlock(nn.Module):
 def channel_pairs(widths):
     # (c_in, c_out) of each DownBlock: (16, 64) -> (16, 16), (16, 64). UpBlocks reverse it.
     return list(pairwise([widths[0], *widths]))
-# ------------------------------------------------------------------------------------------------
-# 3. Stage 1: the VQGAN
+
+# ---- 3. Stage 1: the VQGAN -------------------------------------------------------------------
 # The encoder makes the grid small, the codebook makes it discrete, and the decoder maps it back.
 # Why discrete? In the VQGAN paper, stage 2 predicts code numbers one by one, like the words of a
 # text. Here, rounding keeps what stage 2 makes to vectors that the decoder knows.
@@ -260,6 +227,7 @@ def channel_pairs(widths):
 
 class Encoder(nn.Module):
     """x -> z: Conv, m DownBlocks, MidBlock, Norm, SiLU, Conv (VQGAN Table 7)."""
+
     def __init__(self, widths, z_dim):
         super().__init__()
         self.first = nn.Conv2d(3, widths[0], 3, padding=1)
@@ -268,6 +236,7 @@ class Encoder(nn.Module):
         self.mid = MidBlock(widths[-1])
         self.norm = Norm(widths[-1])
         self.last = nn.Conv2d(widths[-1], z_dim, 3, padding=1)
+
     def forward(self, x):                                                 # (B,3,H,W)
         y = self.first(x)
         for block in self.down:
@@ -277,6 +246,7 @@ class Encoder(nn.Module):
 
 class Decoder(nn.Module):
     """z_q -> x_hat: the encoder's mirror image."""
+
     def __init__(self, widths, z_dim, upsample="nearest"):
         super().__init__()
         self.first = nn.Conv2d(z_dim, widths[-1], 3, padding=1)
@@ -286,6 +256,7 @@ class Decoder(nn.Module):
             self.up.append(UpBlock(c_in, c_out, upsample=upsample))
         self.norm = Norm(widths[0])
         self.last = nn.Conv2d(widths[0], 3, 3, padding=1)
+
     def forward(self, z_q):                                               # (B,d,h,w)
         y = self.mid(self.first(z_q))
         for block in self.up:
@@ -297,10 +268,12 @@ class Decoder(nn.Module):
 
 class Codebook(nn.Module):
     """Replaces each vector of z by the nearest of K learned ones (VQ sec. 3.1)."""
+
     def __init__(self, codes, z_dim):
         super().__init__()
         self.embedding = nn.Embedding(codes, z_dim)                       # (K,d)
         self.register_buffer("wins", torch.zeros(codes))      # (K,) wins since the last restart
+
     def nearest(self, z):                                                 # (B,d,h,w)
         """The nearest code's number, k = argmin_j ‖z - e_j‖ with e_j in row j (VQ eq. 1).
         trap: decode of stage 2 calls this as well, with latents near codes. So nearest(lookup(k))
@@ -314,6 +287,7 @@ class Codebook(nn.Module):
             distance = torch.cdist(flat, self.embedding.weight)           # (B·N,K)
             k = distance.argmin(dim=1)
         return k.view(B, h, w)                                            # (B,h,w)
+
     def lookup(self, k):                                                  # (B,h,w)
         """z_q = e_k (VQ eq. 2). contiguous() puts channels first, as a Mac's GPU needs them."""
         return rearrange(self.embedding(k), "B h w d -> B d h w").contiguous()        # (B,d,h,w)
@@ -350,18 +324,21 @@ class Codebook(nn.Module):
         jitter *= 0.01 * flat.std(0, correction=0)                        # so that no two are alike
         self.embedding.weight[unused] = flat[pick] + jitter
         self.wins.zero_()
+
     def count_wins(self, k):            # add up how often each was chosen, a mean over processes
         wins = torch.bincount(k.flatten(), minlength=len(self.wins)).float()
         self.wins += mean_over_processes(wins)
 
 class VQGAN(nn.Module):
     """Encoder, codebook and decoder, for images in [-1,1] whose sides are multiples of f = 2^m."""
+
     def __init__(self, cfg):                                              # VQConfig
         super().__init__()
         self.cfg = cfg
         self.encoder = Encoder(cfg.widths, cfg.z_dim)
         self.codebook = Codebook(cfg.codes, cfg.z_dim)
         self.decoder = Decoder(cfg.widths, cfg.z_dim, cfg.upsample)
+
     def forward(self, x):                                                 # (B,3,H,W)
         """-> x_hat (B,3,H,W), k (B,h,w), codebook loss, commitment loss."""
         z = self.encoder(x).float()
@@ -377,8 +354,8 @@ def load_vqgan(state, device):          # of a checkpoint, frozen. (place: secti
         vqgan = VQGAN(VQConfig(**state["config"]))
         vqgan.load_state_dict(state["model"])
     return place(vqgan, device).eval().requires_grad_(False)
-# ------------------------------------------------------------------------------------------------
-# 4. Stage 1: the losses
+
+# ---- 4. Stage 1: the losses ------------------------------------------------------------------
 # The squared error alone gives blur, because its best answer is the mean of all sharp images that
 # fit the code. LPIPS sends both images through a frozen network that classifies photographs, and
 # sums weighted differences of their feature maps, which differ for blurred and sharp hair. What
@@ -399,6 +376,7 @@ def load_lpips(device):
 class PatchDiscriminator(nn.Module):
     """D gives a logit, without a sigmoid, for each place of the latent grid, high where the image
     looks real. Kernels see 18×18 pixels at f = 4, 38 at 8, 78 at 16. (pix2pix, 1611.07004: 70.)"""
+
     def __init__(self, widths):                                           # the VQGAN's
         super().__init__()
         c = max(32, widths[0] // 2)             # half the VQGAN's, 32 at least (a free choice)
@@ -409,6 +387,7 @@ class PatchDiscriminator(nn.Module):
         self.layers = nn.Sequential(*layers, nn.Conv2d(c, 1, 3, padding=1))
     def forward(self, x):                                                 # (B,3,H,W)
         return self.layers(x).float()                                     # (B,1,h,w)
+
 def hinge_loss(real, fake):
     """D's loss, as in VQGAN's code (eq. 5 has logs). Real logits > 1 and fake < -1 cost nothing."""
     return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
@@ -418,6 +397,7 @@ def adaptive_weight(rec, adversarial, last, limit):
     weights would cost two more backward passes.) The GAN's gradient may be far longer or shorter
     than rec's. lam makes them equally long. gan_weight then sets their ratio, 1/5 by default and 1
     in --preset report. By default lam is mostly at its limit, and the ratio is smaller."""
+
     def push(loss):                                         # ‖∇_L loss‖
         # grad makes no graph of its own, so lam is a constant that the VQGAN cannot learn to move.
         (gradient,) = torch.autograd.grad(loss, last, retain_graph=True)
@@ -428,8 +408,9 @@ def adaptive_weight(rec, adversarial, last, limit):
     # allows a lam of 1e4, which enlarges it: x_hat jumps about, and D is slow to catch up.
     # ours: a low limit, at which lam stands in most steps, so that such a D has little say.
     return lam.clamp(max=limit)
-# ------------------------------------------------------------------------------------------------
-# 5. Device, precision, seeds
+
+# ---- 5. Device, precision, seeds -------------------------------------------------------------
+
 def pick_device(cfg):
     # -> device, and autocast. `with autocast():` computes matrix products and convolutions in bf16
     # where supported. It has 16 bits, fp32's range, 2 to 3 decimal digits, and is often faster.
@@ -453,6 +434,7 @@ def place(net, device):
 
 def digest(key):        # anything printable -> 63 bits, the same in any process
     return random.Random(repr(key)).getrandbits(63)
+
 def rng(*key):
     # The random numbers that belong to a key, such as (seed, "turns", step). They are looked up,
     # never carried along, so step 700 draws the same ones in a run that was killed and resumed.
@@ -463,23 +445,30 @@ def rng(*key):
 # what must agree, such as gradients. Process 0 alone prints and saves. Its losses are of its share.
 def world():
     return dist.get_world_size() if dist.is_initialized() else 1
+
 def rank():
     return dist.get_rank() if dist.is_initialized() else 0
+
 def share(batch):                       # this process's rows of a batch
     return batch.chunk(world())[rank()]
+
 def mean_over_processes(x):             # in place: x itself becomes the mean
     if world() > 1:
         dist.all_reduce(x)
         x /= world()
     return x
+
 def say(*words):
     if rank() == 0:
         tqdm.write(" ".join(map(str, words)))
+
 def bar(items, name, total=None):       # with disable=None, tqdm draws on a terminal only
     return tqdm(items, name, total, leave=False, disable=True if rank() else None)
-# ------------------------------------------------------------------------------------------------
-# 6. What both trainings share
+
+# ---- 6. What both trainings share ------------------------------------------------------------
+
 class Images:
+
     # All images of a run, as squares of one size. Appendix B reads, groups and splits them. cache
     # is a folder for their pixels, seen the checksums of all that an earlier run trained on.
     def __init__(self, source, cfg, cache, seen=()):
@@ -498,18 +487,22 @@ class Images:
         val = (held & ~self.known(self.seen)).nonzero().flatten()
         self.val = val[torch.randperm(len(val), generator=rng("held out"))]     # classes mixed
         say("data", source, len(found), "images:", ", ".join(self.classes))
+
     def known(self, checksums):
         # -> (n,) bool. If an image's content or group is in checksums, its whole group is known.
         hit = torch.isin(self.checksums, checksums).any(1)
         return torch.isin(self.checksums[:, 1], self.checksums[hit, 1])
+
 def to_float(x):                        # uint8 0…255 -> [-1,1]. Only x_hat may go beyond
     return x.float() / 127.5 - 1
+
 def to_bytes(x):                        # and back, on the CPU
     return ((x.clamp(-1, 1) + 1) * 127.5).round().byte().cpu()
 
 @functools.lru_cache(maxsize=2)         # a batch may straddle two epochs
 def shuffled(n, seed, epoch):
     return torch.randperm(n, generator=rng(seed, "order", epoch))
+
 def next_rows(n, step, batch_size, seed):
     # Row numbers (B,) of a step: the next of an endless stream that is reshuffled every epoch.
     stream = range(step * batch_size, (step + 1) * batch_size)          # i // n is the epoch
@@ -543,8 +536,8 @@ def descend(loss, net, factor, *optimizers):
             initial = group.setdefault("initial_lr", group["lr"])  # last.pt keeps it: --lr is fixed
             group["lr"] = factor * initial
         optimizer.step()
-# ------------------------------------------------------------------------------------------------
-# 7. Stage 1: training
+
+# ---- 7. Stage 1: training --------------------------------------------------------------------
 # In each step the generator learns first, then D learns on the same images. D joins after a tenth
 # of the run, since from the first blobs it would learn only that blur is fake. Its lead (d_real -
 # d_fake, the gap of its mean logits) is 0.4 to 0.7 on photographs. Above 1, D is far ahead. At 0 it
@@ -556,6 +549,32 @@ def descend(loss, net, factor, *optimizers):
 #   lpips         .044   .016   .011              .016                .018
 #   perplexity   1,466  1,334  1,430              1,398               101
 #     x (8,3,64,64) → z (8,3,16,16) → k (8,16,16) → z_q (8,3,16,16) → x_hat (8,3,64,64)
+
+@dataclass(frozen=True)
+class VQConfig(Training):
+    """stage 1: train the VQGAN, image -> codes -> image"""
+    stage = "vq"                        # no ": type", so this is no field and has no flag
+    data: source = "synthetic"          # 'synthetic', or a folder of images, see class_of
+    n_images: whole = 4096              # how many to draw if synthetic
+    size: whole = 64                    # side of the square images, in pixels
+    widths: wholes = (16, 64)           # channels of the m DownBlocks, such as 16,32,64; f = 2^m
+    z_dim: whole = 3                    # d, the length of a code. LDM: 3 at f = 4, 8 at f = 16
+    codes: whole = 2048                 # K, the number of codes. LDM: 8192 at f = 4, 16384 at 16
+    lpips_weight: amount = 0.1          # weight of LPIPS, a learned distance. At 0 only measured
+    commit_weight: amount = 0.25        # weight of the commitment loss, VQ's β (section 3)
+    gan_weight: amount = 0.2            # weight of the GAN, times lam. 0: none. 0.4 suits 128×128
+    lam_max: amount = 0.004             # upper limit of lam, which balances the GAN (section 4)
+    gan_start: amount = 0.1             # fraction of the run after which the GAN joins
+    muon_lr: amount = 0.02              # learning rate of Muon (appendix F). 0: Adam at --lr
+    codes_lr: amount = 0.02             # learning rate of the codes, which must keep up with z
+    d_lr: amount = 4e-4                 # learning rate of the GAN's discriminator
+    batch_size: whole = 8               # images in a step, over all processes
+    epochs: whole = 3                   # passes over the training images
+
+    @property
+    def latent_shape(self):             # (d,h,w) of z, for square images
+        side = self.size // 2 ** len(self.widths)
+        return self.z_dim, side, side
 
 def build_vq(cfg, device):              # -> VQGAN and D, with their initial weights
     unit = 4 * 2 ** len(cfg.widths)             # 4·f, since the UNet's default halves h and w twice
@@ -570,16 +589,16 @@ def vq_optimizers(vqgan, disc, cfg):
     # moves the kernels of all blocks. Adam moves the rest, including the layers first and last.
     others = dict(vqgan.named_parameters())
     e = others.pop("codebook.embedding.weight")                           # (K,d)
-    kernels, rest = [], []
+    matrices, rest = [], []
     for name, p in others.items():
         inner = p.ndim == 4 and not re.search("first|last", name)
-        (kernels if inner and cfg.muon_lr > 0 else rest).append(p)
+        (matrices if inner and cfg.muon_lr > 0 else rest).append(p)
     # Codes need a rate of their own to keep up with z (Łańcucki 2020, arXiv 2005.08520). A weight
     # on codebook_loss would change little, since Adam divides a gradient by its usual size.
     groups = [{"params": rest}, {"params": [e], "lr": cfg.codes_lr}]
     adam = torch.optim.Adam(groups, cfg.lr, betas=(0.9, 0.99), fused=True)
     adam_d = torch.optim.Adam(disc.parameters(), cfg.d_lr, betas=(0.5, 0.9), fused=True)
-    return adam, Muon(kernels, cfg.muon_lr), adam_d
+    return adam, Muon(matrices, cfg.muon_lr), adam_d
 
 def augment(x, turns):
     # Turn or mirror each image of x (B,C,H,H). turns, B numbers in 0…7, picks one of the square's
@@ -627,10 +646,10 @@ def train_vq(cfg, state=None):
     run = Run(cfg, images, parts, {"seen": images.seen}, state)     # yields steps (appendix C)
 
     def look():                         # measure and draw images that were never trained on
-        unseen = images.pixels[images.val[:256]]
-        measures, recon = reconstruct(vqgan, unseen, lpips, autocast)
+        held = images.pixels[images.val[:256]]
+        measures, recon = reconstruct(vqgan, held, lpips, autocast)
         draw_rows(cfg.folder / f"recon_step_{run.step:06d}.png",
-                  {"original": unseen, "reconstruction": recon})
+                  {"original": held, "reconstruction": recon})
         return measures
 
     for step in run:
@@ -679,8 +698,8 @@ def train_vq(cfg, state=None):
             losses.update(lam=lam, d_loss=d_loss, d_real=real.mean(), d_fake=fake.mean())
         run.end_step(losses, look)              # logs, looks, saves (appendix C)
     return run.finish("next: python vqldm.py train-ldm --vq")
-# ------------------------------------------------------------------------------------------------
-# 8. Stage 2: diffusion
+
+# ---- 8. Stage 2: diffusion -------------------------------------------------------------------
 # Noise is added to a latent in T small steps, until only noise is left. A network learns to find
 # the noise in the mix. Sampling starts from pure noise and walks back.
 #
@@ -723,6 +742,7 @@ def train_vq(cfg, state=None):
 
 class Diffusion:
     """A noise schedule, the loss of DDPM (Algorithm 1) and two samplers (Algorithm 2, DDIM)."""
+
     def __init__(self, T=1000, schedule="cosine", target="v"):
         self.T, self.target = T, target
         if schedule == "linear":
@@ -789,6 +809,7 @@ class Diffusion:
         # The usual range(0, T, T // steps) can give too many, 1000 for 600 steps of T = 1000.
         ts = [self.T - 1 - (self.T * i) // steps for i in range(steps + 1)]
         return list(pairwise(ts))
+
     @torch.no_grad()
     def sample(self, net, z, steps, sampler, noise):
         """Walk back from z (B,d,h,w), standard normal noise. net(z_t, t) is v or ε. noise() draws
@@ -817,8 +838,8 @@ class Diffusion:
             # 0 in the last step, or by 1-α, 0 where S > T repeats a level. trap: Heun averages two
             # answers, at t and t_prev. Take z0_hat's: eps_hat's gives one divided by a tiny √ᾱ_t.
             yield z, z0_hat
-# ------------------------------------------------------------------------------------------------
-# 9. Stage 2: the UNet
+
+# ---- 9. Stage 2: the UNet --------------------------------------------------------------------
 # The same blocks as in the VQGAN. Two things are new. Every ResBlock is told the noise level t and
 # the class. And skip connections carry z_t past the small grid in the middle. The noise to be found
 # is different in every cell, so it would not fit through that grid.
@@ -833,6 +854,7 @@ def time_embedding(t, dim):
 class UNet(nn.Module):
     """(z_t, t, class) -> v or ε. The classes are 0…n_classes-1. The number n_classes stands for an
     unknown class. A tenth of the training has it, since --guide untold asks for it (section 11)."""
+
     def __init__(self, z_dim, widths, n_classes, upsample="nearest"):
         super().__init__()
         E = 4 * widths[0]                       # as DDPM's emb
@@ -850,6 +872,7 @@ class UNet(nn.Module):
             self.up.append(UpBlock(c_in, c_out, E, c_skip=c_in, upsample=upsample))
         self.norm = Norm(widths[0])
         self.last = zero(nn.Conv2d(widths[0], z_dim, 3, padding=1))
+
     def forward(self, z_t, t, label=None):                                # (B,d,h,w), (B,), (B,)
         emb = self.time(time_embedding(t, self.time[0].in_features))      # (B,E)
         if label is None:
@@ -869,8 +892,8 @@ def build_unet(cfg, vq_cfg, classes):
     demand(vq_cfg.latent_shape[-1] % 2 ** len(cfg.widths) == 0,
            "--widths: a grid cannot be halved so many times")
     return UNet(vq_cfg.z_dim, cfg.widths, len(classes), cfg.upsample)
-# ------------------------------------------------------------------------------------------------
-# 10. Stage 2: training
+
+# ---- 10. Stage 2: training -------------------------------------------------------------------
 # First the frozen encoder turns each image, in several orientations, into grids of code numbers.
 # Their codes are the latents, just what the decoder reads. (LDM takes z, not yet rounded.) Noising
 # ends at mean 0 and std 1, so we bring the codes to that mean and std. Judge the model by its
@@ -878,6 +901,22 @@ def build_unet(cfg, vq_cfg, classes):
 # weights and in eight minutes of one core, the looks' loss is .576, .531 and .519 after 10, 50 and
 # 100 %, latent_std is .88, and at .576 borders are still fog. The shapes are:
 #     k (4096,4,16,16) → z_q (32,3,16,16) → z0 (32,3,16,16) → z_t (32,3,16,16) → v (32,3,16,16)
+
+@dataclass(frozen=True)
+class LDMConfig(Sampling, Training):
+    """stage 2: train the diffusion model on the VQGAN's codes"""
+    stage = "ldm"
+    vq: str = "runs/vq"                 # run or checkpoint of train-vq. Fixed once a run has begun
+    data: source = ""                   # folder of images. Empty means those of --vq
+    unconditional: bool = False         # all images are of one class, which tells the UNet nothing
+    balance: bool = False               # draw every class equally often, however rare it is
+    T: whole = 1000                     # noise levels, as many as in DDPM
+    schedule: Literal["cosine", "linear"] = "cosine"    # how noise grows with t
+    target: Literal["v", "eps"] = "v"   # what the UNet predicts. With eps take linear, see predict
+    widths: wholes = (64, 128)          # channels of the UNet's DownBlocks
+    ema: amount = 0.995                 # decay of the running mean of the weights
+    batch_size: whole = 32              # latents in a step, over all processes
+    epochs: whole = 27                  # passes over the training images, each in a random turn
 
 def encode_images(vqgan, images, versions, device, autocast):
     # All images -> their code numbers (n,V,h,w), in V = versions of the square's eight symmetries.
@@ -895,14 +934,17 @@ def measure_scale(k, e):
     # Karras 2024 (arXiv 2312.02696). LDM's app. G has one std for all.
     std, mean = torch.std_mean(e[k.flatten()], 0, correction=0)           # (d,) each
     return torch.stack([mean, std.clamp(min=1e-6)])
+
 def standardise(z, scale):
     """z (B,d,h,w) -> z0. Only this and unstandardise, the way back, use the scale. trap: with the
     std of another model, z0 does not have std 1, and samples get wrong colours and contrast."""
     mean, std = scale.view(2, -1, 1, 1)                                   # (d,1,1) each
     return (z - mean) / std
+
 def unstandardise(z0, scale):
     mean, std = scale.view(2, -1, 1, 1)
     return z0 * std + mean
+
 @torch.no_grad()
 def update_ema(ema, net, step, decay):
     """ema <- decay·ema + (1-decay)·net, for sampling. It averages the scatter of single steps.
@@ -926,12 +968,12 @@ def train_ldm(cfg, state=None):
     demand(not state or classes == state["classes"], "--resume: the classes have changed")
     class_counts = torch.bincount(images.labels[images.train], minlength=len(classes))
 
-    # ---- net is the UNet, ema its weights' running mean, guide an early copy of ema ----
+    # ---- net is the UNet, ema its weights' running mean, young an early copy of ema ----
     diffusion = Diffusion(cfg.T, cfg.schedule, cfg.target)
     torch.manual_seed(cfg.seed % 2**63)
     net = place(build_unet(cfg, vqgan.cfg, classes), device)
     ema = deepcopy(net).requires_grad_(False)
-    guide = deepcopy(ema)
+    young = deepcopy(ema)
     adam = torch.optim.Adam(net.parameters(), cfg.lr, betas=(0.9, 0.99), fused=True)
 
     # ---- latents. 20,000 grids are enough, for 4,096 images 4 turns of each ----
@@ -942,6 +984,7 @@ def train_ldm(cfg, state=None):
         scale = state["scale"].to(device)       # what net was trained with
     def latents(rows, turns):                   # (B,), (B,) -> z0 (B,d,h,w)
         return standardise(vqgan.codebook.lookup(all_k[rows, turns]), scale)
+
     def batch(step):                    # -> this process's share of z0, t, eps and label of a step
         dice = rng(cfg.seed, "step", step)
         chosen = next_rows(run.n_train, step, cfg.batch_size, cfg.seed)       # (B,)
@@ -964,16 +1007,17 @@ def train_ldm(cfg, state=None):
     held_t = torch.linspace(0, cfg.T - 1, len(val), device=device).long()
     held_eps = torch.randn(held_z0.shape, generator=rng("held-out noise")).to(device)
     held_label = images.labels[val].to(device)
+
     def look():                         # their loss, and 16 samples from the same noise
         model = LatentDiffusion(run.checkpoint(), device, autocast)     # with ema, as sample has it
         with autocast():
             held_loss = diffusion.loss(model.net, held_z0, held_t, held_eps, held_label).mean()
         quick = replace(cfg, steps=min(cfg.steps, 25))          # for a look, 25 steps must do
-        pictures, z0 = model.images(quick, range(16), model.labels(16))
+        pictures, z0 = model.make(quick, range(16), model.labels(16))
         draw_rows(cfg.folder / f"samples_step_{run.step:06d}.png", {"samples": pictures})
         return {"loss": held_loss, "latent_std": z0.std()}
 
-    parts = {"model": net, "ema": ema, "guide": guide, "adam": adam}
+    parts = {"model": net, "ema": ema, "guide": young, "adam": adam}
     extra = {"vq": {"config": vq["config"], "model": vq["model"]}, "seen": images.seen,
              "scale": scale, "classes": classes, "class_counts": class_counts}
     run = Run(cfg, images, parts, extra, state)
@@ -985,13 +1029,29 @@ def train_ldm(cfg, state=None):
         weighted = (loss * diffusion.weight(t)).mean()
         descend(weighted, net, lr_factor(step, run.progress), adam)
         update_ema(ema, net, step, cfg.ema)
-        if run.progress < 0.2:                  # after that, guide keeps its weights
-            guide.load_state_dict(ema.state_dict())
+        if run.progress < 0.2:                  # after that, young keeps its weights
+            young.load_state_dict(ema.state_dict())
         run.end_step({"loss": loss.mean()}, look)       # without the weight: 1 = nothing learned
     return run.finish("next: python vqldm.py sample --ckpt")
-# ------------------------------------------------------------------------------------------------
-# 11. Sampling
+
+# ---- 11. Sampling ----------------------------------------------------------------------------
 # Walk back from noise in S steps, unstandardise, decode.
+
+@dataclass(frozen=True)
+class SampleConfig(Sampling, Settings):
+    """make new images with a trained stage 2, with train-ldm's sampler unless you name another"""
+    stage = "samples"                   # only names the folder
+    reads = ("ldm",)                    # the stages whose checkpoints it can use
+    ckpt: str = "runs/ldm"              # run folder or checkpoint of train-ldm. evaluate: of either
+    n: whole = 64                       # how many images, over all classes
+    class_: str = ""                    # only this class. Empty: all in turn. evaluate: as trained
+
+@dataclass(frozen=True)
+class EvaluateConfig(SampleConfig):
+    """measure a checkpoint of either stage on images that it was not trained on"""
+    reads = ("ldm", "vq")
+    data: source = ""                   # folder of other images. Empty means those of --ckpt
+    n: whole = 500                      # samples to make, and a limit for each set of unseen images
 
 def guided(net, guide, label, w):
     """-> a net(z_t, t) that goes further in the direction from a weak network to a strong one:
@@ -1000,6 +1060,7 @@ def guided(net, guide, label, w):
     the mistakes of strong, only larger, so moving away from it removes mistakes (Karras 2024, arXiv
     2406.02507). w = 1 is strong alone, and a larger w costs variety. If guide is not told the
     class, out also moves to what sets the class apart (CFG eq. 6, whose w is our w - 1)."""
+
     def answer(z_t, t):
         strong = net(z_t, t, label)
         if w == 1:
@@ -1010,6 +1071,7 @@ def guided(net, guide, label, w):
 
 class LatentDiffusion:
     """All that makes images, from a checkpoint of stage 2, which holds its VQGAN too."""
+
     def __init__(self, state, device, autocast):
         self.device, self.autocast = device, autocast
         self.vqgan = load_vqgan(state["vq"], device)
@@ -1019,14 +1081,16 @@ class LatentDiffusion:
             self.classes, self.class_counts = state["classes"], state["class_counts"]
             self.scale = state["scale"].to(device)                        # (2,d)
             self.net = place(build_unet(self.cfg, self.vqgan.cfg, self.classes), device).eval()
-            self.guide = deepcopy(self.net.requires_grad_(False))
+            self.young = deepcopy(self.net.requires_grad_(False))
             self.net.load_state_dict(state["ema"])
-            self.guide.load_state_dict(state["guide"])
+            self.young.load_state_dict(state["guide"])
+
     def labels(self, n, class_=""):     # -> (n,): all trained classes in turn, or only class_
         choices = [c for c, name in enumerate(self.classes)
                    if self.class_counts[c] and class_ in ("", name)]
         demand(choices, f"--class: none of that name was trained on, choose one of {self.classes}")
         return torch.tensor(choices)[torch.arange(n) % len(choices)]
+
     def walk(self, settings, ids, label):
         """-> Diffusion.sample's iterator, so no network runs before you loop over it. settings has
         seed and the fields of Sampling. Image 7 gets the same noise in whatever batch it is."""
@@ -1036,16 +1100,18 @@ class LatentDiffusion:
             return torch.stack(drawn).to(self.device)
         label = label.to(self.device)
         told = label if settings.guide == "told" else None      # the class, or None for unknown
-        guide = functools.partial(self.guide, label=told)       # now guide(z_t, t), as guided wants
+        guide = functools.partial(self.young, label=told)       # now guide(z_t, t), as guided wants
         net = guided(self.net, guide, label, settings.guidance)
         return self.diffusion.sample(net, noise(), settings.steps, settings.sampler, noise)
+
     def decode(self, z0):
         """Latents z0 (B,d,h,w) -> uint8 images (B,3,H,W). The decoder has only ever seen codes, so
         what stage 2 makes is rounded to codes."""
         with self.autocast():
             k = self.vqgan.codebook.nearest(unstandardise(z0, self.scale))
             return to_bytes(self.vqgan.decode(k))
-    def images(self, settings, ids, label):
+
+    def make(self, settings, ids, label):
         """-> uint8 images (n,3,H,W) and their latents z0 (n,d,h,w), on the CPU. Image ids[i] has
         class label[i], and noise that follows from settings.seed and ids[i]."""
         pictures, latents = [], []
@@ -1057,6 +1123,7 @@ class LatentDiffusion:
             pictures.append(self.decode(z0))
             latents.append(z0.cpu())
         return torch.cat(pictures), torch.cat(latents)
+
 def load(where, device="auto"):
     """For Python, see README: a run folder or checkpoint of train-ldm -> a LatentDiffusion."""
     state = load_checkpoint(where, "load", "ldm")
@@ -1073,7 +1140,7 @@ def sample(cfg, state):                 # -> PNGs in a folder for each class, an
         (cfg.folder / names[c]).mkdir(parents=True, exist_ok=True)
     grid = {}
     for ids in torch.arange(cfg.n).split(64):
-        pictures, z0 = model.images(cfg, ids, label[ids])
+        pictures, z0 = model.make(cfg, ids, label[ids])
         for i, image in zip(ids, pictures):             # written as soon as they are made
             write_png(image, f"{cfg.folder}/{names[label[i]]}/{i:05d}.png")
         if not grid:                                    # of the first 64 images, 16 of a class
@@ -1082,8 +1149,8 @@ def sample(cfg, state):                 # -> PNGs in a folder for each class, an
     draw_rows(cfg.folder / "grid.png", grid)
     say("look at", cfg.folder / "grid.png", "" if 0.7 < std < 1.4 else "WARNING",
         f"latents have std {std:.2f}, healthy is 0.7 to 1.4")
-# ------------------------------------------------------------------------------------------------
-# A. Drawn lesions
+
+# ---- A. Drawn lesions ------------------------------------------------------------------------
 # Images to begin with. (Cached beside --out: clear it after a change. A fifth class: both % 4.)
 # For each class: four colours, how ragged the border is, how dark the pigment mesh (below 0: pale).
 LESIONS = {"keratosis-like": ("b89970 997a57 ccb894 8c7866", .09, .05),
@@ -1091,15 +1158,18 @@ LESIONS = {"keratosis-like": ("b89970 997a57 ccb894 8c7866", .09, .05),
            "nevus-like": ("854f38 9e6647 613829 ad6b57", .04, .24),
            "vascular-like": ("a81f2e 851433 c23d42 661f47", .04, -.22)}
 SKIN = "edbda8 e69e99 ccadb2 e8c294 d699a3"
+
 def synthetic(i, size, seed=0):
     # Draw image i of the endless set that seed defines, uint8 (3,size,size).
     dice = rng(seed, "lesion", i)
-    colours, ragged, network = list(LESIONS.values())[i % 4]
+    colours, ragged, mesh = list(LESIONS.values())[i % 4]
     def span(lo, hi, *shape):                       # the next random numbers, uniform in lo…hi
         return lo + (hi - lo) * torch.rand(shape, generator=dice)
+
     def clouds(cells, n=1):             # n grids of random numbers, smoothly enlarged
         coarse = span(-1, 1, 1, n, cells, cells)
         return F.interpolate(coarse, (size, size), mode="bicubic", align_corners=True)[0]
+
     def paint(colours, amounts):                    # n colours, mixed by amounts (n,H,W)
         rgb = torch.tensor(list(bytes.fromhex(colours))).view(-1, 3) / 255              # (n,3)
         return torch.einsum("nhw,nc->chw", amounts.softmax(0), rgb)                     # (3,H,W)
@@ -1114,7 +1184,7 @@ def synthetic(i, size, seed=0):
     points = span(-.8, .8, 2, 40, 1, 1)
     distance = torch.hypot(x - points[0], y - points[1])                  # (40,H,W)
     first, second = distance.topk(2, dim=0, largest=False).values         # (H,W) each
-    body *= 1 - network * torch.exp(-(15 * (second - first)) ** 2)
+    body *= 1 - mesh * torch.exp(-(15 * (second - first)) ** 2)
     radius = span(.30, .56) + 2 * ragged * clouds(6)            # a circle, more or less ragged
     inside = torch.sigmoid(50 * (radius - torch.hypot(x, y)))             # (1,H,W), 1 inside
     image = torch.lerp(skin, body, inside)              # skin + inside · (body - skin)
@@ -1124,8 +1194,8 @@ def synthetic(i, size, seed=0):
         across = y * turn.cos() - x * turn.sin() + span(-.8, .8)
         image *= 1 - .75 * torch.sigmoid((.01 - across.abs()) * size)
     return torch.round(255 * image.clamp(0, 1)).byte()
-# ------------------------------------------------------------------------------------------------
-# B. A folder of images
+
+# ---- B. A folder of images -------------------------------------------------------------------
 # One bad image can end a run after hours, and decoding JPEGs would take most of a laptop's time. So
 # each image is opened once, before training, and its pixels are written into one file.
 SUFFIX = r"(?i)\.(bmp|gif|jfif|jpe?g|png|tiff?|webp)$"
@@ -1140,6 +1210,7 @@ NO_CLASS = HELD_OUT + r"|(?<![^/])(train(ing)?|(HAM10000_)?images(_part_\d)?)/"
 ID = "isic_id", "image_id", "image_name", "image"
 CLASS = "diagnosis_3", "diagnosis_1", "dx", "diagnosis", "class", "label", "target"
 GROUP = "patient_id", "lesion_id"
+
 def read_image(data, size):                             # a file's bytes -> uint8 (3,size,size)
     # PIL goes by content. Unless told, it starts Ghostscript for a PostScript file called x.png.
     with Image.open(io.BytesIO(data), formats="BMP GIF JPEG PNG TIFF WEBP".split()) as im:
@@ -1147,10 +1218,13 @@ def read_image(data, size):                             # a file's bytes -> uint
         demand(im.mode in ("L", "LA", "P", "RGB", "RGBA", "CMYK"), f"{im.mode} is not 8 bits")
         im = ImageOps.exif_transpose(im)        # cameras store "turn me" beside the pixels
         return pil_to_tensor(ImageOps.fit(im.convert("RGB"), (size, size)))     # the middle square
+
 def stem_of(name):                      # a/ISIC_1.JPG, ISIC_1 and isic_1 name one image
     return re.sub(SUFFIX, "", name.split("/")[-1]).lower()
+
 def filled(row, columns):               # the first of these columns that says something, or ""
     return next((column for column in columns if row.get(column)), "")
+
 def read_tables(folder):                # the .csv files in it and beside it: {stem: {column: word}}
     tables = {}
     for path in sorted([*folder.parent.glob("*.csv"), *folder.glob("*.csv")]):
@@ -1164,20 +1238,22 @@ def read_tables(folder):                # the .csv files in it and beside it: {s
         except (csv.Error, OSError, ValueError) as e:
             say("WARNING the table", path, f"breaks off: {e!r:.200}")
     return tables
+
 def class_of(name, row):                # the innermost folder, or else what a table says
     ones = [column for column, word in row.items()
             if word in ("1", "1.0") and column not in ID + GROUP]       # patient 1 is no class
     is_one_hot = len(ones) == 1 and {"0", "0.0"} & set(row.values())    # one 1 and 0s: the class
     by_table = row.get(filled(row, CLASS), ones[0] if is_one_hot else "images")
     return Path(re.sub(NO_CLASS, "", name)).parent.name or by_table
+
 def find_images(folder):                # -> {name: what changes with its file} of all images in it
     def refuse(error):                  # or else a class that cannot be read would be left out
         raise UserError(f"--data: {error}")
     names, passed_over, links = {}, 0, 0
-    for place, folders, files in os.walk(folder, onerror=refuse):
+    for parent, folders, files in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if name[0] != "."]       # walk only into these
-        links += sum(os.path.islink(f"{place}/{name}") for name in folders)
-        for file in [Path(place, name) for name in files if re.search(SUFFIX, name)]:
+        links += sum(os.path.islink(f"{parent}/{name}") for name in folders)
+        for file in [Path(parent, name) for name in files if re.search(SUFFIX, name)]:
             name = file.relative_to(folder).as_posix()
             if re.search(NO_PHOTO, name):
                 passed_over += 1
@@ -1236,8 +1312,9 @@ def prepare_images(source, cfg, cache):
     if tables and not counts["named in tables"]:
         say("WARNING the tables name none of the images, by a column called one of", ID)
     return pixels, found
-# ------------------------------------------------------------------------------------------------
-# C. Keeping a run
+
+# ---- C. Keeping a run ------------------------------------------------------------------------
+
 # A night of training is lost by a checkpoint half written, by a resume that restores the weights
 # but not the rest, or by settings that silently differ. A checkpoint holds all that the rest
 # follows from, so a resume is exact (on one machine).
@@ -1261,23 +1338,24 @@ def blame(what):                        # any error in here becomes one sentence
     except Exception as e:
         raise UserError(f"{what} ({e!r:.100})") from e
 
-def load_checkpoint(where, name, *stages):
-    # A checkpoint, or last.pt of a run folder -> its dict. name is the flag to blame.
+def load_checkpoint(where, flag, *stages):
+    # A checkpoint, or last.pt of a run folder -> its dict. flag is the one to blame.
     # weights_only=False, the default before torch 2.6, runs any code in the file.
     path = Path(where).expanduser()
     path = path / "last.pt" if path.is_dir() else path
-    demand(path.is_file(), f"{name} {where}: no checkpoint is there")
+    demand(path.is_file(), f"{flag} {where}: no checkpoint is there")
     with blame(f"{path}: cannot be used by this version"):
         state = torch.load(path, map_location="cpu", weights_only=True)
         settings = {"vq": VQConfig, "ldm": LDMConfig}[state["stage"]](**state["config"])
         say("from", path, "at step", state["step"])
-    demand(settings.stage in stages, f"{name} {where}: belongs to the other stage")
+    demand(settings.stage in stages, f"{flag} {where}: belongs to the other stage")
     return {**state, "settings": settings, "folder": path.parent}
 
 class Run:
     # Yields steps, logs, looks, saves, until --epochs or a signal ends it. parts are networks and
     # optimisers, extra is the rest of a checkpoint. status: 128 + the signal's number, or 0.
     looks = 10                          # in a run, and one more whenever ten minutes pass without
+
     def __init__(self, cfg, images, parts, extra, state):
         self.cfg, self.parts, self.extra = cfg, parts, extra
         self.n_train = len(images.train)
@@ -1298,6 +1376,7 @@ class Run:
     @property
     def progress(self):                 # 0 … 1
         return self.step / self.steps
+
     def __iter__(self):
         # Ctrl-C and SIGTERM only ask to finish the step and save. Ctrl-C after either ends at once.
         def ask(number, frame):
@@ -1318,6 +1397,7 @@ class Run:
             signal(SIGTERM, SIG_DFL)
     def stopped(self):          # one process's signal ends all after this step, its status only its
         return mean_over_processes(torch.tensor([float(self.status)])).item() > 0
+
     def end_step(self, losses, look):
         # Log every tenth step. look (measure and draw) at tenths of the run, or after ten minutes.
         before = self.looks * self.step // self.steps
@@ -1334,10 +1414,12 @@ class Run:
             say(f"{self.progress:4.0%} look:", *[f"{name[5:]} {row[name]:.4g}" for name in row])
             self.save()
             self.looked = time.perf_counter()
+
     def checkpoint(self):               # all that resuming and sampling need
         state = {name: part.state_dict() for name, part in self.parts.items()}
         return {**state, **self.extra, "stage": self.cfg.stage, "config": asdict(self.cfg),
                 "step": self.step, "log": self.log}
+
     def save(self):                     # last.pt, curves.png, log.json, by the first process
         if rank():
             return
@@ -1346,14 +1428,16 @@ class Run:
         if self.log:
             draw_curves(folder / "curves.png", self.log)
         (folder / "log.json").write_text(json.dumps(self.log, indent=1))
+
     def finish(self, next_hint):        # -> exit status
         self.save()
         mean_over_processes(torch.zeros(1))     # a barrier: all wait for that save
         hint = next_hint if self.progress >= 1 else "to go on, add --resume; it is in"
         say("saved at step", self.step, "--", hint, shlex.quote(str(self.cfg.folder)))
         return self.status
-# ------------------------------------------------------------------------------------------------
-# D. Pictures
+
+# ---- D. Pictures -----------------------------------------------------------------------------
+
 @contextmanager
 def figure(path, width, rows, columns=1):               # with figure(…) as axes, draw on them
     from matplotlib.figure import Figure                # not pyplot, which may want a window
@@ -1373,6 +1457,7 @@ def draw_rows(path, rows):              # rows {label: uint8 images}, at most 16
             ax.set_anchor("W")                  # a shorter strip begins at the left, too
             ax.set_title(label, fontsize=9, loc="left", parse_math=False)
             ax.axis("off")
+
 def draw_curves(path, log):             # look_mse and mse in one panel, so are d_real and d_fake
     panels = {}
     for name in sorted({name for row in log for name in row} - {"step"}, reverse=True):
@@ -1384,8 +1469,8 @@ def draw_curves(path, log):             # look_mse and mse in one panel, so are 
                 ax.plot([row["step"] for row in rows], [row[name] for row in rows], label=name)
             ax.set_yscale("log" if 0 < ax.dataLim.ymin < ax.dataLim.ymax / 5 else "linear")
             ax.legend(fontsize=7)
-# ------------------------------------------------------------------------------------------------
-# E. Measuring
+
+# ---- E. Measuring ----------------------------------------------------------------------------
 # The kernel distance says how far two sets of images are apart. Two sets of 300 photographs have 0,
 # give or take 1. Samples of photographs have 5 to 7 (45 without a GAN), of drawn lesions 19. Its
 # features are LPIPS's, so like lpips it flatters models trained with LPIPS.
@@ -1444,7 +1529,7 @@ def evaluate(cfg, state):               # -> metrics.json, evaluate.png
         label = class_counts.multinomial(cfg.n, True, generator=rng(cfg.seed, "classes"))
         if cfg.class_:
             label = model.labels(cfg.n, cfg.class_)
-        made, z0 = model.images(cfg, range(cfg.n), label)
+        made, z0 = model.make(cfg, range(cfg.n), label)
         pictures["samples"] = made
         numbers["latent_std"] = float(z0.std())
         if lpips:
@@ -1476,8 +1561,8 @@ def evaluate(cfg, state):               # -> metrics.json, evaluate.png
         say(f"{name:24}{value:10.4g}")
     draw_rows(folder / "evaluate.png", pictures)
     (folder / "metrics.json").write_text(json.dumps({**asdict(cfg), **numbers}, indent=1))
-# ------------------------------------------------------------------------------------------------
-# F. Muon
+
+# ---- F. Muon ---------------------------------------------------------------------------------
 # Every matrix is a sum of directions u vᵀ, each with a strength s (its singular values). In a
 # kernel's gradient, read as a matrix (first axis, rest), a few directions far outweigh the others.
 # Adam evens out the entries, Muon the directions (kellerjordan.github.io/posts/muon).
@@ -1495,8 +1580,9 @@ def orthogonal(g):
 class Muon(torch.optim.Optimizer):
     # Jordan's rule (but one factor) for kernels, if any. A step is lr · orthogonal(running mean
     # of the gradient, with Nesterov). (torch.optim.Muon always computes in bf16, slow on CPUs.)
-    def __init__(self, kernels, lr):
-        super().__init__([{"params": kernels}], {"lr": lr})
+    def __init__(self, matrices, lr):
+        super().__init__([{"params": matrices}], {"lr": lr})
+
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
@@ -1505,8 +1591,8 @@ class Muon(torch.optim.Optimizer):
                 mean.lerp_(p.grad, 0.05)
                 g = p.grad.lerp(mean, 0.95).flatten(1)      # Nesterov: 0.05 grad + 0.95 mean
                 p.sub_(group["lr"] * orthogonal(g).view_as(p))
-# ------------------------------------------------------------------------------------------------
-# G. Commands
+
+# ---- G. Commands -----------------------------------------------------------------------------
 PRESETS = {                         # a preset is a list of flags, and typed flags beat it
     "tiny": {"train-vq": "--size 32 --n-images 200 --widths 16,32 --codes 64 --epochs 2",
              "train-ldm": "--T 200 --widths 32,64 --batch-size 16 --epochs 4"},
@@ -1519,11 +1605,14 @@ PRESETS = {                         # a preset is a list of flags, and typed fla
 MAY_CHANGE = {"resume", "device", "out", "epochs", "sampler", "steps", "guidance", "guide"}
 COMMANDS = {"train-vq": (VQConfig, train_vq), "train-ldm": (LDMConfig, train_ldm),
             "sample": (SampleConfig, sample), "evaluate": (EvaluateConfig, evaluate)}
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):                           # one sentence instead of a page of usage
         raise UserError(message)
+
 def flag(name):                         # class_ -> --class, as class is a word of Python
     return "--" + name.strip("_").replace("_", "-")
+
 def build_parser():
     # For each of COMMANDS, a flag for each field of its settings, with its comment as the help.
     parser = Parser("vqldm.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
