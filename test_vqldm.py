@@ -743,8 +743,7 @@ def images_of(cfg):
 
 @pytest.mark.parametrize("n, versions", [(2500, 8), (5000, 4), (20_001, 1)])
 def test_large_sets_are_encoded_in_fewer_symmetries(calm, tmp_path, monkeypatch, n, versions):
-    found = [("images", i % 10 == 0, i, i) for i in range(n)]
-    monkeypatch.setattr(vqldm, "prepare_images", lambda *a: (None, found))
+    monkeypatch.setattr(vqldm, "read_pixels", lambda *a: (None, {str(i): i for i in range(n)}))
     encode = Mock(side_effect=lambda net, images, v, *a: torch.zeros(n, v, 8, 8).int())
     monkeypatch.setattr(vqldm, "encode_images", encode)  # another turn would be an IndexError
     assert cli(*STAGES["ldm"], "--batch-size", n, "--epochs", 1, "--out", tmp_path / "ldm") == 0
@@ -981,7 +980,7 @@ def no_pictures(patch, *more):
 def at_home(request, monkeypatch):
     """Each test runs in the folder of the runs that it asks for, without pictures and LPIPS."""
     no_pictures(monkeypatch, "load_lpips")
-    for name in {"trained", "calm", "sampled"} & {*request.fixturenames}:
+    for name in [name for name in ("trained", "sampled", "calm") if name in request.fixturenames]:
         monkeypatch.chdir(request.getfixturevalue(name).folder)
 
 
@@ -1229,7 +1228,7 @@ def test_masks_and_our_own_pictures_and_what_is_no_file_are_not_opened(tmp_path,
     (folder / "album.jpg").mkdir()
     os.name == "nt" or (folder / "broken.png").symlink_to("nowhere")
     images, said = load(folder), capsys.readouterr().out
-    assert "not used: 15 masks and the like" in said
+    assert "not used: 15 masks" in said
     assert "skipped" not in said
     assert numbered(images, everything(images)) == [0]
 
@@ -1249,7 +1248,7 @@ def test_links_to_folders_which_may_lead_in_a_circle_are_not_followed(tmp_path, 
     (folder / "me").symlink_to(".")
     (folder / "a/up").symlink_to("..")
     assert len(load(folder).labels) == 2
-    assert " 2 links to folders" in capsys.readouterr().out
+    assert re.search("not used: 2 .*links to folders", capsys.readouterr().out)
 
 
 def test_a_folder_that_cannot_be_read_ends_the_run_lest_a_class_is_left_out(
