@@ -1381,68 +1381,58 @@ def test_tables_that_name_no_image_are_told(tmp_path, load, capsys):
 
 
 # ---- B. What is held out -----------------------------------------------------------------------
-class Hospital:
-    """600 photographs, with a copy of each. The table tells patients (two photographs each) and
+def hospital():
+    """600 photographs, with a copy of each. Tables tell patients (two photographs each) and
     lesions (three each) of the first 222, only lesions of the next 222, nothing of the rest."""
-
-    def __init__(self, folder):
-        self.folder = folder
-        self.patient = [f"P{i // 2}" if i < 222 else "" for i in range(600)]
-        self.lesion = [f"L{i // 3}" if i < 444 else "" for i in range(600)]
-        for first in range(0, 600, 37):
-            names = [f"{i:03}.bmp" for i in range(first, min(600, first + 37))]
-            fill(folder, names, (0, first // 37, 0), (16, 16))
-        shutil.copytree(folder, folder / "copies")
-        self.write_table(range(600))
-
-    def write_table(self, order):
-        rows = [f"{i:03},{self.patient[i]},{self.lesion[i]}" for i in order]
-        text = "\n".join(["image_name,patient_id,lesion_id", *rows])
-        (self.folder / "any.csv").write_text(text)
-
-    def held_out(self, images):
-        """-> {number: held out?}, if that is the same for both copies of all photographs."""
-        found = {}
-        for row, name in enumerate(names_in(self.folder)):
-            held = row in images.val
-            assert held != (row in images.train)
-            assert found.setdefault(int(Path(name).stem[-3:]), held) == held
-        return found
+    checksums, tables = {}, {}
+    for i in range(600):
+        row = tables[f"{i:03}"] = {}
+        if i < 222:
+            row["patient_id"] = f"P{i // 2}"
+        if i < 444:
+            row["lesion_id"] = f"L{i // 3}"
+        for folder in ("", "copies/"):
+            checksums[f"{folder}{i:03}.bmp"] = vqldm.digest(i)
+    return checksums, tables
 
 
-@pytest.fixture()
-def hospital(tmp_path):
-    return Hospital(tmp_path / "isic")
+def sides(checksums, tables):
+    """-> {number: held out?}, if that is the same for both copies of all photographs."""
+    found = {}
+    for name, (_, held, *_) in zip(checksums, vqldm.describe(checksums, tables)):
+        assert found.setdefault(int(Path(name).stem[-3:]), held) == held
+    return found
 
 
-def test_all_of_a_patient_or_else_of_a_lesion_and_copies_of_a_file_stay_on_one_side(
-    hospital, load, capsys
-):
-    held = hospital.held_out(load(hospital.folder))
-    sides = {}
+def test_all_of_a_patient_or_else_of_a_lesion_and_copies_of_a_file_stay_on_one_side(capsys):
+    checksums, tables = hospital()
+    held, of_group = sides(checksums, tables), {}
     for i in range(444):
-        sides.setdefault(hospital.patient[i] or hospital.lesion[i], set()).add(held[i])
-    assert {len(side) for side in sides.values()} == {1}
+        row = tables[f"{i:03}"]
+        of_group.setdefault(row.get("patient_id", row["lesion_id"]), set()).add(held[i])
+    assert len(of_group) == 111 + 74
+    assert {len(both) for both in of_group.values()} == {1}
     said = capsys.readouterr().out
     assert "{'split by patient_id': 444, 'named in tables': 1200, 'split by lesion_id': 444" in said
 
 
-def test_a_tenth_of_patients_lesions_and_photographs_is_held_out_in_any_process(hospital, load):
-    held = hospital.held_out(load(hospital.folder))
+def test_a_tenth_of_patients_lesions_and_photographs_is_held_out_in_any_process():
+    held = sides(*hospital())
     for part in (range(222), range(222, 444), range(444, 600)):
         assert 5 < sum(held[i] for i in part) < 50
     for i in range(222, 444):
-        assert held[i] == (vqldm.digest(("lesion_id", hospital.lesion[i])) % 10 == 0)
+        assert held[i] == (vqldm.digest(("lesion_id", f"L{i // 3}")) % 10 == 0)
 
 
-def test_what_is_held_out_does_not_depend_on_the_order_of_rows_or_on_other_files(hospital, load):
-    first = hospital.held_out(load(hospital.folder))
-    for path in hospital.folder.glob("*7.bmp"):  # their copies stay
-        path.unlink()
-    for path in hospital.folder.glob("copies/5*6.bmp"):  # which have neither patient nor lesion
-        path.rename(path.with_name("new" + path.name))
-    hospital.write_table(reversed(range(600)))
-    assert hospital.held_out(load(hospital.folder)) == first
+def test_what_is_held_out_does_not_depend_on_the_order_of_rows_or_on_other_files():
+    checksums, tables = hospital()
+    first = sides(checksums, tables)
+    for i in range(7, 600, 10):  # one of the copies is deleted
+        del checksums[f"{i:03}.bmp"]
+    for i in range(506, 600, 10):  # one is renamed, so no table names it. It has no lesion anyway
+        checksums[f"copies/new{i}.bmp"] = checksums.pop(f"copies/{i}.bmp")
+    backwards = dict(reversed(tables.items()))
+    assert sides(dict(sorted(checksums.items())), backwards) == first
 
 
 def test_a_lesion_is_its_patients_though_only_some_of_its_rows_name_him(tmp_path, load):
