@@ -2346,8 +2346,8 @@ MISTAKES = {  # the first word of each stands in its sentence
         *("--ckpt {vq}", "--ckpt empty"),
     ],
     "evaluate": [
-        *("--ckpt nowhere", "--n 0", "--images empty --ckpt {vq}", "--data nowhere --ckpt {ldm}"),
-        *("--data empty --ckpt {vq}", "--data free --ckpt {vq}", "--class wart --ckpt {vq}"),
+        *("--ckpt nowhere", "--n 0", "--images empty --ckpt {ldm}", "--data nowhere --ckpt {ldm}"),
+        *("--data empty --ckpt {ldm}", "--data free --ckpt {ldm}", "--class wart --ckpt {ldm}"),
     ],
     "dream": ["dream"],
 }
