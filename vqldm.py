@@ -4,7 +4,7 @@
 Stage 1, the VQGAN (vector quantised GAN), learns to write an image as a small grid of code numbers
 and to read it back. Stage 2, latent diffusion, learns to turn noise into new grids, which stage 1
 turns into images. Grids are small, so all of this fits on a laptop. The images are skin lesions
-seen through a dermatoscope, drawn by the program or photographs (ISIC), or any folder of images.
+that the program draws, or a folder of yours, such as photographs of the ISIC archive.
 
   x ───Enc───► z ───nearest code───► z_q ───Dec───► x_hat       stage 1: VQGAN        (train-vq)
   (B,3,H,W)    (B,d,h,w)  │          (B,d,h,w)      (B,3,H,W)
@@ -17,7 +17,7 @@ Letters   B batch · C channels · H W pixels · h w latent grid · K codes, vec
           E length of emb, the vector that tells a block the noise level and the class
           x image in [-1,1] · z latent · z_q its code · k the code's number · z0 standardised z_q
           (DDPM's x_0) · z_t the same at noise level t in 0…T-1 · eps the noise ε · v: section 8
-          abar is ᾱ · lam is λ, it scales the GAN's loss · a hat: estimated · sg[]: no gradient
+          abar ᾱ, z0's share of z_t's variance · lam λ, it scales the GAN's loss · a hat: estimated
 Papers    VQ van den Oord 2017 (arXiv 1711.00937) · VQGAN Esser 2021 (2012.09841) · DDPM Ho 2020
           (2006.11239) · DDIM Song 2021 (2010.02502) · LDM Rombach 2022 (2112.10752)
           v Salimans 2022 (2202.00512) · CFG (classifier-free guidance) Ho 2022 (2207.12598)
@@ -27,38 +27,35 @@ Contents  1. Settings                       7. Stage 1: training      B. A folde
           4. Stage 1: the losses           10. Stage 2: training      E. Measuring
           5. Device, precision, seeds      11. Sampling               F. Muon
           6. What both trainings share      A. Drawn lesions          G. Commands
-Run it    python vqldm.py train-vq, then train-ldm, then sample. evaluate measures either stage.
+Run it    python vqldm.py train-vq, then train-ldm, then sample. evaluate measures the result.
           "trap" marks a frequent mistake, "ours" an idea that none of the named papers has.
 """
-# The language: functions, types, text
-import argparse, functools, re, shlex
+import argparse, re, shlex, warnings
+import csv, hashlib, io, json
+import os, sys, time
+import math, random
 from collections import Counter
 from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from inspect import getsource
 from itertools import cycle, pairwise
-from typing import Literal, get_args
-# Files, and the system that the program runs on
-import csv, hashlib, io, json
-import os, sys, time, warnings
 from pathlib import Path
 from signal import SIG_DFL, SIGINT, SIGTERM, default_int_handler, signal
-# Numbers and networks
-import math, random
+from typing import Literal, get_args
 # A Mac's GPU leaves what it lacks to the CPU. torch reads this when it is imported.
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
-from torch import nn
-from tqdm import tqdm
-# Images
 from PIL import Image, ImageOps
+from torch import nn
 from torchvision.io import write_png
 from torchvision.transforms.functional import pil_to_tensor
 from torchvision.utils import make_grid
+from tqdm import tqdm
 
 # ---- 1. Settings -----------------------------------------------------------------------------
 # Every setting is one line below, with name, type and default. The comment on it is its --help, and
@@ -216,18 +213,18 @@ def channel_pairs(widths):
     # (c_in, c_out) of each DownBlock: (16, 64) -> (16, 16), (16, 64). UpBlocks reverse it.
     return list(pairwise([widths[0], *widths]))
 
-# ---- 3. Stage 1: the VQGAN -------------------------------------------------------------------
+# ---- 3. Stage 1: the VQGAN --------------------------------------------------------------------
 # The encoder makes the grid small, the codebook makes it discrete, and the decoder maps it back.
-# Why discrete? In the VQGAN paper, stage 2 predicts code numbers one by one, like the words of a
-# text. Here, rounding keeps what stage 2 makes to vectors that the decoder knows.
+# Why discrete? In the VQGAN paper, stage 2 predicts code numbers one by one, like the words of
+# a text. Here, rounding replaces what stage 2 makes by vectors that the decoder knows.
 # The codebook, K learned vectors, is delicate, since a code that is never chosen never learns.
 # Watch the share of codes in use and their perplexity, the exponential of the entropy of code
-# frequencies. It is K if all codes are used equally. trap: Norm and attention see the whole image,
-# so changing some of its pixels changes codes elsewhere, and changing one code changes all pixels.
+# frequencies. It is K if all codes are used equally.
+# trap: Norm and attention see the whole image. So changing some of its pixels changes codes
+# elsewhere, and changing one code changes all pixels.
 
 class Encoder(nn.Module):
     """x -> z: Conv, m DownBlocks, MidBlock, Norm, SiLU, Conv (VQGAN Table 7)."""
-
     def __init__(self, widths, z_dim):
         super().__init__()
         self.first = nn.Conv2d(3, widths[0], 3, padding=1)
@@ -246,7 +243,6 @@ class Encoder(nn.Module):
 
 class Decoder(nn.Module):
     """z_q -> x_hat: the encoder's mirror image."""
-
     def __init__(self, widths, z_dim, upsample="nearest"):
         super().__init__()
         self.first = nn.Conv2d(z_dim, widths[-1], 3, padding=1)
@@ -268,20 +264,19 @@ class Decoder(nn.Module):
 
 class Codebook(nn.Module):
     """Replaces each vector of z by the nearest of K learned ones (VQ sec. 3.1)."""
-
     def __init__(self, codes, z_dim):
         super().__init__()
         self.embedding = nn.Embedding(codes, z_dim)                       # (K,d)
-        self.register_buffer("wins", torch.zeros(codes))      # (K,) wins since the last restart
+        # How many vectors chose each code, its wins, since unused codes last restarted (see below).
+        self.register_buffer("wins", torch.zeros(codes))                  # (K,)
 
     def nearest(self, z):                                                 # (B,d,h,w)
         """The nearest code's number, k = argmin_j ‖z - e_j‖ with e_j in row j (VQ eq. 1).
-        trap: decode of stage 2 calls this as well, with latents near codes. So nearest(lookup(k))
-        must be k. If your quantiser does something to z first, put that into Encoder."""
+        trap: stage 2 calls this, too, with latents near codes. So nearest(lookup(k)) must be k."""
         B, d, h, w = z.shape
-        # trap: in bf16 many choices are wrong. Two codes are often almost equally near, their
-        # distances round to the same number, and argmin takes either. So distances are in fp32. All
-        # vectors form one list, since a batched cdist would copy the codebook B times.
+        # trap: in bf16 many choices are wrong. Two codes are often almost equally near, and
+        # their distances round to the same number. So distances are in fp32. All vectors form
+        # one list, since a batched cdist would copy the codebook B times.
         with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
             flat = rearrange(z.float(), "B d h w -> (B h w) d")           # (B·N,d)
             distance = torch.cdist(flat, self.embedding.weight)           # (B·N,K)
@@ -296,7 +291,7 @@ class Codebook(nn.Module):
         """-> z_q (its gradient goes to z), k, codebook loss, commitment loss (VQ eq. 3)."""
         k = self.nearest(z)                                               # (B,h,w)
         z_q = self.lookup(k)                                              # (B,d,h,w)
-        # One distance, two losses. sg[] decides who moves:
+        # One distance, two losses. sg[], which is detach(), decides who moves:
         #   codebook_loss   moves codes towards the vectors that chose them     weight 1
         #   commit_loss     moves the encoder's vectors towards their codes     --commit-weight
         # trap: VQGAN's program has these weights swapped: 0.25 on the codebook loss and 1 on the
@@ -310,12 +305,13 @@ class Codebook(nn.Module):
         z_q = z + (z_q - z).detach()
         return z_q, k, codebook_loss, commit_loss
 
-    # trap: the usual start, uniform in ±1/K, puts all codes near the origin. If encoder outputs lie
-    # elsewhere, a few codes win everything and the rest never get a gradient: codebook collapse. So
-    # at step 0 all codes move to encoder outputs, later unused ones (Jukebox, arXiv 2005.00341).
+    # trap: the usual start, uniform in ±1/K, puts all codes near the origin. If encoder outputs
+    # lie elsewhere, a few codes win everything and the rest never get a gradient: codebook
+    # collapse. So at step 0 all codes move to encoder outputs, and later those without wins do
+    # (Jukebox, arXiv 2005.00341).
     @torch.no_grad()
     def restart_unused(self, z, generator):                               # (B,d,h,w)
-        # Move codes without a win since the last restart (at step 0: all) to random vectors of z.
+        """Move codes without a win since the last call (at step 0: all) to random vectors of z."""
         unused = self.wins == 0                                           # (K,)
         n = int(unused.sum())
         flat = rearrange(z, "B d h w -> (B h w) d")                       # (B·N,d)
@@ -325,14 +321,14 @@ class Codebook(nn.Module):
         self.embedding.weight[unused] = flat[pick] + jitter
         self.wins.zero_()
 
-    def count_wins(self, k):            # add up how often each was chosen, a mean over processes
+    def count_wins(self, k):                                              # (B,h,w)
+        """Add up how often each code was chosen, by the mean over all processes (section 5)."""
         wins = torch.bincount(k.flatten(), minlength=len(self.wins)).float()
         self.wins += mean_over_processes(wins)
 
 class VQGAN(nn.Module):
     """Encoder, codebook and decoder, for images in [-1,1] whose sides are multiples of f = 2^m."""
-
-    def __init__(self, cfg):                                              # VQConfig
+    def __init__(self, cfg):            # a VQConfig, section 7
         super().__init__()
         self.cfg = cfg
         self.encoder = Encoder(cfg.widths, cfg.z_dim)
@@ -344,16 +340,12 @@ class VQGAN(nn.Module):
         z = self.encoder(x).float()
         z_q, k, codebook_loss, commit_loss = self.codebook(z)
         return self.decoder(z_q), k, codebook_loss, commit_loss
+
     def encode(self, x):                # x (B,3,H,W) -> code numbers k (B,h,w)
         return self.codebook.nearest(self.encoder(x))
+
     def decode(self, k):                # and back to x_hat (B,3,H,W)
         return self.decoder(self.codebook.lookup(k))
-
-def load_vqgan(state, device):          # of a checkpoint, frozen. (place: section 5, blame: C)
-    with blame("the VQGAN is of another version"):          # an error in here becomes one sentence
-        vqgan = VQGAN(VQConfig(**state["config"]))
-        vqgan.load_state_dict(state["model"])
-    return place(vqgan, device).eval().requires_grad_(False)
 
 # ---- 4. Stage 1: the losses ------------------------------------------------------------------
 # The squared error alone gives blur, because its best answer is the mean of all sharp images that
@@ -409,40 +401,40 @@ def adaptive_weight(rec, adversarial, last, limit):
     # ours: a low limit, at which lam stands in most steps, so that such a D has little say.
     return lam.clamp(max=limit)
 
-# ---- 5. Device, precision, seeds -------------------------------------------------------------
+# ---- 5. Device, precision, seeds --------------------------------------------------------------
 
 def pick_device(cfg):
-    # -> device, and autocast. `with autocast():` computes matrix products and convolutions in bf16
-    # where supported. It has 16 bits, fp32's range, 2 to 3 decimal digits, and is often faster.
+    """-> the device, and autocast. `with autocast():` computes matrix products and convolutions in
+    bf16 where that is supported. It has fp32's range, but only 2 to 3 decimal digits."""
     name = cfg.device
     if name == "auto":
         name = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     with blame(f"--device {name}: cannot be used here, --device cpu can"):
-        device = torch.ones(1, device=name).device      # cuda -> cuda:0
-    bf16 = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()   # (no public function)
+        device = torch.ones(1, device=name).device
+    bf16 = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
     if device.type == "cuda":
-        torch.cuda.set_device(device)           # the next line asks the current device
-        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)      # emulation is slow
+        torch.cuda.set_device(device)
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     say("device", device, "in bf16" if bf16 else "in fp32")
-    return device, functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
+    return device, partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
 
 def place(net, device):
-    # Move a network. Most devices are faster if a pixel's channels are neighbours in memory. A
-    # Mac's GPU is slower (pytorch issue 193349). Resumed elsewhere, fused Adam mixes up averages.
+    """Move a network. Most devices are faster if a pixel's channels are neighbours in memory. A
+    Mac's GPU is slower (pytorch issue 193349)."""
     layout = torch.contiguous_format if "mps" in str(device) else torch.channels_last
     return net.to(device, memory_format=layout)
 
-def digest(key):        # anything printable -> 63 bits, the same in any process
+def digest(key):                        # anything printable -> 63 bits, the same in any process
     return random.Random(repr(key)).getrandbits(63)
 
 def rng(*key):
-    # The random numbers that belong to a key, such as (seed, "turns", step). They are looked up,
-    # never carried along, so step 700 draws the same ones in a run that was killed and resumed.
-    return torch.Generator().manual_seed(digest(key))       # a CPU's generator takes 32 of the bits
+    """The random numbers that belong to a key, such as (seed, "turns", step). They are looked up,
+    never carried along, so step 700 draws the same ones in a run that was killed and resumed."""
+    return torch.Generator().manual_seed(digest(key))
 
-# torchrun starts this program once for each GPU. There are world() such processes, and this one is
-# number rank(). Each takes an equal share of a batch. All make the same random choices and average
-# what must agree, such as gradients. Process 0 alone prints and saves. Its losses are of its share.
+# torchrun starts this program once for each GPU. There are world() such processes, and this
+# one is number rank(). Each takes an equal share of a batch. All make the same random choices
+# and average what must agree, such as gradients. Process 0 alone prints and saves.
 def world():
     return dist.get_world_size() if dist.is_initialized() else 1
 
@@ -452,7 +444,7 @@ def rank():
 def share(batch):                       # this process's rows of a batch
     return batch.chunk(world())[rank()]
 
-def mean_over_processes(x):             # in place: x itself becomes the mean
+def mean_over_processes(x):             # x itself becomes the mean
     if world() > 1:
         dist.all_reduce(x)
         x /= world()
@@ -1030,22 +1022,20 @@ def train_ldm(cfg, state=None):
         run.end_step({"loss": loss.mean()}, look)       # without the weight: 1 = nothing learned
     return run.finish("next: python vqldm.py sample --ckpt")
 
-# ---- 11. Sampling ----------------------------------------------------------------------------
+# ---- 11. Sampling -----------------------------------------------------------------------------
 # Walk back from noise in S steps, unstandardise, decode.
 
 @dataclass(frozen=True)
 class SampleConfig(Sampling, Settings):
     """make new images with a trained stage 2, with train-ldm's sampler unless you name another"""
-    stage = "samples"                   # only names the folder
-    reads = ("ldm",)                    # the stages whose checkpoints it can use
-    ckpt: str = "runs/ldm"              # run folder or checkpoint of train-ldm. evaluate: of either
+    stage = "samples"
+    ckpt: str = "runs/ldm"              # run folder or checkpoint of train-ldm
     n: whole = 64                       # how many images, over all classes
     class_: str = ""                    # only this class. Empty: all in turn. evaluate: as trained
 
 @dataclass(frozen=True)
 class EvaluateConfig(SampleConfig):
-    """measure a checkpoint of either stage on images that it was not trained on"""
-    reads = ("ldm", "vq")
+    """measure a trained stage 2 on images that it was not trained on"""
     data: source = ""                   # folder of other images. Empty means those of --ckpt
     n: whole = 500                      # samples to make, and a limit for each set of unseen images
 
@@ -1056,7 +1046,6 @@ def guided(net, guide, label, w):
     the mistakes of strong, only larger, so moving away from it removes mistakes (Karras 2024, arXiv
     2406.02507). w = 1 is strong alone, and a larger w costs variety. If guide is not told the
     class, out also moves to what sets the class apart (CFG eq. 6, whose w is our w - 1)."""
-
     def answer(z_t, t):
         strong = net(z_t, t, label)
         if w == 1:
@@ -1067,7 +1056,6 @@ def guided(net, guide, label, w):
 
 class LatentDiffusion:
     """All that makes images, from a checkpoint of stage 2, which holds its VQGAN too."""
-
     def __init__(self, state, device, autocast):
         self.device, self.autocast = device, autocast
         self.vqgan = load_vqgan(state["vq"], device)
@@ -1076,12 +1064,15 @@ class LatentDiffusion:
             self.diffusion = Diffusion(self.cfg.T, self.cfg.schedule, self.cfg.target)
             self.classes, self.class_counts = state["classes"], state["class_counts"]
             self.scale = state["scale"].to(device)                        # (2,d)
-            self.net = place(build_unet(self.cfg, self.vqgan.cfg, self.classes), device).eval()
-            self.young = deepcopy(self.net.requires_grad_(False))
+            # net holds ema's weights, young those of ema after a fifth of the run.
+            unet = place(build_unet(self.cfg, self.vqgan.cfg, self.classes), device)
+            self.net = unet.eval().requires_grad_(False)
+            self.young = deepcopy(self.net)
             self.net.load_state_dict(state["ema"])
             self.young.load_state_dict(state["guide"])
 
-    def labels(self, n, class_=""):     # -> (n,): all trained classes in turn, or only class_
+    def labels(self, n, class_=""):
+        """-> (n,), the numbers of all trained classes in turn, or only of class_"""
         choices = [c for c, name in enumerate(self.classes)
                    if self.class_counts[c] and class_ in ("", name)]
         demand(choices, f"--class: none of that name was trained on, choose one of {self.classes}")
@@ -1091,13 +1082,15 @@ class LatentDiffusion:
         """-> Diffusion.sample's iterator, so no network runs before you loop over it. settings has
         seed and the fields of Sampling. Image 7 gets the same noise in whatever batch it is."""
         dice = [rng(settings.seed, "sample", int(i)) for i in ids]
+
         def noise():                                                      # (B,d,h,w)
             drawn = [torch.randn(self.vqgan.cfg.latent_shape, generator=one) for one in dice]
             return torch.stack(drawn).to(self.device)
+
         label = label.to(self.device)
         told = label if settings.guide == "told" else None      # the class, or None for unknown
-        guide = functools.partial(self.young, label=told)       # now guide(z_t, t), as guided wants
-        net = guided(self.net, guide, label, settings.guidance)
+        young = partial(self.young, label=told)                 # young(z_t, t), as guided wants it
+        net = guided(self.net, young, label, settings.guidance)
         return self.diffusion.sample(net, noise(), settings.steps, settings.sampler, noise)
 
     def decode(self, z0):
@@ -1115,7 +1108,7 @@ class LatentDiffusion:
             batch = slice(i, i + 32)
             with self.autocast():
                 for z_t, _ in self.walk(settings, ids[batch], label[batch]):
-                    z0 = z_t                            # only the last one is kept
+                    z0 = z_t
             pictures.append(self.decode(z0))
             latents.append(z0.cpu())
         return torch.cat(pictures), torch.cat(latents)
@@ -1125,7 +1118,8 @@ def load(where, device="auto"):
     state = load_checkpoint(where, "load", "ldm")
     return LatentDiffusion(state, *pick_device(Settings(device=device)))
 
-def sample(cfg, state):                 # -> PNGs in a folder for each class, and grid.png
+def sample(cfg, state):
+    """New images -> PNGs in a folder for each class, and grid.png"""
     demand(not any(cfg.folder.glob("*")), f"--out {cfg.folder}: is not empty; name a new folder")
     model = LatentDiffusion(state, *pick_device(cfg))
     label = model.labels(cfg.n, cfg.class_)                               # (n,)
@@ -1137,9 +1131,9 @@ def sample(cfg, state):                 # -> PNGs in a folder for each class, an
     grid = {}
     for ids in torch.arange(cfg.n).split(64):
         pictures, z0 = model.make(cfg, ids, label[ids])
-        for i, image in zip(ids, pictures):             # written as soon as they are made
+        for i, image in zip(ids, pictures):
             write_png(image, f"{cfg.folder}/{names[label[i]]}/{i:05d}.png")
-        if not grid:                                    # of the first 64 images, 16 of a class
+        if not grid:                                    # of the first 64 images, at most 16 a class
             grid = {names[c]: pictures[label[ids] == c] for c in label.unique()}
             std = z0.std()
     draw_rows(cfg.folder / "grid.png", grid)
@@ -1323,12 +1317,13 @@ def describe(checksums, tables):
         say("WARNING the tables name none of the images, by a column called one of", ID)
     return found
 
-# ---- C. Keeping a run ------------------------------------------------------------------------
+# ---- C. Keeping a run -------------------------------------------------------------------------
+# A night of training is lost by a checkpoint half written, by a resume that restores the
+# weights but not the rest, or by settings that silently differ. A checkpoint holds all that
+# the rest follows from, so a resume on the same device is exact.
 
-# A night of training is lost by a checkpoint half written, by a resume that restores the weights
-# but not the rest, or by settings that silently differ. A checkpoint holds all that the rest
-# follows from, so a resume is exact (on one machine).
-def write_whole(path, content):         # all or nothing: write beside it, flush, rename
+def write_whole(path, content):
+    """All or nothing: write beside it, flush, rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -1342,15 +1337,16 @@ def write_whole(path, content):         # all or nothing: write beside it, flush
         tmp.unlink(missing_ok=True)
 
 @contextmanager
-def blame(what):                        # any error in here becomes one sentence
+def blame(what):
+    """Any error in here becomes one sentence."""
     try:
         yield
     except Exception as e:
         raise UserError(f"{what} ({e!r:.100})") from e
 
 def load_checkpoint(where, flag, *stages):
-    # A checkpoint, or last.pt of a run folder -> its dict. flag is the one to blame.
-    # weights_only=False, the default before torch 2.6, runs any code in the file.
+    """A checkpoint of one of these stages, or last.pt of a run folder -> its dict. flag is blamed.
+    (weights_only=False, torch's default before 2.6, runs any code in it.)"""
     path = Path(where).expanduser()
     path = path / "last.pt" if path.is_dir() else path
     demand(path.is_file(), f"{flag} {where}: no checkpoint is there")
@@ -1361,9 +1357,16 @@ def load_checkpoint(where, flag, *stages):
     demand(settings.stage in stages, f"{flag} {where}: belongs to the other stage")
     return {**state, "settings": settings, "folder": path.parent}
 
+def load_vqgan(state, device):
+    """The VQGAN of a checkpoint of stage 1, frozen."""
+    with blame("the VQGAN is of another version"):
+        vqgan = VQGAN(VQConfig(**state["config"]))
+        vqgan.load_state_dict(state["model"])
+    return place(vqgan, device).eval().requires_grad_(False)
+
 class Run:
-    # Yields steps, logs, looks, saves, until --epochs or a signal ends it. parts are networks and
-    # optimisers, extra is the rest of a checkpoint. status: 128 + the signal's number, or 0.
+    """Yields steps, logs, looks, saves, until --epochs or a signal ends it. parts are networks and
+    optimisers, extra is the rest of a checkpoint, state one to go on from."""
     looks = 10                          # in a run, and one more whenever ten minutes pass without
 
     def __init__(self, cfg, images, parts, extra, state):
@@ -1373,8 +1376,9 @@ class Run:
                "to hold out a tenth and train on the rest; add images, or a folder val")
         demand(cfg.batch_size % world() == 0, "--batch-size: not a multiple of the process count")
         self.steps = math.ceil(cfg.epochs * self.n_train / cfg.batch_size)
-        self.step = self.status = 0
+        self.step = 0
         self.log = []
+        self.status = 0                 # or 128 + the number of the signal that ended the run
         self.looked = time.perf_counter()
         if state:
             with blame("last.pt is of another version"):
@@ -1383,6 +1387,7 @@ class Run:
                 self.step, self.log = state["step"], state["log"]
         say(self.n_train, "images to train on,", len(images.val), "held out, from step", self.step,
             "\nhealthy: codes_used_percent above 25, latent_std 0.7 to 1.4, loss well below 1")
+
     @property
     def progress(self):                 # 0 … 1
         return self.step / self.steps
@@ -1392,33 +1397,36 @@ class Run:
         def ask(number, frame):
             self.status = 128 + number
             signal(SIGINT, default_int_handler)
-        if not self.log:                # new; if it cannot be saved, fail before the work
-            last = self.cfg.folder / "last.pt"      # settle looked too, but preparing takes minutes
-            demand(rank() or self.cfg.resume or not last.exists(), f"{last}: is another run's")
+
+        if not self.cfg.resume:
+            # Fail before the work. settle has looked here, too, but preparing takes minutes.
+            last = self.cfg.folder / "last.pt"
+            demand(rank() or not last.exists(), f"{last}: is another run's")
             self.save()
         with suppress(ValueError):      # signals are for the main thread only
             signal(SIGINT, ask)
             signal(SIGTERM, ask)
         with bar(None, "training", self.steps - self.step) as self.line:
             while self.step < self.steps and not self.stopped():
-                yield self.step         # from 0. end_step counts it
+                yield self.step
         with suppress(ValueError):      # as before, for notebooks
             signal(SIGINT, default_int_handler)
             signal(SIGTERM, SIG_DFL)
-    def stopped(self):          # one process's signal ends all after this step, its status only its
+
+    def stopped(self):                  # a signal to one process ends all after this step
         return mean_over_processes(torch.tensor([float(self.status)])).item() > 0
 
     def end_step(self, losses, look):
         # Log every tenth step. look (measure and draw) at tenths of the run, or after ten minutes.
-        before = self.looks * self.step // self.steps
+        tenths = self.looks * self.step // self.steps
         self.step += 1
         self.line.update()
         if self.step % 10 == 0:
             row = {name: float(value.detach()) for name, value in losses.items()}
             self.log.append({"step": self.step, **row})
             self.line.set_postfix(row)
-        done = self.looks * self.step // self.steps
-        if rank() == 0 and (done > before or time.perf_counter() - self.looked > 600):
+        due = self.looks * self.step // self.steps > tenths
+        if rank() == 0 and (due or time.perf_counter() - self.looked > 600):
             row = {"look_" + name: float(value) for name, value in look().items()}
             self.log.append({"step": self.step, **row})
             say(f"{self.progress:4.0%} look:", *[f"{name[5:]} {row[name]:.4g}" for name in row])
@@ -1430,7 +1438,7 @@ class Run:
         return {**state, **self.extra, "stage": self.cfg.stage, "config": asdict(self.cfg),
                 "step": self.step, "log": self.log}
 
-    def save(self):                     # last.pt, curves.png, log.json, by the first process
+    def save(self):                     # by the first process
         if rank():
             return
         folder = self.cfg.folder
@@ -1446,127 +1454,151 @@ class Run:
         say("saved at step", self.step, "--", hint, shlex.quote(str(self.cfg.folder)))
         return self.status
 
-# ---- D. Pictures -----------------------------------------------------------------------------
+# ---- D. Pictures ------------------------------------------------------------------------------
 
 @contextmanager
-def figure(path, width, rows, columns=1):               # with figure(…) as axes, draw on them
-    from matplotlib.figure import Figure                # not pyplot, which may want a window
-    fig = Figure(figsize=(width, 1.3 * rows * columns), layout="constrained")   # 2: twice as high
+def figure(path, width, height, rows, columns=1):
+    """with figure(…) as axes: draw on them. The picture is then written to path."""
+    from matplotlib.figure import Figure
+    fig = Figure(figsize=(width, height), layout="constrained")
     yield fig.subplots(rows, columns, squeeze=False).flatten()
     path.parent.mkdir(parents=True, exist_ok=True)
-    with suppress(PermissionError):                     # a viewer may lock the file
-        fig.savefig(path)
+    fig.savefig(path)
 
-def draw_rows(path, rows):              # rows {label: uint8 images}, at most 16 strips of 16
+def draw_rows(path, rows):
+    """{label: uint8 images (n,3,H,W)} -> at most 16 strips of at most 16 images"""
     strips = [(label, images[:16]) for label, images in rows.items() if len(images)][:16]
     columns = max(len(images) for _, images in strips)
-    with figure(path, columns, len(strips)) as axes:
+    with figure(path, columns, 1.3 * len(strips), len(strips)) as axes:
         for ax, (label, images) in zip(axes, strips):
             strip = make_grid(images, columns, pad_value=255)
             ax.imshow(strip.permute(1, 2, 0).numpy())
-            ax.set_anchor("W")                  # a shorter strip begins at the left, too
+            ax.set_anchor("W")
             ax.set_title(label, fontsize=9, loc="left", parse_math=False)
             ax.axis("off")
 
-def draw_curves(path, log):             # look_mse and mse in one panel, so are d_real and d_fake
+def draw_curves(path, log):
+    """The log's numbers over the steps. look_mse and mse share a panel, as do d_real and d_fake."""
     panels = {}
     for name in sorted({name for row in log for name in row} - {"step"}, reverse=True):
-        panels.setdefault(re.sub("look_|_real|_fake", "", name), []).append(name)
-    with figure(path, 8, math.ceil(len(panels) / 2), 2) as axes:
-        for ax, panel in zip(axes, panels.values()):
-            for name in panel:
-                rows = [row for row in log if name in row]
-                ax.plot([row["step"] for row in rows], [row[name] for row in rows], label=name)
-            ax.set_yscale("log" if 0 < ax.dataLim.ymin < ax.dataLim.ymax / 5 else "linear")
+        panel = re.sub("look_|_real|_fake", "", name)
+        panels.setdefault(panel, []).append(name)
+    rows = math.ceil(len(panels) / 2)
+    with figure(path, 8, 2.6 * rows, rows, columns=2) as axes:
+        for ax, names in zip(axes, panels.values()):
+            for name in names:
+                points = [(row["step"], row[name]) for row in log if name in row]
+                ax.plot(*zip(*points), label=name)
+            wide = 0 < ax.dataLim.ymin < ax.dataLim.ymax / 5
+            ax.set_yscale("log" if wide else "linear")
             ax.legend(fontsize=7)
 
-# ---- E. Measuring ----------------------------------------------------------------------------
-# The kernel distance says how far two sets of images are apart. Two sets of 300 photographs have 0,
-# give or take 1. Samples of photographs have 5 to 7 (45 without a GAN), of drawn lesions 19. Its
-# features are LPIPS's, so like lpips it flatters models trained with LPIPS.
+# ---- E. Measuring -----------------------------------------------------------------------------
+# The kernel distance says how far two sets of images are apart. For two random sets of 300
+# photographs it is 0, give or take 1. Its features are LPIPS's, so like lpips it flatters
+# models that were trained with LPIPS.
 
-def features(lpips, images):            # uint8 (n,3,H,W) -> (n,512)
+def features(lpips, pixels):
+    """uint8 (n,3,H,W) -> (n,512)"""
     found = []
-    for part in images.split(32):
-        x = to_float(part).to(lpips.scaling_layer.shift.device)
+    for batch in pixels.split(32):
+        x = to_float(batch).to(lpips.scaling_layer.shift.device)
         x = F.interpolate(x, (224, 224), mode="bilinear", antialias=True)
         last = lpips.net(lpips.scaling_layer(x))[-1]    # SqueezeNet's last map, (B,512,13,13)
-        found.append(last.mean((2, 3)))                 # the mean over places
+        found.append(last.mean((2, 3)))
     return torch.cat(found).cpu().double()
 
 def kernel_distance(a, b):
-    # Of two sets of features (n,512). A kernel, (u·v/512 + 1)³, says how alike two are. Its mean
-    # over pairs in a, plus in b, minus twice across (a squared MMD, as in KID, arXiv 1801.01401).
+    """Of two sets of features (n,512). A kernel, (u·v/512 + 1)³, says how alike two images are. The
+    distance is its mean over pairs in a, plus that over pairs in b, minus twice that over pairs of
+    one of each. It is a squared MMD, as in KID (arXiv 1801.01401)."""
     def kernel(u, v):                                                     # (n,n)
         return (u @ v.T / u.shape[1] + 1) ** 3
+
     pairs = kernel(a, a) + kernel(b, b) - 2 * kernel(a, b)
     # Without the diagonal: no image is paired with itself, and b[i] may be a[i]'s reconstruction.
     return float((pairs.sum() - pairs.trace()) / (len(a) * (len(a) - 1)))
 
+def unseen_rows(cfg, seen, images):
+    """-> the rows, shuffled, of images that no training has seen. seen are checksums."""
+    wanted = torch.tensor([cfg.class_ in ("", name) for name in images.classes])
+    unseen = wanted[images.labels] & ~images.known(seen)                  # (n,) bool
+    unseen = unseen.nonzero().flatten()
+    demand(len(unseen) > 3,
+           f"--n, --data, --class: too few unseen images, classes are {images.classes}")
+    return unseen[torch.randperm(len(unseen), generator=rng("unseen"))]
+
 def nearest_trained(pictures, images, trained):
-    # -> distance of each picture to its nearest training image, in any symmetry, and its row
+    """-> of each picture, the distance to its nearest training image, at 32×32 and in any symmetry,
+    and that image's row. trained are the rows of the training images."""
     def shrink(rgb):                    # to 12 kB an image, whatever its size
         return F.interpolate(to_float(rgb), (32, 32), mode="area")
+
     small = torch.cat([shrink(part) for part in pictures.split(256)]).flatten(1)    # (n,3·32·32)
     small_trained = torch.cat([shrink(images.pixels[part]) for part in trained.split(256)])
     best = torch.tensor(math.inf)
     for turn in range(8):
         turned = augment(small_trained, [turn] * len(trained)).flatten(1)
-        best = torch.minimum(best, torch.cdist(small, turned))            # (n,training images)
+        best = torch.minimum(best, torch.cdist(small, turned))            # (n,n_trained)
     distance, nearest = best.min(1)
     return distance, trained[nearest]
 
-def evaluate(cfg, state):               # -> metrics.json, evaluate.png
+def near_copies(made, unseen, images, trained):
+    """-> measures, and pictures of the samples that are nearest to a training image. A near copy is
+    nearer to one than 99 % of the unseen images are. unseen, trained are row numbers."""
+    near, row = nearest_trained(made, images, trained)
+    usual, _ = nearest_trained(images.pixels[unseen], images, trained)
+    copies = near < usual.quantile(0.01)
+    worst = near.argsort()[:16]
+    pictures = {"samples nearest to a training image": made[worst],
+                "that image": images.pixels[row[worst]]}
+    # The limit has rank r = 1 + (u-1)/100 among u unseen images. A sample that is no copy falls
+    # into each of the u+1 gaps between them equally often, so below it by chance r/(u+1).
+    by_chance = 1 + 98 / (len(unseen) + 1)
+    measures = {"near_copies_percent": 100 * float(copies.float().mean()),
+                "near_copies_by_chance": by_chance}
+    return measures, pictures
+
+def evaluate(cfg, state):
+    """Measure a checkpoint of stage 2 -> metrics.json, evaluate.png"""
     folder = cfg.folder if cfg.out else state["folder"]
     device, autocast = pick_device(cfg)
     lpips = load_lpips(device)
-    vqgan = load_vqgan(state.get("vq", state), device)
-    data = cfg.data or state["config"]["data"] or vqgan.cfg.data
-    images = Images(data, vqgan.cfg, folder.parent / "cache")
-    wanted = torch.tensor([cfg.class_ in ("", name) for name in images.classes])
-    unseen = (wanted[images.labels] & ~images.known(state["seen"])).nonzero().flatten()
-    unseen = unseen[torch.randperm(len(unseen), generator=rng("unseen"))]
+    model = LatentDiffusion(state, device, autocast)
+    data = cfg.data or model.cfg.data or model.vqgan.cfg.data
+    images = Images(data, model.vqgan.cfg, folder.parent / "cache")
+    unseen = unseen_rows(cfg, state["seen"], images)
     n = min(cfg.n, len(unseen) // 2)
     say("to measure on: twice", n, "of", len(unseen), "images that no training has seen")
-    demand(n > 1, f"--n, --data, --class: too few unseen images, classes are {images.classes}")
     real, other = images.pixels[unseen[:2 * n]].split(n)
-    numbers, recon = reconstruct(vqgan, real, lpips, autocast)
+    numbers, recon = reconstruct(model.vqgan, real, lpips, autocast)
     numbers.update(unseen_images=n, step=state["step"])
-    pictures = {"real": real, "recon": recon}
-    if state["stage"] == "ldm":
-        model = LatentDiffusion(state, device, autocast)
-        class_counts = model.class_counts.float()       # classes as among the training images
-        label = class_counts.multinomial(cfg.n, True, generator=rng(cfg.seed, "classes"))
-        if cfg.class_:
-            label = model.labels(cfg.n, cfg.class_)
-        made, z0 = model.make(cfg, range(cfg.n), label)
-        pictures["samples"] = made
-        numbers["latent_std"] = float(z0.std())
-        if lpips:
-            # Each set is compared with real. kernel_perfect, that of other unseen images through
-            # stage 1, is what a perfect stage 2 would have. kernel_real is 0 but for chance.
-            perfect = reconstruct(vqgan, other, None, autocast)[1]
-            sets = {"kernel": made[:n], "kernel_perfect": perfect, "kernel_recon": recon,
-                    "kernel_real": other}
-            a = features(lpips, real)
-            for name, b in sets.items():
-                numbers[name] = kernel_distance(a, features(lpips, b))
-        # A near copy is nearer to a training image than 99 % of the u unseen images are. That limit
-        # has rank r = 1 + (u-1)/100 among their u distances. One more distance falls into each of
-        # the u+1 gaps equally often, so below the limit by chance with r/(u+1) = 1 + 98/(u+1) %.
-        trained = torch.isin(images.checksums[:, 0], state["seen"]).nonzero().flatten()
-        if len(trained) < class_counts.sum():
-            say("WARNING only", len(trained), "training images are here: not all copies are found")
-        if len(trained):
-            near, row = nearest_trained(made, images, trained)
-            unseen = unseen[:1000]                      # enough, and they fit into memory
-            usual, _ = nearest_trained(images.pixels[unseen], images, trained)
-            copies = near < usual.quantile(0.01)
-            numbers["near_copies_percent"] = 100 * float(copies.float().mean())
-            numbers["near_copies_by_chance"] = 1 + 98 / (len(unseen) + 1)
-            worst = near.argsort()[:16]
-            pictures["samples nearest to a training image"] = made[worst]
-            pictures["that image"] = images.pixels[row[worst]]
+
+    # ---- samples, of the classes as among the training images ----
+    class_counts = model.class_counts.float()
+    label = class_counts.multinomial(cfg.n, True, generator=rng(cfg.seed, "classes"))
+    if cfg.class_:
+        label = model.labels(cfg.n, cfg.class_)
+    made, z0 = model.make(cfg, range(cfg.n), label)
+    numbers["latent_std"] = float(z0.std())
+    pictures = {"real": real, "recon": recon, "samples": made}
+    if lpips:
+        # Each set is compared with real. kernel_perfect, of other unseen images after stage 1,
+        # is what a perfect stage 2 would have. kernel_real is 0 but for chance.
+        perfect = reconstruct(model.vqgan, other, None, autocast)[1]
+        sets = {"kernel": made[:n], "kernel_perfect": perfect, "kernel_recon": recon,
+                "kernel_real": other}
+        a = features(lpips, real)
+        for name, b in sets.items():
+            numbers[name] = kernel_distance(a, features(lpips, b))
+
+    trained = torch.isin(images.checksums[:, 0], state["seen"]).nonzero().flatten()
+    if len(trained) < class_counts.sum():
+        say("WARNING only", len(trained), "training images are here: not all copies are found")
+    if len(trained):
+        measures, found = near_copies(made, unseen[:1000], images, trained)     # enough of them
+        numbers.update(measures)
+        pictures.update(found)
     for name, value in numbers.items():
         say(f"{name:24}{value:10.4g}")
     draw_rows(folder / "evaluate.png", pictures)
@@ -1602,91 +1634,94 @@ class Muon(torch.optim.Optimizer):
                 g = p.grad.lerp(mean, 0.95).flatten(1)      # Nesterov: 0.05 grad + 0.95 mean
                 p.sub_(group["lr"] * orthogonal(g).view_as(p))
 
-# ---- G. Commands -----------------------------------------------------------------------------
-PRESETS = {                         # a preset is a list of flags, and typed flags beat it
-    "tiny": {"train-vq": "--size 32 --n-images 200 --widths 16,32 --codes 64 --epochs 2",
-             "train-ldm": "--T 200 --widths 32,64 --batch-size 16 --epochs 4"},
-    # The system of a course report, from which this file grew. .267 is 8 of its 30 epochs.
-    "report": {"train-vq": "--upsample transposed --lpips-weight 1 --commit-weight 1 "
-               "--gan-weight 1 --lam-max 1e4 --gan-start 0.267 --epochs 30 "
-               "--lr 3e-4 --muon-lr 0 --codes-lr 3e-4 --d-lr 3e-4",
-               "train-ldm": "--unconditional --target eps --schedule linear --upsample transposed "
-               "--sampler ddpm --steps 1000 --guidance 1"}}
-MAY_CHANGE = {"resume", "device", "out", "epochs", "sampler", "steps", "guidance", "guide"}
+# ---- G. Commands ------------------------------------------------------------------------------
 COMMANDS = {"train-vq": (VQConfig, train_vq), "train-ldm": (LDMConfig, train_ldm),
             "sample": (SampleConfig, sample), "evaluate": (EvaluateConfig, evaluate)}
+PRESETS = {                             # settings of each stage, which typed ones beat
+    "default": {},
+    "tiny": {"vq": dict(size=32, n_images=200, widths=(16, 32), codes=64, epochs=2),
+             "ldm": dict(T=200, widths=(32, 64), batch_size=16, epochs=4)},
+    # The system of a course report, from which this file grew. .267 is 8 of its 30 epochs.
+    "report": {"vq": dict(upsample="transposed", lpips_weight=1, commit_weight=1, gan_weight=1,
+                          lam_max=1e4, gan_start=.267, epochs=30, lr=3e-4, muon_lr=0,
+                          codes_lr=3e-4, d_lr=3e-4),
+               "ldm": dict(upsample="transposed", unconditional=True, target="eps",
+                           schedule="linear", sampler="ddpm", steps=1000, guidance=1)}}
+# What may differ when a run is resumed.
+MAY_CHANGE = {"resume", "device", "out", "epochs", "sampler", "steps", "guidance", "guide"}
 
 class Parser(argparse.ArgumentParser):
-    def error(self, message):                           # one sentence instead of a page of usage
+    def error(self, message):           # one sentence instead of a page of usage
         raise UserError(message)
 
-def flag(name):                         # class_ -> --class, as class is a word of Python
+def flag_of(name):                      # class_ -> --class, as class is a word of Python
     return "--" + name.strip("_").replace("_", "-")
 
+def help_of(cls):
+    """{setting: the comment on its line}, of a class and its bases"""
+    comments = {}
+    for base in reversed(cls.__mro__[:-1]):
+        comments.update(re.findall(r"\n    (\w+): .*?# (.*)", getsource(base)))
+    return comments
+
 def build_parser():
-    # For each of COMMANDS, a flag for each field of its settings, with its comment as the help.
+    """For each of COMMANDS, a flag for each of its settings."""
     parser = Parser("vqldm.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     for command, (cls, _) in COMMANDS.items():
         flags = commands.add_parser(command, help=cls.__doc__, description=cls.__doc__,
-                                      allow_abbrev=False, argument_default=argparse.SUPPRESS)
-        comments = {}
-        for base in reversed(cls.__mro__[:-1]):         # its bases first, without object
-            comments.update(re.findall(r"\n    (\w+): .*?# (.*)", getsource(base)))
+                                    allow_abbrev=False, argument_default=argparse.SUPPRESS)
+        comments = help_of(cls)
         for f in fields(cls):
-            how = {"choices": get_args(f.type)} if get_args(f.type) else {"type": f.type}
+            choices = get_args(f.type)
+            how = {"choices": choices} if choices else {"type": f.type}
             if f.type is bool:
                 how = {"action": "store_true"}
-            flags.add_argument(flag(f.name), dest=f.name, **how,
-                                 help=f"{comments[f.name]} [{f.default}]")
+            flags.add_argument(flag_of(f.name), dest=f.name, **how,
+                               help=f"{comments[f.name]} [{f.default}]")
     return parser
 
 def settle(argv):
-    # -> what to call: the command's function, its settings, and the checkpoint that it reads, or
-    # None. What is typed beats what is given by the preset, by the run to resume, or by the model.
-    parser = build_parser()
-    typed = vars(parser.parse_args(argv or ["--help"]))
+    """-> the command's function, its settings, and the checkpoint that it reads, or None. What is
+    typed beats what is given by the model, by the run to resume, or by a preset."""
+    typed = vars(build_parser().parse_args(argv or ["--help"]))
     command = typed.pop("command")
     cls, function = COMMANDS[command]
     cfg = cls(**typed)
-    state, given = None, {}
+    state = None
     if not command.startswith("train"):
-        state = load_checkpoint(cfg.ckpt, "--ckpt", *cls.reads)
-        if state["stage"] == "ldm":     # how images are made belongs to the model
-            given = {f.name: state["config"][f.name] for f in fields(Sampling)}
-    elif cfg.resume:                    # (the recorded settings contain those of the preset)
+        state = load_checkpoint(cfg.ckpt, "--ckpt", "ldm")
+        given = {f.name: state["config"][f.name] for f in fields(Sampling)}
+    elif cfg.resume:
         state = load_checkpoint(cfg.folder / "last.pt", "--resume", cfg.stage)
         given = {**asdict(state["settings"]), "out": cfg.out}       # the folder may have moved
-        differ = [f"{flag(name)} was {given[name]}" for name in typed       # (--lr: see descend)
+        differ = [f"{flag_of(name)} was {given[name]}" for name in typed
                   if name not in MAY_CHANGE and typed[name] != given[name]]
         demand(not differ, f"--resume goes on with the recorded settings: {differ}")
     else:
         demand(rank() or not (cfg.folder / "last.pt").exists(),     # others may be slow to start
                f"--out {cfg.folder}: holds a run; --resume it, or name another")
-        words = PRESETS.get(cfg.preset, {}).get(command, "").split()
-        given = vars(parser.parse_args([command, *words]))
-        del given["command"]
+        given = PRESETS[cfg.preset].get(cfg.stage, {})
     return function, cls(**{**given, **typed}), state
 
 def main(argv):
-    # Run one command. SystemExit is 2 for a mistake or lack of room, 130 or 143 for a signal.
-    if dist.is_torchelastic_launched():                 # by torchrun; gloo for CPUs, nccl for GPUs
-        cuda = torch.cuda.is_available()
-        if cuda:
+    """Run one command. SystemExit is 2 for a mistake or lack of room, 130 or 143 for a signal."""
+    if dist.is_torchelastic_launched():
+        if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     with suppress(AttributeError):                      # a notebook's stdout cannot do this
         # For consoles that lack é, and so that lines sent to a file appear at once.
         sys.stdout.reconfigure(errors="replace", line_buffering=True)
     status = 2
     try:
         function, cfg, state = settle(argv)
-        status = function(cfg, state)                   # None is 0
+        status = function(cfg, state)
     except KeyboardInterrupt:                           # not while training, or a second one
         status = 130
     except (UserError, OSError) as e:
         print("vqldm:", e, file=sys.stderr)
-    except (MemoryError, RuntimeError) as e:            # torch has several words for it
+    except (MemoryError, RuntimeError) as e:            # without a word, or with one of torch's
         if not re.search("^$|allocate|out of memory", str(e)):
             raise
         print("vqldm: out of memory; train with lower --batch-size or --size", file=sys.stderr)
