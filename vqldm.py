@@ -57,24 +57,23 @@ from torchvision.transforms.functional import pil_to_tensor
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-# ---- 1. Settings -----------------------------------------------------------------------------
-# Every setting is one line below, with name, type and default. The comment on it is its --help, and
-# must be there. A number without a source, here or in functions, was tried or chosen freely. The
-# page Why of .github/NOTES.md says which. On a first reading, go on with section 2.
+# ---- 1. Settings ------------------------------------------------------------------------------
+# A setting is one line of a class: name, type, default and, as a comment, its --help. The page
+# Why of .github/NOTES.md says where each number comes from.
 
-class UserError(argparse.ArgumentTypeError):    # caught by argparse in a type, else by main()
+class UserError(argparse.ArgumentTypeError):
     """A mistake that only the user can mend, reported in one sentence with exit status 2."""
 
 def demand(ok, text):
     if not ok:
         raise UserError(text)
 
-# A type is the function that reads a setting's value. bool is a switch, Literal a choice of words.
+# A setting's type is a function that reads the typed word. bool is a switch, Literal a choice.
 def whole(text):
     demand(int(text) >= 1, "must be 1 or more")
     return int(text)
 
-def wholes(text):                       # "16,64" -> (16, 64)
+def wholes(text):               # "16,64" -> (16, 64)
     return tuple(map(whole, text.split(",")))
 
 def amount(text):
@@ -92,7 +91,7 @@ class Settings:
     out: str = ""                       # empty: runs/vq, ldm or samples. evaluate: --ckpt's folder
     @property
     def folder(self):
-        return Path(self.out or f"runs/{self.stage}").expanduser()      # stage is set below
+        return Path(self.out or f"runs/{self.stage}").expanduser()
 
 @dataclass(frozen=True)
 class Training(Settings):
@@ -103,32 +102,19 @@ class Training(Settings):
 
 @dataclass(frozen=True)
 class Sampling:
-    # How images are made. For what you do not type, sample and evaluate use train-ldm's settings.
+    """How images are made. sample and evaluate take what you do not type from train-ldm."""
     sampler: Literal["ddim", "ddpm"] = "ddim"   # ddpm needs many more steps
     steps: whole = 50                   # S, steps from noise to image. More than T only take time
     guidance: amount = 1.5              # strength of guidance (section 11). 1 is none
     guide: Literal["told", "untold"] = "told"   # is the weak guide told the class? untold: purer
 
-# ---- 2. Blocks -------------------------------------------------------------------------------
-# The VQGAN and the UNet are built from the same blocks. In the UNet, each ResBlock also receives
-# the noise level and the class (emb), and each UpBlock what the matching DownBlock had (a skip).
-
-def Norm(c):
-    # GroupNorm with one group brings all C·H·W numbers of an image to mean 0 and std 1, then scales
-    # and shifts each channel as learned. (DDPM's has 32 groups. One is faster.)
-    return nn.GroupNorm(1, c)
-
-def zero(layer):
-    # A zeroed last layer adds nothing at first, so that a block starts as its shortcut. It learns
-    # nevertheless: for y = W x, W's gradient is y's times x. (Chained zeros wake up last to first.)
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return layer
+# ---- 2. Blocks --------------------------------------------------------------------------------
+# The VQGAN and the UNet are built from the same blocks. In the UNet, a ResBlock also receives the
+# noise level and the class (emb), and an UpBlock what the matching DownBlock had (a skip).
 
 class ResBlock(nn.Module):
     """Norm, SiLU, Conv, twice, plus the shortcut. emb sets a scale and a shift for the output of
     the second Norm. This is AdaGN (Dhariwal & Nichol 2021, arXiv 2105.05233)."""
-
     def __init__(self, c_in, c_out, emb_dim=None):
         super().__init__()
         self.norm1 = Norm(c_in)
@@ -148,11 +134,22 @@ class ResBlock(nn.Module):
         y = self.conv2(F.silu(y))
         return self.shortcut(x) + y                                       # (B,c_out,H,W)
 
+def Norm(c):
+    """GroupNorm with one group, where DDPM has 32, brings all C·H·W numbers of an image to mean 0
+    and std 1. Then it scales and shifts each channel as learned."""
+    return nn.GroupNorm(1, c)
+
+def zero(layer):
+    """A zeroed last layer adds nothing at first, so that a block starts as its shortcut. It learns
+    nevertheless: for y = W x, W's gradient is y's times x."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
 class AttentionBlock(nn.Module):
     """Every cell sees all others, not only its neighbours. Linear maps give each a query, a key and
     a value. A cell's output is the mean of all values, weighted by how well their keys fit its
     query, softmax(query·key/√C), Vaswani 2017. This costs (h·w)², so only MidBlock has it."""
-
     def __init__(self, c):
         super().__init__()
         self.norm = Norm(c)
@@ -160,25 +157,27 @@ class AttentionBlock(nn.Module):
         zero(self.attention.out_proj)
 
     def forward(self, x):                                                 # (B,C,h,w)
-        y = rearrange(self.norm(x), "B C h w -> B (h w) C")               # (B,N,C)
-        y, _ = self.attention(y, y, y, need_weights=False)    # queries, keys, values: all from y
+        y = rearrange(self.norm(x), "B C h w -> B (h w) C")               # (B,h·w,C)
+        # Queries, keys and values are all made from y.
+        y, _ = self.attention(y, y, y, need_weights=False)
         y = rearrange(y, "B (h w) C -> B C h w", h=x.shape[2])
         return x + y                                                      # (B,C,h,w)
 
-class DownBlock(nn.Module):             # two ResBlocks, then a strided convolution halves the grid
-
+class DownBlock(nn.Module):
+    """Two ResBlocks, then a strided convolution halves the grid. Its kernel of 4 reads every cell
+    twice in each direction. One of 3 would read even cells once and odd cells twice."""
     def __init__(self, c_in, c_out, emb_dim=None):
         super().__init__()
         self.res1 = ResBlock(c_in, c_out, emb_dim)
         self.res2 = ResBlock(c_out, c_out, emb_dim)
-        self.down = nn.Conv2d(c_out, c_out, 4, stride=2, padding=1)     # 3 reads odd cells twice
+        self.down = nn.Conv2d(c_out, c_out, 4, stride=2, padding=1)
 
     def forward(self, x, emb=None):                                       # (B,c_in,H,W)
         skip = self.res2(self.res1(x, emb), emb)                          # (B,c_out,H,W)
         return self.down(skip), skip                # (B,c_out,H/2,W/2), (B,c_out,H,W)
 
-class MidBlock(nn.Module):              # ResBlock, self-attention, ResBlock, on the smallest grid
-
+class MidBlock(nn.Module):
+    """ResBlock, self-attention, ResBlock, on the smallest grid."""
     def __init__(self, c, emb_dim=None):
         super().__init__()
         self.res1 = ResBlock(c, c, emb_dim)
@@ -194,7 +193,6 @@ class UpBlock(nn.Module):
     """The grid doubles, the skip's channels are appended, and two ResBlocks follow.
     trap: a transposed convolution computes even and odd pixels with different weights, and a
     checkerboard can show (Odena 2016, distill.pub). Copying each cell to 2×2 avoids it."""
-
     def __init__(self, c_in, c_out, emb_dim=None, c_skip=0, upsample="nearest"):
         super().__init__()
         self.up = nn.Upsample(scale_factor=2, mode="nearest")
@@ -210,7 +208,7 @@ class UpBlock(nn.Module):
         return self.res2(self.res1(y, emb), emb)                          # (B,c_out,2h,2w)
 
 def channel_pairs(widths):
-    # (c_in, c_out) of each DownBlock: (16, 64) -> (16, 16), (16, 64). UpBlocks reverse it.
+    """(c_in, c_out) of each DownBlock: (16, 64) -> (16, 16), (16, 64). UpBlocks reverse it."""
     return list(pairwise([widths[0], *widths]))
 
 # ---- 3. Stage 1: the VQGAN --------------------------------------------------------------------
@@ -347,29 +345,29 @@ class VQGAN(nn.Module):
     def decode(self, k):                # and back to x_hat (B,3,H,W)
         return self.decoder(self.codebook.lookup(k))
 
-# ---- 4. Stage 1: the losses ------------------------------------------------------------------
-# The squared error alone gives blur, because its best answer is the mean of all sharp images that
-# fit the code. LPIPS sends both images through a frozen network that classifies photographs, and
-# sums weighted differences of their feature maps, which differ for blurred and sharp hair. What
-# still betrays a reconstruction is left to a GAN. The discriminator D learns to give high numbers
-# (logits) to real images and low ones to reconstructions. The VQGAN, here the generator, competes.
+# ---- 4. Stage 1: the losses -------------------------------------------------------------------
+# The squared error alone gives blur, because its best answer is the mean of all sharp images
+# that fit the code. LPIPS sends both images through a frozen network that classifies
+# photographs, and sums weighted differences of their feature maps. Blurred and sharp hair have
+# different features. What still betrays a reconstruction is left to a GAN. The discriminator D
+# learns to give high numbers (logits) to real images and low ones to reconstructions. The
+# VQGAN, here the generator, competes.
 
 def load_lpips(device):
-    # LPIPS (Zhang 2018, arXiv 1801.03924) for images in [-1,1]. None if its weights are missing.
-    # It is called outside autocast, so never in bf16, and kept outside the VQGAN's checkpoints.
+    """LPIPS (Zhang 2018, arXiv 1801.03924) for images in [-1,1], or None if it cannot be loaded.
+    It is called outside autocast, so never in bf16, and kept outside the VQGAN's checkpoints."""
     try:
-        warnings.filterwarnings("ignore", module="torchvision")     # meant for lpips' authors
+        warnings.filterwarnings("ignore", module="torchvision")     # of what lpips should not use
         import lpips
         net = lpips.LPIPS(net="squeeze", verbose=False)     # the smallest of its three networks
         return place(net, device).eval().requires_grad_(False)
-    except Exception as e:              # URLError, OSError, a damaged file
+    except Exception as e:              # no network, no package, a damaged file
         say("WARNING no LPIPS:", e, "- its weights belong in", torch.hub.get_dir() + "/checkpoints")
 
 class PatchDiscriminator(nn.Module):
     """D gives a logit, without a sigmoid, for each place of the latent grid, high where the image
-    looks real. Kernels see 18×18 pixels at f = 4, 38 at 8, 78 at 16. (pix2pix, 1611.07004: 70.)"""
-
-    def __init__(self, widths):                                           # the VQGAN's
+    looks real. Kernels see 18×18 pixels at f = 4, 38 at 8, 78 at 16 (pix2pix: 70)."""
+    def __init__(self, widths):
         super().__init__()
         c = max(32, widths[0] // 2)             # half the VQGAN's, 32 at least (a free choice)
         layers = [nn.Conv2d(3, c, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
@@ -377,6 +375,7 @@ class PatchDiscriminator(nn.Module):
             layers += [nn.Conv2d(c, 2 * c, 4, stride=2, padding=1), Norm(2 * c), nn.LeakyReLU(0.2)]
             c *= 2
         self.layers = nn.Sequential(*layers, nn.Conv2d(c, 1, 3, padding=1))
+
     def forward(self, x):                                                 # (B,3,H,W)
         return self.layers(x).float()                                     # (B,1,h,w)
 
@@ -385,17 +384,16 @@ def hinge_loss(real, fake):
     return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
 
 def adaptive_weight(rec, adversarial, last, limit):
-    """lam = ‖∇_L rec‖ / (‖∇_L adversarial‖ + δ), VQGAN eq. 7. L is the decoder's last layer. (All
-    weights would cost two more backward passes.) The GAN's gradient may be far longer or shorter
-    than rec's. lam makes them equally long. gan_weight then sets their ratio, 1/5 by default and 1
-    in --preset report. By default lam is mostly at its limit, and the ratio is smaller."""
-
-    def push(loss):                                         # ‖∇_L loss‖
-        # grad makes no graph of its own, so lam is a constant that the VQGAN cannot learn to move.
+    """lam = ‖∇_L rec‖ / (‖∇_L adversarial‖ + δ), VQGAN eq. 7. L is the weight of the decoder's last
+    layer, which is where rec's backward pass begins, so this gradient is cheap. The GAN's gradient
+    may be far longer or shorter than rec's. lam makes them equally long. gan_weight then sets their
+    ratio, 1/5 by default and 1 in --preset report."""
+    def push(loss):
+        # -> ‖∇_L loss‖, a constant: no graph leads back to weights that could learn to move it.
         (gradient,) = torch.autograd.grad(loss, last, retain_graph=True)
         return mean_over_processes(gradient).norm()
-    # δ keeps lam finite. It is 1e-6 in the paper and 1e-4 in its code.
-    lam = push(rec) / (push(adversarial) + 1e-4)
+
+    lam = push(rec) / (push(adversarial) + 1e-4)        # δ is 1e-6 in the paper, 1e-4 in its code
     # trap: a D that cannot tell real from fake has a tiny, meaningless gradient. VQGAN's code
     # allows a lam of 1e4, which enlarges it: x_hat jumps about, and D is slow to catch up.
     # ours: a low limit, at which lam stands in most steps, so that such a D has little say.
@@ -525,30 +523,25 @@ def descend(loss, net, factor, *optimizers):
             group["lr"] = factor * initial
         optimizer.step()
 
-# ---- 7. Stage 1: training --------------------------------------------------------------------
-# In each step the generator learns first, then D learns on the same images. D joins after a tenth
-# of the run, since from the first blobs it would learn only that blur is fake. Its lead (d_real -
-# d_fake, the gap of its mean logits) is 0.4 to 0.7 on photographs. Above 1, D is far ahead. At 0 it
-# tells nothing apart. On drawn images it is below 0.1, so --gan-weight 0 saves time at no cost.
-# Ten times a run has a look: it measures 256 images that were never trained on, and draws 16. By
-# default, with 568,246 weights (without D) and in four minutes of one core, you will see:
-#                 10 %   50 %  100 % of the run   blurred: no LPIPS   collapsed: see NOTES, fifth
-#   psnr (dB)     29.5   35.2   38.1              39.7                35.5
-#   lpips         .044   .016   .011              .016                .018
-#   perplexity   1,466  1,334  1,430              1,398               101
+# ---- 7. Stage 1: training ---------------------------------------------------------------------
+# In each step the generator learns first, then D learns on the same images. D joins after a
+# tenth of the run, since from the first blobs it would learn only that blur is fake.
+# Ten looks in a run measure 256 images that were never trained on and draw 16. If all is well,
+# psnr rises and lpips falls to the end. D's lead, d_real - d_fake, is 0.4 to 0.7 on photographs.
+# Near 0, as on drawn images, D tells nothing apart. Above 1, it is far ahead. By default:
 #     x (8,3,64,64) → z (8,3,16,16) → k (8,16,16) → z_q (8,3,16,16) → x_hat (8,3,64,64)
 
 @dataclass(frozen=True)
 class VQConfig(Training):
     """stage 1: train the VQGAN, image -> codes -> image"""
     stage = "vq"                        # no ": type", so this is no field and has no flag
-    data: source = "synthetic"          # 'synthetic', or a folder of images, see class_of
+    data: source = "synthetic"          # 'synthetic', or a folder of images, see README
     n_images: whole = 4096              # how many to draw if synthetic
     size: whole = 64                    # side of the square images, in pixels
     widths: wholes = (16, 64)           # channels of the m DownBlocks, such as 16,32,64; f = 2^m
     z_dim: whole = 3                    # d, the length of a code. LDM: 3 at f = 4, 8 at f = 16
     codes: whole = 2048                 # K, the number of codes. LDM: 8192 at f = 4, 16384 at 16
-    lpips_weight: amount = 0.1          # weight of LPIPS, a learned distance. At 0 only measured
+    lpips_weight: amount = 0.1          # weight of LPIPS (section 4). At 0 it is only measured
     commit_weight: amount = 0.25        # weight of the commitment loss, VQ's β (section 3)
     gan_weight: amount = 0.2            # weight of the GAN, times lam. 0: none. 0.4 suits 128×128
     lam_max: amount = 0.004             # upper limit of lam, which balances the GAN (section 4)
@@ -560,7 +553,8 @@ class VQConfig(Training):
     epochs: whole = 3                   # passes over the training images
 
     @property
-    def latent_shape(self):             # (d,h,w) of z, for square images
+    def latent_shape(self):
+        """(d,h,w) of z, for square images."""
         side = self.size // 2 ** len(self.widths)
         return self.z_dim, side, side
 
@@ -568,29 +562,28 @@ def build_vq(cfg, device):              # -> VQGAN and D, with their initial wei
     unit = 4 * 2 ** len(cfg.widths)             # 4·f, since the UNet's default halves h and w twice
     demand(32 <= cfg.size <= 4096 and cfg.size % unit == 0,
            f"--size: from 32 to 4096, a multiple of {unit}")
-    torch.manual_seed(cfg.seed % 2**63)         # so that any --seed is accepted
+    torch.manual_seed(cfg.seed % 2**63) 
     vqgan, disc = VQGAN(cfg), PatchDiscriminator(cfg.widths)
     return place(vqgan, device), place(disc, device)
 
 def vq_optimizers(vqgan, disc, cfg):
-    # -> Adam and Muon for the VQGAN, Adam for D with the betas of VQGAN's code. Muon (appendix F)
-    # moves the kernels of all blocks. Adam moves the rest, including the layers first and last.
+    """-> Adam and Muon for the VQGAN, Adam for D with the betas of VQGAN's code. Muon (appendix F)
+    moves the kernels of all blocks. Adam moves the rest, including the layers first and last."""
     others = dict(vqgan.named_parameters())
     e = others.pop("codebook.embedding.weight")                           # (K,d)
     matrices, rest = [], []
     for name, p in others.items():
-        inner = p.ndim == 4 and not re.search("first|last", name)
-        (matrices if inner and cfg.muon_lr > 0 else rest).append(p)
-    # Codes need a rate of their own to keep up with z (Łańcucki 2020, arXiv 2005.08520). A weight
-    # on codebook_loss would change little, since Adam divides a gradient by its usual size.
+        by_muon = cfg.muon_lr > 0 and p.ndim == 4 and not re.search("first|last", name)
+        (matrices if by_muon else rest).append(p)
+    # Codes need a rate of their own to keep up with z (Łańcucki 2020, arXiv 2005.08520).
     groups = [{"params": rest}, {"params": [e], "lr": cfg.codes_lr}]
     adam = torch.optim.Adam(groups, cfg.lr, betas=(0.9, 0.99), fused=True)
     adam_d = torch.optim.Adam(disc.parameters(), cfg.d_lr, betas=(0.5, 0.9), fused=True)
     return adam, Muon(matrices, cfg.muon_lr), adam_d
 
 def augment(x, turns):
-    # Turn or mirror each image of x (B,C,H,H). turns, B numbers in 0…7, picks one of the square's
-    # eight symmetries, 0 for none. A lesion has no right way up. If yours have one, return x.
+    """Turn or mirror each image of x (B,C,H,H). turns are B numbers in 0…7, each of which names one
+    of the square's eight symmetries: 0 is none, 4 is a mirror image."""
     turned = []
     for image, turn in zip(x, turns):
         if turn >= 4:
@@ -599,32 +592,32 @@ def augment(x, turns):
     return torch.stack(turned)
 
 @torch.no_grad()
-def reconstruct(vqgan, images, lpips, autocast):
-    # uint8 (n,3,H,W) -> measures by name, and the reconstructions as uint8 (n,3,H,W).
+def reconstruct(vqgan, pixels, lpips, autocast):
+    """uint8 (n,3,H,W) -> measures by name, and the reconstructions as uint8 (n,3,H,W)"""
     e = vqgan.codebook.embedding.weight                                   # (K,d)
     measures, all_k, recon = Counter(), [], []
-    for part in images.split(16):
-        x = to_float(part).to(e.device)                                   # (B,3,H,W)
+    for batch in pixels.split(16):
+        x = to_float(batch).to(e.device)                                  # (B,3,H,W)
         with autocast():
             k = vqgan.encode(x)                                           # (B,h,w)
             x_hat = vqgan.decode(k).clamp(-1, 1)
         mse = F.mse_loss(x_hat, x, reduction="none").mean((1, 2, 3))      # (B,)
         psnr = 10 * torch.log10(4 / mse.clamp(min=1e-10))       # dB: 10 lg(range² / error)
-        of_part = {"mse": mse, "psnr": psnr}    # add a measure here: it is printed, logged, drawn
+        of_batch = {"mse": mse, "psnr": psnr}   # add a measure here: it is printed, logged, drawn
         if lpips:
-            of_part["lpips"] = lpips(x_hat, x)
-        for name, value in of_part.items():
-            measures[name] += float(value.sum()) / len(images)
+            of_batch["lpips"] = lpips(x_hat, x)
+        for name, value in of_batch.items():
+            measures[name] += float(value.sum()) / len(pixels)
         all_k.append(k.flatten())
         recon.append(to_bytes(x_hat))
     wins = torch.bincount(torch.cat(all_k), minlength=len(e))             # (K,)
     p = wins / wins.sum()
     measures["codes_used_percent"] = 100 * p.count_nonzero().item() / len(p)
-    measures["perplexity"] = float(torch.exp(-torch.xlogy(p, p).sum()))   # 1 … K
+    measures["perplexity"] = float(torch.exp(-torch.xlogy(p, p).sum()))
     return dict(measures), torch.cat(recon)
 
 def train_vq(cfg, state=None):
-    # Stage 1, from images to a checkpoint. state is a checkpoint to go on from. -> exit status
+    """Stage 1, from images to a checkpoint. state is a checkpoint to go on from. -> exit status"""
     device, autocast = pick_device(cfg)
     vqgan, disc = build_vq(cfg, device)
     images = Images(cfg.data, cfg, cfg.folder.parent / "cache", state["seen"] if state else ())
@@ -643,14 +636,15 @@ def train_vq(cfg, state=None):
     for step in run:
         factor = lr_factor(step, run.progress)
         rows = images.train[next_rows(run.n_train, step, cfg.batch_size, cfg.seed)]           # (B,)
-        if step % 50 == 0:                      # unused codes restart, alike in all processes
-            first = to_float(images.pixels[rows[:16]]).to(device)               # at most 16 images
-            with torch.no_grad(), autocast():
-                z = vqgan.encoder(first).float()
-            vqgan.codebook.restart_unused(z, rng(cfg.seed, "restart", step))
         turns = torch.randint(8, (cfg.batch_size,), generator=rng(cfg.seed, "turns", step))
-        x = to_float(images.pixels[share(rows)])
-        x = augment(x, share(turns)).to(device)                               # (B,3,H,W) in [-1,1]
+        if step % 50 == 0:
+            # Unused codes restart, from images of the whole batch, so alike in all processes.
+            batch = to_float(images.pixels[rows[:16]]).to(device)
+            with torch.no_grad(), autocast():
+                z = vqgan.encoder(batch).float()
+            vqgan.codebook.restart_unused(z, rng(cfg.seed, "restart", step))
+        rows, turns = share(rows), share(turns)
+        x = augment(to_float(images.pixels[rows]), turns).to(device)      # (B,3,H,W) in [-1,1]
 
         # ---- the generator: encoder, codebook, decoder ----
         with autocast():
@@ -676,18 +670,18 @@ def train_vq(cfg, state=None):
 
         # ---- the discriminator, on the same images ----
         if gan_on:
-            # trap: descend(loss) freed the graphs of the VQGAN and of D(x_hat). So without detach
-            # d_loss would fail, and D(x_hat) is computed anew. D(x) took no part, its graph lives.
+            # trap: descend(loss) freed the graph of the VQGAN, so without detach d_loss would
+            # fail. It also freed that of D(x_hat), which is computed anew, but not D(x)'s.
             # trap: loss left gradients in D. Unless descend zeroed them, D would call fakes real.
             with autocast():
                 fake = disc(x_hat.detach())
             d_loss = hinge_loss(real, fake)
             descend(d_loss, disc, factor, adam_d)
             losses.update(lam=lam, d_loss=d_loss, d_real=real.mean(), d_fake=fake.mean())
-        run.end_step(losses, look)              # logs, looks, saves (appendix C)
+        run.end_step(losses, look)
     return run.finish("next: python vqldm.py train-ldm --vq")
 
-# ---- 8. Stage 2: diffusion -------------------------------------------------------------------
+# ---- 8. Stage 2: diffusion --------------------------------------------------------------------
 # Noise is added to a latent in T small steps, until only noise is left. A network learns to find
 # the noise in the mix. Sampling starts from pure noise and walks back.
 #
@@ -712,53 +706,45 @@ def train_vq(cfg, state=None):
 # possible, and the best answer under squared error is their mean, which is a blur. So we go a
 # little way towards it and ask again. By then fewer z0 are possible.
 #
-# One step back, from t to a lower t_prev. From here on, α without an index is α = ᾱ_t / ᾱ_prev, and
-# N(z; mean, variance) is a Gaussian. Bayes' rule for the densities q is
-#     q(z_prev | z_t, z0) ∝ q(z_t | z_prev) · q(z_prev | z0)      (given z_prev, z_t ignores z0)
-#                         = N(z_t; √α z_prev, 1-α) · N(z_prev; √ᾱ_prev z0, 1-ᾱ_prev)
-# The first, read as one of z_prev, has mean z_t/√α and variance (1-α)/α. In a product, the values
-# of 1/variance add up, and the means are averaged with these as weights:
-#     1/β̃ = α/(1-α) + 1/(1-ᾱ_prev)     with α ᾱ_prev = ᾱ_t this is β̃ = (1-α)(1-ᾱ_prev)/(1-ᾱ_t)
-#     mean = β̃ · ( √α z_t/(1-α) + √ᾱ_prev z0/(1-ᾱ_prev) )
-# z0 is unknown. Put in z0_hat = (z_t - √(1-ᾱ_t) eps_hat)/√ᾱ_t, and multiply β̃ in. The factor of
-# z_t is then (α(1-ᾱ_prev) + 1-α) / (√α (1-ᾱ_t)) = 1/√α, since √ᾱ_t = √α √ᾱ_prev, and
-#     mean = (z_t - (1-α)/√(1-ᾱ_t) eps_hat) / √α  DDPM Algorithm 2, line 4
-# In the last step, to level -1, nothing is left open. There β̃ = 0, and the mean is z0_hat.
-# β̃ is the variance if z0 is known. If it is only known to be standard normal, so is z_prev, and so
-# is z_t, their covariance is √α, and given z_t, z_prev has the mean √α z_t and the variance 1-α.
-# The truth lies between (DDPM sec. 3.2). We take 1-α.
+# One step back leads from t to a lower t_prev. α without an index is ᾱ_t / ᾱ_prev, the product
+# of the levels between, so that z_t = √α z_prev + √(1-α) ε. For a known z0, Bayes' rule gives
+# the mean of z_prev (DDPM eq. 7). With z0_hat for z0, by eq. 4, it is
+#     mean = (z_t - (1-α)/√(1-ᾱ_t) · eps_hat) / √α            DDPM Algorithm 2, line 4
+# Its variance is (1-α)(1-ᾱ_prev)/(1-ᾱ_t) if z0 is known, and 1-α if z0 may be anything that is
+# standard normal. The truth lies between (DDPM sec. 3.2). We take 1-α, with which z_prev has
+# variance 1 if z_t has: there mean = √α z_t, and α + 1-α = 1. (Derived in the notebook, ch. 4.)
 
 class Diffusion:
     """A noise schedule, the loss of DDPM (Algorithm 1) and two samplers (Algorithm 2, DDIM)."""
-
     def __init__(self, T=1000, schedule="cosine", target="v"):
         self.T, self.target = T, target
         if schedule == "linear":
             # trap: 1e-4 and 0.02 belong to T = 1000. Unscaled, T = 50 ends at ᾱ = 0.60, and
             # sampling starts from noise that the network never saw.
             beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T
-        else:                                   # Nichol & Dhariwal 2021, arXiv 2102.09672, eq. 17
-            fraction = torch.arange(T + 1, dtype=torch.float64) / T          # 0…1
-            # ᾱ is this curve over its start, and falls more evenly than linear's. Without 0.008,
-            # level 0 would have too little noise to see.
+        else:
+            # Nichol & Dhariwal 2021, arXiv 2102.09672, eq. 17. ᾱ_t is a curve divided by its
+            # start, and falls more evenly than linear's. α is the quotient of neighbours.
+            # Without 0.008, level 0 would have too little noise to see.
+            fraction = torch.arange(T + 1, dtype=torch.float64) / T
             curve = torch.cos((fraction + 0.008) / 1.008 * math.pi / 2) ** 2
-            beta = 1 - curve[1:] / curve[:-1]           # α is the quotient of neighbouring ᾱ
+            beta = 1 - curve[1:] / curve[:-1]
         alpha = 1 - beta.clamp(max=0.999)       # β = 1 gives ᾱ = 0, and ε's z0_hat divides by √ᾱ
         alpha_bar = alpha.cumprod(0)            # in float64, so that T roundings do not add up
         demand(alpha_bar[T - 1] < 0.05, "--T: too few levels to end in noise")  # by default 2e-9
         # We append a 1, so that alpha_bar[-1] belongs to level -1, to z0 itself.
-        self.alpha_bar = F.pad(alpha_bar, (0, 1), value=1).float()            # (T+1,)
+        self.alpha_bar = F.pad(alpha_bar, (0, 1), value=1).float()        # (T+1,)
 
-    def abar_at(self, t, z):            # ᾱ_t, shaped to multiply z. t is (B,), or one for all
-        return self.alpha_bar.to(z.device)[t].view(-1, 1, 1, 1)           # (B,1,1,1)
+    def abar_at(self, t, z):
+        """ᾱ_t, shaped to multiply z. t is (B,), or one number for all. -> (B,1,1,1)"""
+        return self.alpha_bar.to(z.device)[t].view(-1, 1, 1, 1)
 
-    def add_noise(self, z0, t, eps):                                          # (B,d,h,w), (B,)
+    def add_noise(self, z0, t, eps):                                      # (B,d,h,w), (B,)
         """All steps at once, DDPM eq. 4: z_t = √ᾱ z0 + √(1-ᾱ) ε."""
         abar = self.abar_at(t, z0)
-        return abar.sqrt() * z0 + (1 - abar).sqrt() * eps                     # (B,d,h,w)
+        return abar.sqrt() * z0 + (1 - abar).sqrt() * eps                 # (B,d,h,w)
 
-    def goal(self, z0, eps, abar):
-        # A new target changes LDMConfig, goal, predict, weight. Another mix: add_noise, sample too.
+    def goal(self, z0, eps, abar):      # what the network shall answer, (B,d,h,w)
         if self.target == "eps":
             return eps
         return abar.sqrt() * eps - (1 - abar).sqrt() * z0       # v, Salimans app. D
@@ -766,7 +752,7 @@ class Diffusion:
     def predict(self, out, z_t, t):
         """The network's answer -> (z0_hat, eps_hat), both (B,d,h,w). trap: with ε, an error of the
         network enters z0_hat multiplied by √(1-ᾱ)/√ᾱ. At t = 999 that is 157 with linear and, by
-        the clamp, 20,291 with cosine. With v it is at most 1. (Clip pixels to ±1, not latents.)"""
+        the clamp, 20,291 with cosine. With v it is at most 1."""
         abar = self.abar_at(t, z_t)
         if self.target == "eps":                    # DDPM eq. 4, solved for z0
             z0_hat = (z_t - (1 - abar).sqrt() * out) / abar.sqrt()
@@ -784,29 +770,29 @@ class Diffusion:
         return F.mse_loss(out, goal, reduction="none").flatten(1).mean(1)     # (B,)
 
     def weight(self, t):
-        """The weight of level t (B,) in training on v, 2·√ᾱ·√(1-ᾱ), is 1 at ᾱ = 1/2. At low levels
-        an error of v hardly enters z0_hat, at high ones little can be learned. ours: at least 1/4,
-        as sampling passes all levels. (NOTES, Why, compare it with Kingma & Gao, 2303.00848.)"""
+        """The weight of level t (B,) in training on v. ours: 2·√ᾱ·√(1-ᾱ), which is 1 at ᾱ = 1/2. At
+        low levels an error of v hardly enters z0_hat, at high ones little can be learned. It is at
+        least 1/4, as sampling passes all levels. (NOTES: Kingma & Gao, 2303.00848.)"""
         abar = self.alpha_bar.to(t.device)[t]
         if self.target == "eps":                    # all levels count alike, as in DDPM
             return torch.ones_like(abar)
-        return (4 * abar * (1 - abar)).sqrt().clamp(min=0.25)                 # (B,)
+        return (4 * abar * (1 - abar)).sqrt().clamp(min=0.25)             # (B,)
 
     def pairs(self, steps):
-        # Exactly `steps` pairs (t, t_prev), such as (999, 666), (666, 333), (333, -1) for 3 steps.
-        # The usual range(0, T, T // steps) can give too many, 1000 for 600 steps of T = 1000.
+        """Exactly `steps` pairs (t, t_prev), for 3 steps (999, 666), (666, 333), (333, -1). The
+        usual range(0, T, T // steps) can give too many, 1000 for 600 steps of T = 1000."""
         ts = [self.T - 1 - (self.T * i) // steps for i in range(steps + 1)]
         return list(pairwise(ts))
 
     @torch.no_grad()
     def sample(self, net, z, steps, sampler, noise):
         """Walk back from z (B,d,h,w), standard normal noise. net(z_t, t) is v or ε. noise() draws
-        such noise in z's shape. Each step yields the new z and z0_hat. The last z is the sample."""
+        more, in z's shape. Each step yields the new z and z0_hat. The last z is the sample."""
         demand(sampler in ("ddim", "ddpm"), f"no sampler is called {sampler}")
         for t, t_prev in self.pairs(steps):
             abar = self.abar_at(t, z)
             abar_prev = self.abar_at(t_prev, z)
-            t_all = torch.full((len(z),), t, device=z.device)                 # (B,)
+            t_all = torch.full((len(z),), t, device=z.device)             # (B,)
             z0_hat, eps_hat = self.predict(net(z, t_all), z, t_all)
 
             if sampler == "ddim":
@@ -822,30 +808,26 @@ class Diffusion:
                 # trap: the last step gives z0_hat. Noise after it leaves a grain in every sample.
                 if t_prev >= 0:
                     z = z + (1 - alpha).sqrt() * noise()
-            # A new sampler is named in Sampling and above. It must not divide by 1-ᾱ_prev, which is
-            # 0 in the last step, or by 1-α, 0 where S > T repeats a level. trap: Heun averages two
-            # answers, at t and t_prev. Take z0_hat's: eps_hat's gives one divided by a tiny √ᾱ_t.
             yield z, z0_hat
 
-# ---- 9. Stage 2: the UNet --------------------------------------------------------------------
-# The same blocks as in the VQGAN. Two things are new. Every ResBlock is told the noise level t and
-# the class. And skip connections carry z_t past the small grid in the middle. The noise to be found
-# is different in every cell, so it would not fit through that grid.
+# ---- 9. Stage 2: the UNet ---------------------------------------------------------------------
+# The same blocks as in the VQGAN, with two things added. Every ResBlock is told the noise
+# level t and the class. And skip connections carry what each DownBlock saw past the small grid
+# in the middle. Noise is different in every cell, so it would not fit through that grid.
 
 def time_embedding(t, dim):
-    # t (B,) -> (B,dim), sines and cosines of growing period (Vaswani 2017, arXiv 1706.03762). The
-    # fast ones tell neighbouring levels apart, the slow ones distant levels.
+    """t (B,) -> (B,dim), sines and cosines of growing period (Vaswani 2017, arXiv 1706.03762). The
+    fast ones tell neighbouring levels apart, the slow ones distant levels."""
     frequency = 10_000 ** (-torch.arange(dim // 2, device=t.device) / (dim // 2))   # (dim/2,)
     angle = t.float()[:, None] * frequency                                # (B,dim/2)
     return torch.cat([angle.sin(), angle.cos()], dim=1)                   # (B,dim)
 
 class UNet(nn.Module):
     """(z_t, t, class) -> v or ε. The classes are 0…n_classes-1. The number n_classes stands for an
-    unknown class. A tenth of the training has it, since --guide untold asks for it (section 11)."""
-
+    unknown class, which guidance can ask for (section 11), so a tenth of the training has it."""
     def __init__(self, z_dim, widths, n_classes, upsample="nearest"):
         super().__init__()
-        E = 4 * widths[0]                       # as DDPM's emb
+        E = 4 * widths[0]
         self.n_classes = n_classes
         self.time = nn.Sequential(nn.Linear(E, E), nn.SiLU(), nn.Linear(E, E))
         self.label = nn.Embedding(n_classes + 1, E)
@@ -862,7 +844,8 @@ class UNet(nn.Module):
         self.last = zero(nn.Conv2d(widths[0], z_dim, 3, padding=1))
 
     def forward(self, z_t, t, label=None):                                # (B,d,h,w), (B,), (B,)
-        emb = self.time(time_embedding(t, self.time[0].in_features))      # (B,E)
+        E = self.time[0].in_features
+        emb = self.time(time_embedding(t, E))                             # (B,E)
         if label is None:
             label = torch.full_like(t, self.n_classes)
         emb = emb + self.label(label)               # so time and class reach each block together
@@ -881,13 +864,12 @@ def build_unet(cfg, vq_cfg, classes):
            "--widths: a grid cannot be halved so many times")
     return UNet(vq_cfg.z_dim, cfg.widths, len(classes), cfg.upsample)
 
-# ---- 10. Stage 2: training -------------------------------------------------------------------
-# First the frozen encoder turns each image, in several orientations, into grids of code numbers.
-# Their codes are the latents, just what the decoder reads. (LDM takes z, not yet rounded.) Noising
-# ends at mean 0 and std 1, so we bring the codes to that mean and std. Judge the model by its
-# samples, since even a perfect network's loss stays well above 0. By default, with 2.7 million
-# weights and in eight minutes of one core, the looks' loss is .576, .531 and .519 after 10, 50 and
-# 100 %, latent_std is .88, and at .576 borders are still fog. The shapes are:
+# ---- 10. Stage 2: training --------------------------------------------------------------------
+# First the frozen encoder turns each image, in several orientations, into grids of code
+# numbers. Their codes are the latents, just what the decoder reads. (LDM takes z, not yet
+# rounded.) Noising ends at mean 0 and std 1, so we bring the codes to that mean and std. Judge
+# the model by its samples. Even a perfect network's loss stays well above 0, since many z0 fit
+# one z_t. By default the shapes are:
 #     k (4096,4,16,16) → z_q (32,3,16,16) → z0 (32,3,16,16) → z_t (32,3,16,16) → v (32,3,16,16)
 
 @dataclass(frozen=True)
@@ -904,11 +886,25 @@ class LDMConfig(Sampling, Training):
     widths: wholes = (64, 128)          # channels of the UNet's DownBlocks
     ema: amount = 0.995                 # decay of the running mean of the weights
     batch_size: whole = 32              # latents in a step, over all processes
-    epochs: whole = 27                  # passes over the training images, each in a random turn
+    epochs: whole = 27                  # passes over the training images, each randomly turned
+
+class Latents:
+    """All images as standardised latents z0, each in V of the square's eight symmetries. (With one
+    grid for each image, 340 epochs on 300 photographs made most samples copies.)"""
+    def __init__(self, vqgan, images, device, autocast, scale=None):
+        self.codebook = vqgan.codebook
+        # 20,000 grids are enough: 4 turns of each of 4,096 images.
+        self.versions = min(8, max(1, 20_000 // len(images.labels)))
+        self.k = encode_images(vqgan, images, self.versions, device, autocast)          # (n,V,h,w)
+        if scale is None:               # a resumed run has the one that its network knows
+            scale = measure_scale(self.k[images.train], self.codebook.embedding.weight)
+        self.scale = scale.to(device)                                     # (2,d)
+
+    def __call__(self, rows, turns):                                      # (B,), (B,)
+        return standardise(self.codebook.lookup(self.k[rows, turns]), self.scale)     # (B,d,h,w)
 
 def encode_images(vqgan, images, versions, device, autocast):
-    # All images -> their code numbers (n,V,h,w), in V = versions of the square's eight symmetries.
-    # With one grid for each image, 340 epochs on 300 photographs made most samples copies.
+    """All images -> their code numbers (n,V,h,w), in V = versions symmetries."""
     all_k = []
     for rows in bar(torch.arange(len(images.labels)).split(16), "encoding"):
         x = to_float(images.pixels[rows]).to(device)                      # (16,3,H,W)
@@ -918,8 +914,8 @@ def encode_images(vqgan, images, versions, device, autocast):
     return torch.cat(all_k)
 
 def measure_scale(k, e):
-    # Mean and std of the codes e (K,d) in the grids k -> (2,d), a pair for each channel, as in
-    # Karras 2024 (arXiv 2312.02696). LDM's app. G has one std for all.
+    """Mean and std of the codes e (K,d) in the grids k -> (2,d), a pair for each channel, as in
+    Karras 2024 (arXiv 2312.02696). LDM's app. G has one std for all."""
     std, mean = torch.std_mean(e[k.flatten()], 0, correction=0)           # (d,) each
     return torch.stack([mean, std.clamp(min=1e-6)])
 
@@ -942,12 +938,12 @@ def update_ema(ema, net, step, decay):
         mean.lerp_(p, 1 - decay)
 
 def train_ldm(cfg, state=None):
-    # Stage 2, from a stage-1 checkpoint to one that holds both stages. -> exit status
+    """Stage 2, from a stage-1 checkpoint to one that holds both stages. -> exit status"""
     device, autocast = pick_device(cfg)
 
     # ---- stage 1, frozen (a resumed run contains it), and the images ----
     vq = state["vq"] if state else load_checkpoint(cfg.vq, "--vq", "vq")
-    seen = (state or vq)["seen"]        # by either stage
+    seen = (state or vq)["seen"]
     vqgan = load_vqgan(vq, device)
     images = Images(cfg.data or vqgan.cfg.data, vqgan.cfg, cfg.folder.parent / "cache", seen)
     if cfg.unconditional:
@@ -964,50 +960,44 @@ def train_ldm(cfg, state=None):
     young = deepcopy(ema)
     adam = torch.optim.Adam(net.parameters(), cfg.lr, betas=(0.9, 0.99), fused=True)
 
-    # ---- latents. 20,000 grids are enough, for 4,096 images 4 turns of each ----
-    versions = min(8, max(1, 20_000 // len(images.labels)))
-    all_k = encode_images(vqgan, images, versions, device, autocast)          # (n,V,h,w)
-    scale = measure_scale(all_k[images.train], vqgan.codebook.embedding.weight)         # (2,d)
-    if state:
-        scale = state["scale"].to(device)       # what net was trained with
-    def latents(rows, turns):                   # (B,), (B,) -> z0 (B,d,h,w)
-        return standardise(vqgan.codebook.lookup(all_k[rows, turns]), scale)
+    latents = Latents(vqgan, images, device, autocast, state["scale"] if state else None)
 
-    def batch(step):                    # -> this process's share of z0, t, eps and label of a step
+    def batch(step):
+        # -> this process's share of z0, t, eps and label of a step
         dice = rng(cfg.seed, "step", step)
         chosen = next_rows(run.n_train, step, cfg.batch_size, cfg.seed)       # (B,)
-        if cfg.balance:                         # other images, drawn by the rarity of their class
+        if cfg.balance:                 # instead, draw images by the rarity of their class
             rarity = 1 / class_counts[images.labels[images.train]]            # (n_train,)
             chosen = rarity.multinomial(cfg.batch_size, replacement=True, generator=dice)
         rows = images.train[chosen]                                           # (B,)
-        turns = torch.randint(versions, (cfg.batch_size,), generator=dice)
+        turns = torch.randint(latents.versions, (cfg.batch_size,), generator=dice)
         # trap: t must reach T-1, where sampling starts, and 0, where it ends.
         t = torch.randint(cfg.T, (cfg.batch_size,), generator=dice)           # (B,) in 0…T-1
         eps = torch.randn(cfg.batch_size, *vqgan.cfg.latent_shape, generator=dice)
         hidden = torch.rand(cfg.batch_size, generator=dice) < 0.1             # a tenth, as in CFG
         label = images.labels[rows].masked_fill(hidden, len(classes))
-        z0 = latents(share(rows), share(turns))                               # (B,d,h,w)
-        return z0, *[share(x).to(device) for x in (t, eps, label)]
+        return [share(x).to(device) for x in (latents(rows, turns), t, eps, label)]
 
     # ---- what every look measures: held-out latents, not turned, at the same t and noise ----
     val = images.val[:256]
-    held_z0 = latents(val, torch.zeros_like(val))
-    held_t = torch.linspace(0, cfg.T - 1, len(val), device=device).long()
-    held_eps = torch.randn(held_z0.shape, generator=rng("held-out noise")).to(device)
-    held_label = images.labels[val].to(device)
+    z0 = latents(val, torch.zeros_like(val))
+    held = {"z0": z0, "t": torch.linspace(0, cfg.T - 1, len(val), device=device).long(),
+            "eps": torch.randn(z0.shape, generator=rng("held-out noise")).to(device),
+            "label": images.labels[val].to(device)}
 
-    def look():                         # their loss, and 16 samples from the same noise
-        model = LatentDiffusion(run.checkpoint(), device, autocast)     # with ema, as sample has it
+    def look():
+        # Their loss, and 16 samples from the same noise, both with ema (section 11).
+        model = LatentDiffusion(run.checkpoint(), device, autocast)
         with autocast():
-            held_loss = diffusion.loss(model.net, held_z0, held_t, held_eps, held_label).mean()
-        quick = replace(cfg, steps=min(cfg.steps, 25))          # for a look, 25 steps must do
+            held_loss = diffusion.loss(model.net, **held).mean()
+        quick = replace(cfg, steps=min(cfg.steps, 25))
         pictures, z0 = model.make(quick, range(16), model.labels(16))
         draw_rows(cfg.folder / f"samples_step_{run.step:06d}.png", {"samples": pictures})
         return {"loss": held_loss, "latent_std": z0.std()}
 
     parts = {"model": net, "ema": ema, "guide": young, "adam": adam}
     extra = {"vq": {"config": vq["config"], "model": vq["model"]}, "seen": images.seen,
-             "scale": scale, "classes": classes, "class_counts": class_counts}
+             "scale": latents.scale, "classes": classes, "class_counts": class_counts}
     run = Run(cfg, images, parts, extra, state)
 
     for step in run:
@@ -1140,8 +1130,8 @@ def sample(cfg, state):
     say("look at", cfg.folder / "grid.png", "" if 0.7 < std < 1.4 else "WARNING",
         f"latents have std {std:.2f}, healthy is 0.7 to 1.4")
 
-# ---- A. Drawn lesions ------------------------------------------------------------------------
-# Images to begin with. (Cached beside --out: clear it after a change. A fifth class: both % 4.)
+# ---- A. Drawn lesions -------------------------------------------------------------------------
+# Images to begin with. They are cached beside --out, so delete that cache after a change.
 # For each class: four colours, how ragged the border is, how dark the pigment mesh (below 0: pale).
 LESIONS = {"keratosis-like": ("b89970 997a57 ccb894 8c7866", .09, .05),
            "melanoma-like": ("42261c 734a33 545c78 8c4545", .20, .20),
@@ -1150,17 +1140,18 @@ LESIONS = {"keratosis-like": ("b89970 997a57 ccb894 8c7866", .09, .05),
 SKIN = "edbda8 e69e99 ccadb2 e8c294 d699a3"
 
 def synthetic(i, size, seed=0):
-    # Draw image i of the endless set that seed defines, uint8 (3,size,size).
+    """Draw image i of the endless set that seed defines, uint8 (3,size,size)."""
     dice = rng(seed, "lesion", i)
-    colours, ragged, mesh = list(LESIONS.values())[i % 4]
-    def span(lo, hi, *shape):                       # the next random numbers, uniform in lo…hi
+    colours, ragged, mesh = list(LESIONS.values())[i % len(LESIONS)]
+
+    def span(lo, hi, *shape):           # the next random numbers, uniform in lo…hi
         return lo + (hi - lo) * torch.rand(shape, generator=dice)
 
-    def clouds(cells, n=1):             # n grids of random numbers, smoothly enlarged
+    def clouds(cells, n=1):             # random grids (n,size,size), smoothly enlarged
         coarse = span(-1, 1, 1, n, cells, cells)
         return F.interpolate(coarse, (size, size), mode="bicubic", align_corners=True)[0]
 
-    def paint(colours, amounts):                    # n colours, mixed by amounts (n,H,W)
+    def paint(colours, amounts):        # n colours, mixed by amounts (n,H,W)
         rgb = torch.tensor(list(bytes.fromhex(colours))).view(-1, 3) / 255              # (n,3)
         return torch.einsum("nhw,nc->chw", amounts.softmax(0), rgb)                     # (3,H,W)
 
@@ -1168,14 +1159,14 @@ def synthetic(i, size, seed=0):
     plane = torch.stack(torch.meshgrid(axis, axis, indexing="xy"))        # (2,H,W)
     x, y = plane + .15 * clouds(5, 2)           # (H,W) each, bent, so that nothing is quite round
     # Five tones of skin, of which one usually wins. The body has patches of its class's colours.
-    skin = paint(SKIN, span(0, 6, 5, 1, 1) + clouds(3, 5)) + .03 * clouds(24)
-    body = paint(colours, (3 + 40 * ragged) * clouds(4, 4)) + .05 * clouds(16)
+    skin = paint(SKIN, span(0, 6, 5, 1, 1) + clouds(3, n=5)) + .03 * clouds(24)
+    body = paint(colours, (3 + 40 * ragged) * clouds(4, n=4)) + .05 * clouds(16)
     # The pigment network: lines where the two nearest of 40 points are about equally far away.
     points = span(-.8, .8, 2, 40, 1, 1)
     distance = torch.hypot(x - points[0], y - points[1])                  # (40,H,W)
     first, second = distance.topk(2, dim=0, largest=False).values         # (H,W) each
     body *= 1 - mesh * torch.exp(-(15 * (second - first)) ** 2)
-    radius = span(.30, .56) + 2 * ragged * clouds(6)            # a circle, more or less ragged
+    radius = span(.30, .56) + 2 * ragged * clouds(6)
     inside = torch.sigmoid(50 * (radius - torch.hypot(x, y)))             # (1,H,W), 1 inside
     image = torch.lerp(skin, body, inside)              # skin + inside · (body - skin)
     # On 4 of 14 images (int cuts towards 0) one to four hairs, dark lines of any place and turn.
@@ -1604,15 +1595,16 @@ def evaluate(cfg, state):
     draw_rows(folder / "evaluate.png", pictures)
     (folder / "metrics.json").write_text(json.dumps({**asdict(cfg), **numbers}, indent=1))
 
-# ---- F. Muon ---------------------------------------------------------------------------------
+# ---- F. Muon ----------------------------------------------------------------------------------
 # Every matrix is a sum of directions u vᵀ, each with a strength s (its singular values). In a
-# kernel's gradient, read as a matrix (first axis, rest), a few directions far outweigh the others.
-# Adam evens out the entries, Muon the directions (kellerjordan.github.io/posts/muon).
+# kernel's gradient, read as a matrix (first axis, rest), a few directions far outweigh the
+# others, which hardly learn. Adam evens out the entries, Muon the directions (Jordan 2024,
+# kellerjordan.github.io/posts/muon). torch.optim.Muon computes in bf16, slow on most CPUs.
 
 def orthogonal(g):
-    # g (r,n) = U S Vᵀ -> nearly U Vᵀ. All strengths but the tiniest become 0.7 to 1.2. This is
-    # Newton-Schulz. Since x xᵀ x = U S³ Vᵀ, sums of odd powers change S alone. Jordan's round takes
-    # s to 3.4445 s - 4.775 s³ + 2.0315 s⁵. A small s grows threefold a round, up to that range.
+    """g (r,n) = U S Vᵀ -> nearly U Vᵀ. All strengths but the tiniest become 0.7 to 1.2. This is
+    Newton-Schulz. Since x xᵀ x = U S³ Vᵀ, sums of odd powers change S alone. Jordan's round takes
+    s to 3.4445 s - 4.775 s³ + 2.0315 s⁵. A small s grows threefold a round, up to that range."""
     x = g / (g.norm() + 1e-7)                   # the norm is √ of the sum of all s², so s ≤ 1
     for _ in range(5):
         gram = x @ x.T                                                    # (r,r)
@@ -1620,8 +1612,8 @@ def orthogonal(g):
     return x
 
 class Muon(torch.optim.Optimizer):
-    # Jordan's rule (but one factor) for kernels, if any. A step is lr · orthogonal(running mean
-    # of the gradient, with Nesterov). (torch.optim.Muon always computes in bf16, slow on CPUs.)
+    """Jordan's rule without its factor for a matrix's shape. A step is lr · orthogonal(running mean
+    of the gradient, with Nesterov). matrices are convolutions' kernels, or none."""
     def __init__(self, matrices, lr):
         super().__init__([{"params": matrices}], {"lr": lr})
 
