@@ -562,7 +562,7 @@ def build_vq(cfg, device):              # -> VQGAN and D, with their initial wei
     unit = 4 * 2 ** len(cfg.widths)             # 4·f, since the UNet's default halves h and w twice
     demand(32 <= cfg.size <= 4096 and cfg.size % unit == 0,
            f"--size: from 32 to 4096, a multiple of {unit}")
-    torch.manual_seed(cfg.seed % 2**63) 
+    torch.manual_seed(cfg.seed % 2**63)
     vqgan, disc = VQGAN(cfg), PatchDiscriminator(cfg.widths)
     return place(vqgan, device), place(disc, device)
 
@@ -1131,7 +1131,7 @@ def sample(cfg, state):
         f"latents have std {std:.2f}, healthy is 0.7 to 1.4")
 
 # ---- A. Drawn lesions -------------------------------------------------------------------------
-# Images to begin with. They are cached beside --out, so delete that cache after a change.
+# Images to begin with.
 # For each class: four colours, how ragged the border is, how dark the pigment mesh (below 0: pale).
 LESIONS = {"keratosis-like": ("b89970 997a57 ccb894 8c7866", .09, .05),
            "melanoma-like": ("42261c 734a33 545c78 8c4545", .20, .20),
@@ -1179,6 +1179,7 @@ def synthetic(i, size, seed=0):
 # ---- B. A folder of images --------------------------------------------------------------------
 # One bad image can end a run after hours, and decoding JPEGs would take most of a laptop's
 # time. So each image is opened once, before training, and its pixels are kept in one file.
+READ_IMAGE = 2      # part of the cache's name: add 1 after a change of read_image or synthetic
 SUFFIX = r"(?i)\.(bmp|gif|jfif|jpe?g|png|tiff?|webp)$"
 # Masks (1_mask.png, but a face with_mask is a photograph), hidden files, and our own pictures.
 NO_PHOTO = (r"(?i)(_seg|_segmentation|_superpixels|_expert\d*|[_-]mask|-partial)\.\w+$"
@@ -1198,8 +1199,12 @@ def read_image(data, size):
     # PIL goes by content. Unless told, it starts Ghostscript for a PostScript file called x.png.
     with Image.open(io.BytesIO(data), formats="BMP GIF JPEG PNG TIFF WEBP".split()) as im:
         im.draft("RGB", (size, size))           # JPEG at 1/2, 1/4 or 1/8 of its size, much faster
-        demand(im.mode in ("L", "LA", "P", "RGB", "RGBA", "CMYK"), f"{im.mode} is not 8 bits")
+        demand(im.mode in ("L", "LA", "P", "PA", "RGB", "RGBA", "CMYK"), f"{im.mode} is not 8 bits")
         im = ImageOps.exif_transpose(im)        # cameras store "turn me" beside the pixels
+        if im.has_transparency_data:
+            # trap: convert("RGB") would show whatever colours lie below the transparent pixels.
+            im = im.convert("RGBA")
+            im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im)
         return pil_to_tensor(ImageOps.fit(im.convert("RGB"), (size, size)))
 
 def stem_of(name):
@@ -1266,7 +1271,7 @@ def read_pixels(source, cfg, cache):
         names = {f"{class_name}/{i}": cfg.seed for i, class_name in numbered}
     else:
         names = find_images(folder)
-    path = cache / f"{cfg.size}-{digest((folder, names)):x}.pt"
+    path = cache / f"{cfg.size}-{READ_IMAGE}-{digest((folder, names)):x}.pt"
     try:
         return torch.load(path, mmap=True)      # pixels stay on disk until needed
     except Exception:                           # not there yet, or damaged
