@@ -537,6 +537,7 @@ class VQConfig(Training):
     stage = "vq"                        # no ": type", so this is no field and has no flag
     data: source = "synthetic"          # 'synthetic', or a folder of images, see README
     n_images: whole = 4096              # how many to draw if synthetic
+    turns: Literal["all", "mirror", "none"] = "all"     # none, mirror: for what has an up and down
     size: whole = 64                    # side of the square images, in pixels
     widths: wholes = (16, 64)           # channels of the m DownBlocks, such as 16,32,64; f = 2^m
     z_dim: whole = 3                    # d, the length of a code. LDM: 3 at f = 4, 8 at f = 16
@@ -557,6 +558,11 @@ class VQConfig(Training):
         """(d,h,w) of z, for square images."""
         side = self.size // 2 ** len(self.widths)
         return self.z_dim, side, side
+
+    @property
+    def symmetries(self):
+        """The numbers of those turns that augment may make. 4 is the mirror image."""
+        return {"all": tuple(range(8)), "mirror": (0, 4), "none": (0,)}[self.turns]
 
 def build_vq(cfg, device):              # -> VQGAN and D, with their initial weights
     unit = 4 * 2 ** len(cfg.widths)             # 4·f, since the UNet's default halves h and w twice
@@ -636,7 +642,9 @@ def train_vq(cfg, state=None):
     for step in run:
         factor = lr_factor(step, run.progress)
         rows = images.train[next_rows(run.n_train, step, cfg.batch_size, cfg.seed)]           # (B,)
-        turns = torch.randint(8, (cfg.batch_size,), generator=rng(cfg.seed, "turns", step))
+        chosen = torch.randint(len(cfg.symmetries), (cfg.batch_size,),
+                               generator=rng(cfg.seed, "turns", step))
+        turns = torch.tensor(cfg.symmetries)[chosen]                      # (B,) in 0…7
         if step % 50 == 0:
             # Unused codes restart, from images of the whole batch, so alike in all processes.
             batch = to_float(images.pixels[rows[:16]]).to(device)
@@ -889,27 +897,28 @@ class LDMConfig(Sampling, Training):
     epochs: whole = 27                  # passes over the training images, each randomly turned
 
 class Latents:
-    """All images as standardised latents z0, each in V of the square's eight symmetries. (With one
+    """All images as standardised latents z0, each in V of the turns that stage 1 learned. (With one
     grid for each image, 340 epochs on 300 photographs made most samples copies.)"""
     def __init__(self, vqgan, images, device, autocast, scale=None):
         self.codebook = vqgan.codebook
         # 20,000 grids are enough: 4 turns of each of 4,096 images.
-        self.versions = min(8, max(1, 20_000 // len(images.labels)))
-        self.k = encode_images(vqgan, images, self.versions, device, autocast)          # (n,V,h,w)
+        enough = max(1, 20_000 // len(images.labels))
+        self.turns = vqgan.cfg.symmetries[:enough]                        # V of them
+        self.k = encode_images(vqgan, images, self.turns, device, autocast)             # (n,V,h,w)
         if scale is None:               # a resumed run has the one that its network knows
             scale = measure_scale(self.k[images.train], self.codebook.embedding.weight)
         self.scale = scale.to(device)                                     # (2,d)
 
-    def __call__(self, rows, turns):                                      # (B,), (B,)
-        return standardise(self.codebook.lookup(self.k[rows, turns]), self.scale)     # (B,d,h,w)
+    def __call__(self, rows, version):                                    # (B,), (B,) in 0…V-1
+        return standardise(self.codebook.lookup(self.k[rows, version]), self.scale)   # (B,d,h,w)
 
-def encode_images(vqgan, images, versions, device, autocast):
-    """All images -> their code numbers (n,V,h,w), in V = versions symmetries."""
+def encode_images(vqgan, images, turns, device, autocast):
+    """All images -> their code numbers (n,V,h,w), in V turns."""
     all_k = []
     for rows in bar(torch.arange(len(images.labels)).split(16), "encoding"):
         x = to_float(images.pixels[rows]).to(device)                      # (16,3,H,W)
         with autocast():
-            k = [vqgan.encode(augment(x, [turn] * len(x))) for turn in range(versions)]
+            k = [vqgan.encode(augment(x, [turn] * len(x))) for turn in turns]
         all_k.append(torch.stack(k, dim=1).int())                         # (16,V,h,w)
     return torch.cat(all_k)
 
@@ -970,13 +979,13 @@ def train_ldm(cfg, state=None):
             rarity = 1 / class_counts[images.labels[images.train]]            # (n_train,)
             chosen = rarity.multinomial(cfg.batch_size, replacement=True, generator=dice)
         rows = images.train[chosen]                                           # (B,)
-        turns = torch.randint(latents.versions, (cfg.batch_size,), generator=dice)
+        version = torch.randint(len(latents.turns), (cfg.batch_size,), generator=dice)
         # trap: t must reach T-1, where sampling starts, and 0, where it ends.
         t = torch.randint(cfg.T, (cfg.batch_size,), generator=dice)           # (B,) in 0…T-1
         eps = torch.randn(cfg.batch_size, *vqgan.cfg.latent_shape, generator=dice)
         hidden = torch.rand(cfg.batch_size, generator=dice) < 0.1             # a tenth, as in CFG
         label = images.labels[rows].masked_fill(hidden, len(classes))
-        return [share(x).to(device) for x in (latents(rows, turns), t, eps, label)]
+        return [share(x).to(device) for x in (latents(rows, version), t, eps, label)]
 
     # ---- what every look measures: held-out latents, not turned, at the same t and noise ----
     val = images.val[:256]
