@@ -80,6 +80,10 @@ def amount(text):
     demand(0 <= float(text) < math.inf, "must be 0 or more")
     return float(text)
 
+def fraction(text):
+    demand(0 <= float(text) <= 1, "must be from 0 to 1")
+    return float(text)
+
 def source(text):                       # a folder is recorded with its full path
     demand(text, "is empty")
     return text if text == "synthetic" else os.path.realpath(os.path.expanduser(text))
@@ -464,7 +468,7 @@ class Images:
         self.pixels, checksums = read_pixels(source, cfg, cache)          # uint8 (n or more,3,H,W)
         demand(checksums, f"--data {source}: no images are there, name another folder")
         tables = {} if source == "synthetic" else read_tables(Path(source))
-        found = describe(checksums, tables)
+        found = describe(checksums, tables, cfg.held_out)
         class_names, held, contents, groups = zip(*found)
         self.classes = sorted(set(class_names))
         self.labels = torch.tensor([self.classes.index(name) for name in class_names])      # (n,)
@@ -537,6 +541,7 @@ class VQConfig(Training):
     stage = "vq"                        # no ": type", so this is no field and has no flag
     data: source = "synthetic"          # 'synthetic', or a folder of images, see README
     n_images: whole = 4096              # how many to draw if synthetic
+    held_out: fraction = 0.1            # share of patients, lesions or images not trained on
     turns: Literal["all", "mirror", "none"] = "all"     # none, mirror: for what has an up and down
     size: whole = 64                    # side of the square images, in pixels
     widths: wholes = (16, 64)           # channels of the m DownBlocks, such as 16,32,64; f = 2^m
@@ -568,6 +573,7 @@ def build_vq(cfg, device):              # -> VQGAN and D, with their initial wei
     unit = 4 * 2 ** len(cfg.widths)             # 4·f, since the UNet's default halves h and w twice
     demand(32 <= cfg.size <= 4096 and cfg.size % unit == 0,
            f"--size: from 32 to 4096, a multiple of {unit}")
+    demand(cfg.held_out <= 0.5, "--held-out: half of the images at most")
     torch.manual_seed(cfg.seed % 2**63)
     vqgan, disc = VQGAN(cfg), PatchDiscriminator(cfg.widths)
     return place(vqgan, device), place(disc, device)
@@ -892,7 +898,7 @@ class LDMConfig(Sampling, Training):
     schedule: Literal["cosine", "linear"] = "cosine"    # how noise grows with t
     target: Literal["v", "eps"] = "v"   # what the UNet predicts. With eps take linear, see predict
     widths: wholes = (64, 128)          # channels of the UNet's DownBlocks
-    ema: amount = 0.995                 # decay of the running mean of the weights
+    ema: fraction = 0.995               # decay of the running mean of the weights
     batch_size: whole = 32              # latents in a step, over all processes
     epochs: whole = 27                  # passes over the training images, each randomly turned
 
@@ -1299,11 +1305,12 @@ def read_pixels(source, cfg, cache):
     write_whole(path, (pixels, checksums))
     return torch.load(path, mmap=True)          # gives the memory back
 
-def describe(checksums, tables):
+def describe(checksums, tables, held_out):
     """{name: checksum}, {stem: row} -> of each image (class, held out?, checksum, group). A group
     is all images of one patient, or of one lesion if no patient is given, or else of one content.
-    Groups with a number that ends in 0 are held out, and so are folders val and test. (If
-    photographs were split one by one, val would show trained lesions again.)"""
+    trap: if photographs were split one by one, val would show trained lesions again. So whole
+    groups are held out, by their numbers. A larger share contains the smaller. Folders val and
+    test are held out as well."""
     both = [row for row in tables.values() if set(GROUP) <= set(row)]
     patients = {row["lesion_id"]: row["patient_id"] for row in both}
     found, counts = [], Counter()
@@ -1313,7 +1320,9 @@ def describe(checksums, tables):
         column = filled(row, GROUP)
         group = digest((column, row[column])) if column else checksum
         folders = set(name.lower().split("/")[:-1])
-        held = group % 10 == 0 or bool(folders & HELD_OUT)
+        # The number's last digit, with the three before it as its decimals, is below 10.
+        place = group % 10 + group // 10 % 1000 / 1000
+        held = place < 10 * held_out or bool(folders & HELD_OUT)
         found.append((class_of(name, row), held, checksum, group))
         counts["split by " + (column or "image")] += 1
         counts["named in tables"] += stem_of(name) in tables
@@ -1378,7 +1387,7 @@ class Run:
         self.cfg, self.parts, self.extra = cfg, parts, extra
         self.n_train = len(images.train)
         demand(self.n_train and len(images.val), "--data: too few images, or all of one patient, "
-               "to hold out a tenth and train on the rest; add images, or a folder val")
+               "to hold some out and train on the rest; add images, or a folder val")
         demand(cfg.batch_size % world() == 0, "--batch-size: not a multiple of the process count")
         self.steps = math.ceil(cfg.epochs * self.n_train / cfg.batch_size)
         self.step = 0
