@@ -30,16 +30,15 @@ Contents  1. Settings                       7. Stage 1: training      B. A folde
 Run it    python vqldm.py train-vq, then train-ldm, then sample. evaluate measures the result.
           "trap" marks a frequent mistake, "ours" an idea that none of the named papers has.
 """
-import argparse, re, shlex, warnings
+import argparse, inspect, re, shlex
 import csv, hashlib, io, json
-import os, sys, time
+import os, sys, time, warnings
 import math, random
-from collections import Counter
+from collections import Counter, defaultdict
 from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
-from inspect import getsource
+from functools import cache, partial
 from itertools import cycle, pairwise
 from pathlib import Path
 from signal import SIG_DFL, SIGINT, SIGTERM, default_int_handler, signal
@@ -52,7 +51,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image, ImageOps
 from torch import nn
-from torchvision.io import write_png
+from torchvision.io import encode_png
 from torchvision.transforms.functional import pil_to_tensor
 from torchvision.utils import make_grid
 from tqdm import tqdm
@@ -76,17 +75,18 @@ def whole(text):
 def wholes(text):               # "16,64" -> (16, 64)
     return tuple(map(whole, text.split(",")))
 
-def amount(text):
-    demand(0 <= float(text) < math.inf, "must be 0 or more")
-    return float(text)
+def within(low, high):
+    """-> a type that reads a number from low to high"""
+    def number(text):
+        demand(low <= float(text) <= high, f"must be from {low:g} to {high:g}")
+        return float(text)
+    return number
 
-def fraction(text):
-    demand(0 <= float(text) <= 1, "must be from 0 to 1")
-    return float(text)
+amount = within(0, 1e30)
 
 def source(text):                       # a folder is recorded with its full path
     demand(text, "is empty")
-    return text if text == "synthetic" else os.path.realpath(os.path.expanduser(text))
+    return text if text == "synthetic" else os.path.abspath(os.path.expanduser(text))
 
 @dataclass(frozen=True)
 class Settings:
@@ -95,7 +95,7 @@ class Settings:
     out: str = ""                       # empty: runs/vq, ldm or samples. evaluate: --ckpt's folder
     @property
     def folder(self):
-        return Path(self.out or f"runs/{self.stage}").expanduser()
+        return Path(os.path.expanduser(self.out or f"runs/{self.stage}"))
 
 @dataclass(frozen=True)
 class Training(Settings):
@@ -363,6 +363,8 @@ def load_lpips(device):
     try:
         warnings.filterwarnings("ignore", module="torchvision")     # of what lpips should not use
         import lpips
+        if not any(Path(torch.hub.get_dir(), "checkpoints").glob("squeezenet1_1*")):
+            say("fetching the weights of LPIPS, 5 MB, this once")
         net = lpips.LPIPS(net="squeeze", verbose=False)     # the smallest of its three networks
         return place(net, device).eval().requires_grad_(False)
     except Exception as e:              # no network, no package, a damaged file
@@ -482,7 +484,11 @@ class Images:
         # have been trained on by an earlier run. In val, all these would reward memorising.
         val = (held & ~self.known(self.seen)).nonzero().flatten()
         self.val = val[torch.randperm(len(val), generator=rng("held out"))]     # classes mixed
-        say("data", source, len(found), "images:", ", ".join(self.classes))
+        by_class = [f"{name} {n}" for name, n in sorted(Counter(class_names).items())]
+        say("data", source, len(found), "images:", ", ".join(by_class))
+        if len(val) < held.sum():
+            say("WARNING", int(held.sum()) - len(val), "held-out images are not used,",
+                "because their patient, their lesion or a copy is trained on")
 
     def known(self, checksums):
         """-> (n,) bool. A whole group is known if one image's content or group is."""
@@ -541,7 +547,7 @@ class VQConfig(Training):
     stage = "vq"                        # no ": type", so this is no field and has no flag
     data: source = "synthetic"          # 'synthetic', or a folder of images, see README
     n_images: whole = 4096              # how many to draw if synthetic
-    held_out: fraction = 0.1            # share of patients, lesions or images not trained on
+    held_out: within(0, 0.5) = 0.1            # share of patients, lesions or images not trained on
     turns: Literal["all", "mirror", "none"] = "all"     # none, mirror: for what has an up and down
     size: whole = 64                    # side of the square images, in pixels
     widths: wholes = (16, 64)           # channels of the m DownBlocks, such as 16,32,64; f = 2^m
@@ -556,7 +562,7 @@ class VQConfig(Training):
     codes_lr: amount = 0.02             # learning rate of the codes, which must keep up with z
     d_lr: amount = 4e-4                 # learning rate of the GAN's discriminator
     batch_size: whole = 8               # images in a step, over all processes
-    epochs: whole = 3                   # passes over the training images
+    epochs: within(1e-6, 1e6) = 3       # passes over the training images, such as 3 or 5.5
 
     @property
     def latent_shape(self):
@@ -573,7 +579,6 @@ def build_vq(cfg, device):              # -> VQGAN and D, with their initial wei
     unit = 4 * 2 ** len(cfg.widths)             # 4·f, since the UNet's default halves h and w twice
     demand(32 <= cfg.size <= 4096 and cfg.size % unit == 0,
            f"--size: from 32 to 4096, a multiple of {unit}")
-    demand(cfg.held_out <= 0.5, "--held-out: half of the images at most")
     torch.manual_seed(cfg.seed % 2**63)
     vqgan, disc = VQGAN(cfg), PatchDiscriminator(cfg.widths)
     return place(vqgan, device), place(disc, device)
@@ -634,6 +639,8 @@ def train_vq(cfg, state=None):
     vqgan, disc = build_vq(cfg, device)
     images = Images(cfg.data, cfg, cfg.folder.parent / "cache", state["seen"] if state else ())
     lpips = load_lpips(device)
+    had_lpips = state and any("lpips" in row for row in state["log"])
+    demand(lpips or not had_lpips, "--resume: LPIPS is missing, but this run began with it")
     adam, muon, adam_d = vq_optimizers(vqgan, disc, cfg)
     parts = {"model": vqgan, "disc": disc, "adam": adam, "muon": muon, "adam_d": adam_d}
     run = Run(cfg, images, parts, {"seen": images.seen}, state)     # yields steps (appendix C)
@@ -898,9 +905,9 @@ class LDMConfig(Sampling, Training):
     schedule: Literal["cosine", "linear"] = "cosine"    # how noise grows with t
     target: Literal["v", "eps"] = "v"   # what the UNet predicts. With eps take linear, see predict
     widths: wholes = (64, 128)          # channels of the UNet's DownBlocks
-    ema: fraction = 0.995               # decay of the running mean of the weights
+    ema: within(0, 1) = 0.995           # decay of the running mean of the weights
     batch_size: whole = 32              # latents in a step, over all processes
-    epochs: whole = 27                  # passes over the training images, each randomly turned
+    epochs: within(1e-6, 1e6) = 27      # passes over the training images, each randomly turned
 
 class Latents:
     """All images as standardised latents z0, each in V of the turns that stage 1 learned. (With one
@@ -975,7 +982,12 @@ def train_ldm(cfg, state=None):
     young = deepcopy(ema)
     adam = torch.optim.Adam(net.parameters(), cfg.lr, betas=(0.9, 0.99), fused=True)
 
+    parts = {"model": net, "ema": ema, "guide": young, "adam": adam}
+    extra = {"vq": {"config": vq["config"], "model": vq["model"]}, "seen": images.seen,
+             "classes": classes, "class_counts": class_counts}
+    run = Run(cfg, images, parts, extra, state)
     latents = Latents(vqgan, images, device, autocast, state["scale"] if state else None)
+    extra["scale"] = latents.scale
 
     def batch(step):
         # -> this process's share of z0, t, eps and label of a step
@@ -1010,11 +1022,6 @@ def train_ldm(cfg, state=None):
         draw_rows(cfg.folder / f"samples_step_{run.step:06d}.png", {"samples": pictures})
         return {"loss": held_loss, "latent_std": z0.std()}
 
-    parts = {"model": net, "ema": ema, "guide": young, "adam": adam}
-    extra = {"vq": {"config": vq["config"], "model": vq["model"]}, "seen": images.seen,
-             "scale": latents.scale, "classes": classes, "class_counts": class_counts}
-    run = Run(cfg, images, parts, extra, state)
-
     for step in run:
         z0, t, eps, label = batch(step)
         with autocast():
@@ -1036,7 +1043,7 @@ class SampleConfig(Sampling, Settings):
     stage = "samples"
     ckpt: str = "runs/ldm"              # run folder or checkpoint of train-ldm
     n: whole = 64                       # how many images, over all classes
-    class_: str = ""                    # only this class. Empty: all in turn. evaluate: as trained
+    class_: str = ""                    # only this class. Empty: all in turn. evaluate: as unseen
 
 @dataclass(frozen=True)
 class EvaluateConfig(SampleConfig):
@@ -1078,9 +1085,10 @@ class LatentDiffusion:
 
     def labels(self, n, class_=""):
         """-> (n,), the numbers of all trained classes in turn, or only of class_"""
-        choices = [c for c, name in enumerate(self.classes)
-                   if self.class_counts[c] and class_ in ("", name)]
-        demand(choices, f"--class: none of that name was trained on, choose one of {self.classes}")
+        trained = [c for c, count in enumerate(self.class_counts) if count]
+        choices = [c for c in trained if class_ in ("", self.classes[c])]
+        demand(choices, "--class: none of that name was trained on, choose one of "
+               f"{[self.classes[c] for c in trained]}")
         return torch.tensor(choices)[torch.arange(n) % len(choices)]
 
     def walk(self, settings, ids, label):
@@ -1131,13 +1139,15 @@ def sample(cfg, state):
     names = [re.sub(r"[^\w ,+-]", "_", name) for name in model.classes]   # safe as folders
     if len({name.lower() for name in names}) < len(names):              # "<5 mm" and ">5 mm"
         names = [f"{c} {name}" for c, name in enumerate(names)]
-    for c in label.unique():                    # now, so that an unwritable place fails at once
+    for c in label.unique():
         (cfg.folder / names[c]).mkdir(parents=True, exist_ok=True)
+    (cfg.folder / "grid.png").open("x").close()     # fails at once if it cannot, or if it is there
     grid = {}
     for ids in torch.arange(cfg.n).split(64):
         pictures, z0 = model.make(cfg, ids, label[ids])
         for i, image in zip(ids, pictures):
-            write_png(image, f"{cfg.folder}/{names[label[i]]}/{i:05d}.png")
+            path = cfg.folder / names[label[i]] / f"{i:05d}.png"
+            path.write_bytes(bytes(encode_png(image).numpy()))  # (write_png ignores a full disk)
         if not grid:                                    # of the first 64 images, at most 16 a class
             grid = {names[c]: pictures[label[ids] == c] for c in label.unique()}
             std = z0.std()
@@ -1195,19 +1205,23 @@ def synthetic(i, size, seed=0):
 # One bad image can end a run after hours, and decoding JPEGs would take most of a laptop's
 # time. So each image is opened once, before training, and its pixels are kept in one file.
 READ_IMAGE = 2      # part of the cache's name: add 1 after a change of read_image or synthetic
-SUFFIX = r"(?i)\.(bmp|gif|jfif|jpe?g|png|tiff?|webp)$"
-# Masks (1_mask.png, but a face with_mask is a photograph), hidden files, and our own pictures.
-NO_PHOTO = (r"(?i)(_seg|_segmentation|_superpixels|_expert\d*|[_-]mask|-partial)\.\w+$"
+SUFFIX = r"(?i)\.(avif|bmp|gif|hei[cf]|jfif|jp2|jpe|jpe?g|mpo|png|tiff?|webp)$"
+# Formats that are not read, masks (1_mask.png, but a face with_mask is a photograph), hidden files,
+# and our own pictures.
+NO_PHOTO = (r"(?i)\.(avif|hei[cf]|jp2|jpe|mpo)$"
+            r"|(_seg|_segmentation|_superpixels|_expert\d*|[_-]mask|-partial)\.\w+$"
             r"|(^|/)(masks/|runs/|\.|(grid|curves|evaluate|(recon|samples)_step_\d+)\.png$)")
 WITH_MASK = r"(?i)with(out)?[_-]mask\.\w+$"
 # Folders that are held out, and folders that are no class: nevus/train/1.jpg is of class nevus.
 HELD_OUT = {"val", "valid", "validation", "test", "testing"}
-NO_CLASS = HELD_OUT | {"train", "training", "images", "ham10000_images",
-                       "ham10000_images_part_1", "ham10000_images_part_2"}
-# Columns of tables, in lower case, as ISIC and HAM10000 call them. The first filled one counts.
+NO_CLASS = HELD_OUT | {"train", "training", "images"}
+# Columns of tables, as ISIC and HAM10000 call them. The first filled one counts. Case, blanks, -
+# and _ make no difference, so PatientID is patient_id.
 ID = "isic_id", "image_id", "image_name", "image"
 CLASS = "diagnosis_3", "diagnosis_1", "dx", "diagnosis", "class", "label", "target"
 GROUP = "patient_id", "lesion_id"
+COLUMNS = {column.replace("_", ""): column for column in ID + CLASS + GROUP}
+UNKNOWN = {"unknown", "na", "n/a", "nan", "none"}       # patients and lesions
 
 def read_image(data, size):
     """A file's bytes -> its middle square, uint8 (3,size,size)."""
@@ -1230,31 +1244,60 @@ def filled(row, columns):
     """The first of these columns that says something, or ""."""
     return next((column for column in columns if row.get(column)), "")
 
+def column_of(title):
+    title = title.strip().lower()
+    return COLUMNS.get(re.sub(r"[\s_-]", "", title), title)
+
 def read_tables(folder):
     """The .csv files in a folder and beside it -> {stem: {column: word}}"""
     tables = {}
     for path in sorted([*folder.parent.glob("*.csv"), *folder.glob("*.csv")]):
         try:
             with path.open(encoding="utf-8-sig", newline="") as f:
-                for row in csv.DictReader(f, strict=True):      # an unclosed quote is an error
-                    row = {column.strip().lower(): word.strip() for column, word in row.items()
-                           if column and word and word.strip()}
+                table = csv.DictReader(f, strict=True)          # an unclosed quote is an error
+                for row in table:
+                    row = {column_of(title): word.strip() for title, word in row.items()
+                           if title and word and word.strip()}
+                    for column in GROUP:
+                        if row.get(column, "").lower() in UNKNOWN:
+                            del row[column]
                     name = row.get(filled(row, ID), "")
                     tables.setdefault(stem_of(name), {}).update(row)
+                about = re.compile("(?i)patient|lesion|subject")
+                unused = [title for title in filter(about.search, table.fieldnames or ())
+                          if column_of(title) not in GROUP]
+                if unused:
+                    say("WARNING", path, "columns that keep no images together:", *unused)
         except (csv.Error, OSError, ValueError) as e:
             say("WARNING the table", path, f"breaks off: {e!r:.200}")
     return tables
 
-def class_of(name, row):
-    """The innermost folder that is a class, or else what a row of a table says."""
-    folders = [folder for folder in name.split("/")[:-1] if folder.lower() not in NO_CLASS]
-    if folders:
-        return folders[-1]
-    # A row of one 1 and else 0s names the class by the 1's column. (Patient 1 is no class.)
-    ones = [column for column, word in row.items()
-            if word in ("1", "1.0") and column not in ID + GROUP]
-    one_hot = len(ones) == 1 and not {"0", "0.0"}.isdisjoint(row.values())
-    return row.get(filled(row, CLASS), ones[0] if one_hot else "images")
+def marks_of(tables):
+    """The columns that hold nothing but 0 and 1, if there are two or more. Each marks a class."""
+    words = {}
+    for row in tables.values():
+        for column, word in row.items():
+            words.setdefault(column, set()).add(word)
+    marks = [column for column, found in words.items()
+             if found <= {"0", "1", "0.0", "1.0"} and column not in ID + GROUP]
+    return marks if len(marks) > 1 else []
+
+def roles(folder):
+    """The words that make a folder no class: {"val"}, or {"test"} of ISIC_2019_Test_Input."""
+    words = re.split("[-_]", folder.lower())
+    archive = words[0].startswith(("isic", "ham10000"))
+    return NO_CLASS.intersection(words if archive else [folder.lower()])
+
+def class_of(row, folder, marks):
+    """-> an image's class, and what tells it. A column that names classes comes before the
+    folder, and columns of 0 and 1 come after it."""
+    column = filled(row, CLASS)
+    if column:
+        return row[column], column
+    ones = [mark for mark in marks if row.get(mark) in ("1", "1.0")]
+    if folder or len(ones) != 1:
+        return folder or "images", "folder"
+    return ones[0], "columns of 0 and 1"
 
 def find_images(folder):
     """-> {name: what changes with its file} of all images in a folder and its subfolders"""
@@ -1272,63 +1315,83 @@ def find_images(folder):
                 passed_over += 1
             elif path.is_file():        # (the date alone may be that of all files of an archive)
                 info = path.stat()
-                names[name] = info.st_mtime_ns, info.st_ctime_ns, info.st_size
+                names[name] = info.st_mtime_ns, info.st_ctime_ns, info.st_size, info.st_ino
     if passed_over:
-        say("not used:", passed_over, "masks, links to folders and the like")
+        say("not used:", passed_over, "masks, links to folders, HEIC files and the like")
     return dict(sorted(names.items()))
 
 def read_pixels(source, cfg, cache):
     """-> pixels, uint8 (n or more,3,size,size), and {name: checksum of its content} of n images.
     Each file is read once. Then its pixels lie in the folder cache."""
-    folder, drawn = Path(source), source == "synthetic"
-    if drawn:
+    folder = Path(source)
+    if source == "synthetic":
         numbered = zip(range(cfg.n_images), cycle(LESIONS))
         names = {f"{class_name}/{i}": cfg.seed for i, class_name in numbered}
     else:
         names = find_images(folder)
     path = cache / f"{cfg.size}-{READ_IMAGE}-{digest((folder, names)):x}.pt"
     try:
-        return torch.load(path, mmap=True)      # pixels stay on disk until needed
+        torch.load(path, mmap=True)
     except Exception:                           # not there yet, or damaged
-        pixels = torch.empty(len(names), 3, cfg.size, cfg.size, dtype=torch.uint8)
+        write_whole(path, decode_all(source, cfg, names))
+    pixels, checksums = torch.load(path, mmap=True)     # pixels stay on disk until needed
+    if len(checksums) < len(names):
+        say("WARNING only", len(checksums), "of", len(names), "images can be read")
+    return pixels, checksums
+
+def decode_all(source, cfg, names):
+    """The same, from the files or drawn. Broken files leave unused rows at the end of pixels."""
+    pixels = torch.empty(len(names), 3, cfg.size, cfg.size, dtype=torch.uint8)
     checksums = {}
+    drawn = source == "synthetic"
     for i, name in enumerate(bar(names, "preparing images")):
         # A file that cannot be opened ends the run. A broken one is left out, also next time.
-        data = f"{cfg.seed} {name}".encode() if drawn else (folder / name).read_bytes()
+        data = f"{cfg.seed} {name}".encode() if drawn else Path(source, name).read_bytes()
         try:
             image = synthetic(i, cfg.size, cfg.seed) if drawn else read_image(data, cfg.size)
+        except MemoryError:                     # no fault of the file
+            raise
         except Exception as e:                  # PIL raises nearly anything on a broken file
             say("WARNING skipped", name, repr(e))
             continue
-        pixels[len(checksums)] = image          # broken files leave unused rows at the end
+        pixels[len(checksums)] = image
         checksums[name] = digest(hashlib.sha256(data).digest())
-    write_whole(path, (pixels, checksums))
-    return torch.load(path, mmap=True)          # gives the memory back
+    return pixels, checksums
 
 def describe(checksums, tables, held_out):
     """{name: checksum}, {stem: row} -> of each image (class, held out?, checksum, group). A group
     is all images of one patient, or of one lesion if no patient is given, or else of one content.
-    trap: if photographs were split one by one, val would show trained lesions again. So whole
-    groups are held out, by their numbers. A larger share contains the smaller. Folders val and
-    test are held out as well."""
+    Whole groups are held out, by their numbers, since val would otherwise show trained lesions
+    again. A larger share contains the smaller. Folders val and test are held out as well."""
+    marks = marks_of(tables)
     both = [row for row in tables.values() if set(GROUP) <= set(row)]
     patients = {row["lesion_id"]: row["patient_id"] for row in both}
-    found, counts = [], Counter()
+    found, counts, stems, doubts = [], Counter(), Counter(), defaultdict(list)
     for name, checksum in checksums.items():
-        row = tables.get(stem_of(name), {})
+        stem = stem_of(name)
+        row = tables.get(stem, {})
         row = {"patient_id": patients.get(row.get("lesion_id")), **row}     # its own comes first
         column = filled(row, GROUP)
         group = digest((column, row[column])) if column else checksum
-        folders = set(name.lower().split("/")[:-1])
-        # The number's last digit, with the three before it as its decimals, is below 10.
+        # The number's last digit, with the three before it as its decimals, is from 0 to 10.
         place = group % 10 + group // 10 % 1000 / 1000
-        held = place < 10 * held_out or bool(folders & HELD_OUT)
-        found.append((class_of(name, row), held, checksum, group))
-        counts["split by " + (column or "image")] += 1
-        counts["named in tables"] += stem_of(name) in tables
-    say(dict(counts))
+        folders = name.split("/")[:-1]
+        test = any(roles(folder) & HELD_OUT for folder in folders)
+        folder = next((folder for folder in reversed(folders) if not roles(folder)), "")
+        class_name, by = class_of(row, folder, marks)
+        found.append((class_name, test or place < 10 * held_out, checksum, group))
+        counts.update(["class by " + by, "split by " + (column or "image")])
+        counts["named in tables"] += stem in tables
+        stems[stem] += 1
+        if stems[stem] > 1 and stem in tables:
+            doubts["share a row of a table with another image"].append(name)
+        if folder and folder.lower() != class_name.lower():
+            doubts["have another class in a table, which counts, than by folder"].append(name)
+    say("understood:", ", ".join(f"{what} {n}" for what, n in counts.items()))
     if tables and not counts["named in tables"]:
         say("WARNING the tables name none of the images, by a column called one of", ID)
+    for what, names in doubts.items():
+        say("WARNING", len(names), "images", what + ", such as", names[0])
     return found
 
 # ---- C. Keeping a run -------------------------------------------------------------------------
@@ -1336,14 +1399,16 @@ def describe(checksums, tables, held_out):
 # weights but not the rest, or by settings that silently differ. A checkpoint holds all that
 # the rest follows from, so a resume on the same device is exact.
 
-def write_whole(path, content):
-    """All or nothing: write beside it, flush, rename."""
+def write_whole(path, content, new=False):
+    """All or nothing: write beside it, flush, rename. If new, path must not be there yet."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    tmp = path.with_name(f".{path.name}.{os.urandom(8).hex()}.tmp")
     try:
         with open(tmp, "wb") as f:
             torch.save(content, f)
             os.fsync(f)
+        if new:
+            path.open("x").close()      # of two runs that begin at once, one fails here
         os.replace(tmp, path)
     except RuntimeError as e:           # torch's word for a full disk
         raise OSError(f"{path}: cannot be written ({e})") from e
@@ -1358,16 +1423,24 @@ def blame(what):
     except Exception as e:
         raise UserError(f"{what} ({e!r:.100})") from e
 
+NEEDED = {"vq": {"model", "seen"},
+          "ldm": {"ema", "guide", "seen", "vq", "scale", "classes", "class_counts"}}
+
 def load_checkpoint(where, flag, *stages):
     """A checkpoint of one of these stages, or last.pt of a run folder -> its dict. flag is blamed.
     (weights_only=False, torch's default before 2.6, runs any code in it.)"""
-    path = Path(where).expanduser()
+    path = Path(os.path.expanduser(where))
     path = path / "last.pt" if path.is_dir() else path
     demand(path.is_file(), f"{flag} {where}: no checkpoint is there")
     with blame(f"{path}: cannot be used by this version"):
         state = torch.load(path, map_location="cpu", weights_only=True)
+        missing = NEEDED[state["stage"]] - state.keys()
+        demand(not missing, f"it has no {sorted(missing)}")
         settings = {"vq": VQConfig, "ldm": LDMConfig}[state["stage"]](**state["config"])
         say("from", path, "at step", state["step"])
+    lacking = asdict(settings).keys() - state["config"].keys()
+    if lacking:
+        say("it is of an older version, and takes the defaults of", *sorted(lacking))
     demand(settings.stage in stages, f"{flag} {where}: belongs to the other stage")
     return {**state, "settings": settings, "folder": path.parent}
 
@@ -1413,19 +1486,18 @@ class Run:
             signal(SIGINT, default_int_handler)
 
         if not self.cfg.resume:
-            # Fail before the work. settle has looked here, too, but preparing takes minutes.
-            last = self.cfg.folder / "last.pt"
-            demand(rank() or not last.exists(), f"{last}: is another run's")
-            self.save()
+            self.save(new=True)         # what cannot be written fails before the work
         with suppress(ValueError):      # signals are for the main thread only
             signal(SIGINT, ask)
             signal(SIGTERM, ask)
-        with bar(None, "training", self.steps - self.step) as self.line:
-            while self.step < self.steps and not self.stopped():
-                yield self.step
-        with suppress(ValueError):      # as before, for notebooks
-            signal(SIGINT, default_int_handler)
-            signal(SIGTERM, SIG_DFL)
+        try:
+            with bar(None, "training", self.steps - self.step) as self.line:
+                while self.step < self.steps and not self.stopped():
+                    yield self.step
+        finally:
+            with suppress(ValueError):  # as before, for notebooks
+                signal(SIGINT, default_int_handler)
+                signal(SIGTERM, SIG_DFL)
 
     def stopped(self):                  # a signal to one process ends all after this step
         return mean_over_processes(torch.tensor([float(self.status)])).item() > 0
@@ -1452,11 +1524,11 @@ class Run:
         return {**state, **self.extra, "stage": self.cfg.stage, "config": asdict(self.cfg),
                 "step": self.step, "log": self.log}
 
-    def save(self):                     # by the first process
+    def save(self, new=False):          # by the first process
         if rank():
             return
         folder = self.cfg.folder
-        write_whole(folder / "last.pt", self.checkpoint())
+        write_whole(folder / "last.pt", self.checkpoint(), new)
         if self.log:
             draw_curves(folder / "curves.png", self.log)
         (folder / "log.json").write_text(json.dumps(self.log, indent=1))
@@ -1533,14 +1605,22 @@ def kernel_distance(a, b):
     # Without the diagonal: no image is paired with itself, and b[i] may be a[i]'s reconstruction.
     return float((pairs.sum() - pairs.trace()) / (len(a) * (len(a) - 1)))
 
-def unseen_rows(cfg, seen, images):
-    """-> the rows, shuffled, of images that no training has seen. seen are checksums."""
-    wanted = torch.tensor([cfg.class_ in ("", name) for name in images.classes])
-    unseen = wanted[images.labels] & ~images.known(seen)                  # (n,) bool
-    unseen = unseen.nonzero().flatten()
-    demand(len(unseen) > 3,
+def unseen_rows(cfg, model, seen, images):
+    """-> of those images that no training has seen, shuffled, the rows and the numbers of their
+    classes in model. seen are checksums."""
+    number = {name: c for c, name in enumerate(model.classes) if model.class_counts[c]}
+    if model.cfg.unconditional:
+        number = dict.fromkeys(images.classes, 0)
+    numbers = torch.tensor([number.get(name, -1) for name in images.classes])[images.labels]
+    wanted = torch.tensor([cfg.class_ in ("", name) for name in images.classes])[images.labels]
+    unseen = wanted & ~images.known(seen)                                 # (n,) bool
+    rows = (unseen & (numbers >= 0)).nonzero().flatten()
+    say("to measure on:", len(rows), "images that no training has seen. Not used:",
+        int(unseen.sum()) - len(rows), "of classes that were never trained on")
+    demand(cfg.n > 1 and len(rows) > 3,
            f"--n, --data, --class: too few unseen images, classes are {images.classes}")
-    return unseen[torch.randperm(len(unseen), generator=rng("unseen"))]
+    rows = rows[torch.randperm(len(rows), generator=rng("unseen"))]
+    return rows, numbers[rows]
 
 def nearest_trained(pictures, images, trained):
     """-> of each picture, the distance to its nearest training image, at 32×32 and in any symmetry,
@@ -1562,13 +1642,19 @@ def near_copies(made, unseen, images, trained):
     nearer to one than 99 % of the unseen images are. unseen, trained are row numbers."""
     near, row = nearest_trained(made, images, trained)
     usual, _ = nearest_trained(images.pixels[unseen], images, trained)
+    # trap: archives hold re-saved photographs. If a few unseen images were such copies of trained
+    # ones, the limit would be theirs, and total memorising would be reported as none.
+    re_saved = usual < usual.median() / 4
+    if re_saved.any():
+        say("WARNING", int(re_saved.sum()), "unseen images, not used here, look like trained ones")
+    usual = usual[~re_saved]
     copies = near < usual.quantile(0.01)
     worst = near.argsort()[:16]
     pictures = {"samples nearest to a training image": made[worst],
                 "that image": images.pixels[row[worst]]}
     # The limit has rank r = 1 + (u-1)/100 among u unseen images. A sample that is no copy falls
     # into each of the u+1 gaps between them equally often, so below it by chance r/(u+1).
-    by_chance = 1 + 98 / (len(unseen) + 1)
+    by_chance = 1 + 98 / (len(usual) + 1)
     measures = {"near_copies_percent": 100 * float(copies.float().mean()),
                 "near_copies_by_chance": by_chance}
     return measures, pictures
@@ -1581,18 +1667,14 @@ def evaluate(cfg, state):
     model = LatentDiffusion(state, device, autocast)
     data = cfg.data or model.cfg.data or model.vqgan.cfg.data
     images = Images(data, model.vqgan.cfg, folder.parent / "cache")
-    unseen = unseen_rows(cfg, state["seen"], images)
+    unseen, numbers_of_class = unseen_rows(cfg, model, state["seen"], images)
     n = min(cfg.n, len(unseen) // 2)
-    say("to measure on: twice", n, "of", len(unseen), "images that no training has seen")
     real, other = images.pixels[unseen[:2 * n]].split(n)
     numbers, recon = reconstruct(model.vqgan, real, lpips, autocast)
     numbers.update(unseen_images=n, step=state["step"])
 
-    # ---- samples, of the classes as among the training images ----
-    class_counts = model.class_counts.float()
-    label = class_counts.multinomial(cfg.n, True, generator=rng(cfg.seed, "classes"))
-    if cfg.class_:
-        label = model.labels(cfg.n, cfg.class_)
+    # ---- samples, number i of the class of unseen image i ----
+    label = numbers_of_class[torch.arange(cfg.n) % n]                     # (cfg.n,)
     made, z0 = model.make(cfg, range(cfg.n), label)
     numbers["latent_std"] = float(z0.std())
     pictures = {"real": real, "recon": recon, "samples": made}
@@ -1607,7 +1689,7 @@ def evaluate(cfg, state):
             numbers[name] = kernel_distance(a, features(lpips, b))
 
     trained = torch.isin(images.checksums[:, 0], state["seen"]).nonzero().flatten()
-    if len(trained) < class_counts.sum():
+    if len(trained) < model.class_counts.sum():
         say("WARNING only", len(trained), "training images are here: not all copies are found")
     if len(trained):
         measures, found = near_copies(made, unseen[:1000], images, trained)     # enough of them
@@ -1663,7 +1745,8 @@ PRESETS = {                             # settings of each stage, which typed on
                "ldm": dict(upsample="transposed", unconditional=True, target="eps",
                            schedule="linear", sampler="ddpm", steps=1000, guidance=1)}}
 # What may differ when a run is resumed.
-MAY_CHANGE = {"resume", "device", "out", "epochs", "sampler", "steps", "guidance", "guide"}
+MAY_CHANGE = {"resume", "device", "out", "data", "epochs",
+              "sampler", "steps", "guidance", "guide"}
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):           # one sentence instead of a page of usage
@@ -1672,11 +1755,13 @@ class Parser(argparse.ArgumentParser):
 def flag_of(name):                      # class_ -> --class, as class is a word of Python
     return "--" + name.strip("_").replace("_", "-")
 
+source_of = cache(inspect.getsource)
+
 def help_of(cls):
     """{setting: the comment on its line}, of a class and its bases"""
     comments = {}
     for base in reversed(cls.__mro__[:-1]):
-        comments.update(re.findall(r"\n    (\w+): .*?# (.*)", getsource(base)))
+        comments.update(re.findall(r"\n    (\w+): .*?# (.*)", source_of(base)))
     return comments
 
 def build_parser():
@@ -1692,8 +1777,11 @@ def build_parser():
             how = {"choices": choices} if choices else {"type": f.type}
             if f.type is bool:
                 how = {"action": "store_true"}
+            default = str(f.default).strip("()").replace(", ", ",")     # as it can be typed
+            if f in fields(Sampling) and not issubclass(cls, Training):
+                default = "as trained"
             flags.add_argument(flag_of(f.name), dest=f.name, **how,
-                               help=f"{comments[f.name]} [{f.default}]")
+                               help=f"{comments[f.name]} [{default}]")
     return parser
 
 def settle(argv):
@@ -1706,7 +1794,7 @@ def settle(argv):
     state = None
     if not command.startswith("train"):
         state = load_checkpoint(cfg.ckpt, "--ckpt", "ldm")
-        given = {f.name: state["config"][f.name] for f in fields(Sampling)}
+        given = {f.name: getattr(state["settings"], f.name) for f in fields(Sampling)}
     elif cfg.resume:
         state = load_checkpoint(cfg.folder / "last.pt", "--resume", cfg.stage)
         given = {**asdict(state["settings"]), "out": cfg.out}       # the folder may have moved
@@ -1734,12 +1822,15 @@ def main(argv):
         status = function(cfg, state)
     except KeyboardInterrupt:                           # not while training, or a second one
         status = 130
+    except FileExistsError as e:
+        print("vqldm:", e.filename, "is another run's, name another --out", file=sys.stderr)
     except (UserError, OSError) as e:
         print("vqldm:", e, file=sys.stderr)
     except (MemoryError, RuntimeError) as e:            # without a word, or with one of torch's
         if not re.search("^$|allocate|out of memory", str(e)):
             raise
-        print("vqldm: out of memory; train with lower --batch-size or --size", file=sys.stderr)
+        print("vqldm: out of memory; training with a lower --batch-size or --size needs less",
+              file=sys.stderr)
     if status:
         raise SystemExit(status)
     if dist.is_initialized():
