@@ -2474,8 +2474,8 @@ TRAINING = f"{ANY} --preset default --upsample nearest --lr .001"
 SAMPLING = "--sampler ddim --steps 50 --guidance 1.5 --guide told"
 DEFAULTS = [
     f"train-vq {TRAINING} --data synthetic --n-images 4096 --held-out .1 --turns all "
-    "--size 64 --widths 16,64 --z-dim 3 --codes 2048 --gan-start .1 --lpips-weight .1 --commit-weight .25 --gan-weight .2 "
-    "--lam-max .004 --muon-lr .02 --codes-lr .02 --d-lr 4e-4 --batch-size 8 --epochs 3",
+    "--size 64 --widths 16,64 --z-dim 3 --codes 2048 --gan-start .1 --lpips-weight .1 --commit-weight .25 "
+    "--gan-weight .2 --lam-max .004 --muon-lr .02 --codes-lr .02 --d-lr 4e-4 --batch-size 8 --epochs 3",
     f"train-ldm {TRAINING} {SAMPLING} --vq runs/vq --T 1000 --target v --schedule cosine "
     "--widths 64,128 --ema .995 --batch-size 32 --epochs 27",
     f"sample {ANY} {SAMPLING} --ckpt runs/ldm --n 64",
