@@ -1736,8 +1736,8 @@ COMMANDS = {"train-vq": (VQConfig, train_vq), "train-ldm": (LDMConfig, train_ldm
             "sample": (SampleConfig, sample), "evaluate": (EvaluateConfig, evaluate)}
 PRESETS = {                             # settings of each stage, which typed ones beat
     "default": {},
-    "tiny": {"vq": dict(size=32, n_images=200, widths=(16, 32), codes=64, epochs=2),
-             "ldm": dict(T=200, widths=(32, 64), batch_size=16, epochs=4)},
+    "tiny": {"vq": dict(size=32, n_images=200, widths=(16, 32), codes=64, epochs=4),
+             "ldm": dict(T=200, widths=(32, 64), batch_size=16, epochs=16)},
     # The system of a course report, from which this file grew. .267 is 8 of its 30 epochs.
     "report": {"vq": dict(upsample="transposed", lpips_weight=1, commit_weight=1, gan_weight=1,
                           lam_max=1e4, gan_start=.267, epochs=30, lr=3e-4, muon_lr=0,
