@@ -613,7 +613,7 @@ def reconstruct(vqgan, pixels, lpips, autocast):
     """uint8 (n,3,H,W) -> measures by name, and the reconstructions as uint8 (n,3,H,W)"""
     e = vqgan.codebook.embedding.weight                                   # (K,d)
     measures, all_k, recon = Counter(), [], []
-    for batch in pixels.split(16):
+    for batch in pixels.split(8):
         x = to_float(batch).to(e.device)                                  # (B,3,H,W)
         with autocast():
             k = vqgan.encode(x)                                           # (B,h,w)
@@ -928,11 +928,11 @@ class Latents:
 def encode_images(vqgan, images, turns, device, autocast):
     """All images -> their code numbers (n,V,h,w), in V turns."""
     all_k = []
-    for rows in bar(torch.arange(len(images.labels)).split(16), "encoding"):
-        x = to_float(images.pixels[rows]).to(device)                      # (16,3,H,W)
+    for rows in bar(torch.arange(len(images.labels)).split(8), "encoding"):
+        x = to_float(images.pixels[rows]).to(device)                      # (8,3,H,W)
         with autocast():
             k = [vqgan.encode(augment(x, [turn] * len(x))) for turn in turns]
-        all_k.append(torch.stack(k, dim=1).int())                         # (16,V,h,w)
+        all_k.append(torch.stack(k, dim=1).int())                         # (8,V,h,w)
     return torch.cat(all_k)
 
 def measure_scale(k, e):
@@ -1587,7 +1587,7 @@ def draw_curves(path, log):
 def features(lpips, pixels):
     """uint8 (n,3,H,W) -> (n,512)"""
     found = []
-    for batch in pixels.split(32):
+    for batch in pixels.split(4):
         x = to_float(batch).to(lpips.scaling_layer.shift.device)
         x = F.interpolate(x, (224, 224), mode="bilinear", antialias=True)
         last = lpips.net(lpips.scaling_layer(x))[-1]    # SqueezeNet's last map, (B,512,13,13)
