@@ -587,6 +587,7 @@ REPORT = dict(  # the report's system, as settings of both stages
         sampler="ddpm",
         steps=1000,
         guidance=1.0,
+        class_guidance=1.0,
     ),
 )
 
@@ -792,9 +793,9 @@ def test_no_sampler_but_ddim_and_ddpm_can_be_named():
 
 
 # ---- 10, 11. Sampling --------------------------------------------------------------------------
-WAYS = {  # the guide is told the class or not
-    "ddim": dict(steps=7, sampler="ddim", guidance=3.0, guide="untold"),
-    "ddpm": dict(steps=7, sampler="ddpm", guidance=0.5, guide="told"),
+WAYS = {
+    "ddim": dict(steps=7, sampler="ddim", guidance=3.0, class_guidance=0.5),
+    "ddpm": dict(steps=7, sampler="ddpm", guidance=1.0, class_guidance=2.5),
 }
 
 
@@ -804,14 +805,15 @@ def plain_sample(runs, cfg, label, noise):
     strong, young = [vqldm.UNet(3, runs.cfg.widths, n_classes, runs.cfg.upsample) for _ in range(2)]
     strong.load_state_dict(runs.ldm["ema"])
     young.load_state_dict(runs.ldm["guide"])
-    told = label if cfg.guide == "told" else torch.full_like(label, n_classes)
+    untold = torch.full_like(label, n_classes)
     z = noise()
     for t, prev in runs.model.diffusion.pairs(cfg.steps):
         a, p = runs.model.diffusion.alpha_bar[[t, prev]]
         t_all = torch.full((len(z),), t)
         with runs.autocast(), torch.no_grad():
-            good, weak = strong(z, t_all, label), young(z, t_all, told)
-        out = weak + cfg.guidance * (good - weak)
+            good, weak = strong(z, t_all, label), young(z, t_all, label)
+            vague = strong(z, t_all, untold)
+        out = good + (cfg.guidance - 1) * (good - weak) + (cfg.class_guidance - 1) * (good - vague)
         eps = out if runs.cfg.target == "eps" else (1 - a).sqrt() * z + a.sqrt() * out
         z0 = (z - (1 - a).sqrt() * eps) / a.sqrt()
         if cfg.sampler == "ddim":
@@ -824,8 +826,9 @@ def plain_sample(runs, cfg, label, noise):
 
 @pytest.mark.parametrize("way", ["ddim", "ddpm", "recorded"])
 def test_reference_sampling_ends_with_the_latents_of_the_papers_written_out(runs, way):
-    """Of the running mean, led by its younger self. Each image has noise of its own, in whatever
-    batch it is. recorded: as the training says, so the report's in all T steps and unguided."""
+    """Of the running mean, led away from its younger self, and from itself untold the class. Each
+    image has noise of its own, in whatever batch it is. recorded: as the training says, so the
+    report's in all T steps and unguided."""
     how = WAYS.get(way) or {name: runs.ldm["config"][name] for name in WAYS["ddim"]}
     cfg = vqldm.SampleConfig(**how, seed=8)
     ids = torch.arange(0, 7 * 36, 7)  # as torch's integers, which are the same as Python's
@@ -842,6 +845,17 @@ def test_reference_sampling_ends_with_the_latents_of_the_papers_written_out(runs
     )
     off = 1e-4 if runs.kind != "bfloat16" else 2e-3  # there batches of another size round apart
     assert torch.allclose(latents[some], z, rtol=off, atol=off * float(z.std()))
+
+
+def test_a_strength_of_1_does_nothing_and_costs_no_call():
+    strong, weak, weaker = [Mock(return_value=torch.tensor(x)) for x in (5.0, 3.0, 1.0)]
+    z, t = randn(1, 3, 4, 4), torch.tensor([7])
+    assert vqldm.guided(strong)(z, t) == 5
+    assert vqldm.guided(strong, (weak, 1), (weaker, 1.0))(z, t) == 5
+    assert not weak.called and not weaker.called
+    assert vqldm.guided(strong, (weak, 1.5), (weaker, 2))(z, t) == 5 + 0.5 * 2 + 4
+    for net in (strong, weak, weaker):
+        net.assert_called_with(z, t)
 
 
 def test_latents_are_decoded_by_their_nearest_codes(runs):
@@ -2410,7 +2424,7 @@ def test_every_mistake_is_one_sentence_and_nothing_is_written(
     assert not (runs / "vq/metrics.json").exists()
 
 
-SAMPLER = ["sampler", "steps", "guidance", "guide"]
+SAMPLER = ["sampler", "steps", "guidance", "class_guidance"]
 OWN = {  # words that only this command's help has for a flag
     "train-vq": {"widths": "16,32,64", "epochs": "images"},
     "train-ldm": {
@@ -2471,11 +2485,12 @@ def settings_of_command(monkeypatch):
 
 ANY = "--seed 0 --device auto --out new"
 TRAINING = f"{ANY} --preset default --upsample nearest --lr .001"
-SAMPLING = "--sampler ddim --steps 50 --guidance 1.5 --guide told"
+SAMPLING = "--sampler ddim --steps 50 --guidance 1.5 --class-guidance 1.5"
 DEFAULTS = [
     f"train-vq {TRAINING} --data synthetic --n-images 4096 --held-out .1 --turns all "
-    "--size 64 --widths 16,64 --z-dim 3 --codes 2048 --gan-start .1 --lpips-weight .1 --commit-weight .25 "
-    "--gan-weight .2 --lam-max .004 --muon-lr .02 --codes-lr .02 --d-lr 4e-4 --batch-size 8 --epochs 3",
+    "--size 64 --widths 16,64 --z-dim 3 --codes 2048 --gan-start .1 --lpips-weight .1 "
+    "--commit-weight .25 --gan-weight .2 --lam-max .004 --muon-lr .02 --codes-lr .02 --d-lr 4e-4 "
+    "--batch-size 8 --epochs 3",
     f"train-ldm {TRAINING} {SAMPLING} --vq runs/vq --T 1000 --target v --schedule cosine "
     "--widths 64,128 --ema .995 --batch-size 32 --epochs 27",
     f"sample {ANY} {SAMPLING} --ckpt runs/ldm --n 64",
@@ -2495,8 +2510,8 @@ def test_each_command_looks_where_the_one_before_it_writes():
     assert vqldm.SampleConfig().ckpt == vqldm.EvaluateConfig().ckpt
 
 
-TINY_VQ = dict(size=32, n_images=200, widths=(16, 32), codes=64, epochs=2)
-TINY_LDM = dict(T=200, widths=(32, 64), batch_size=16, epochs=4)
+TINY_VQ = dict(size=32, n_images=200, widths=(16, 32), codes=64, epochs=4)
+TINY_LDM = dict(T=200, widths=(32, 64), batch_size=16, epochs=16)
 
 
 @pytest.mark.parametrize(
@@ -2521,7 +2536,7 @@ def test_a_default_yields_to_a_preset_and_this_to_what_is_typed(settings_of_comm
 def test_a_preset_yields_to_what_a_run_has_recorded_and_this_to_what_is_typed(
     trained, settings_of_command, words, epochs
 ):
-    """The run was begun with 80 images and one epoch, where tiny has 200 and two."""
+    """The run was begun with 80 images and one epoch, where tiny has 200 and four."""
     recorded = dict(TINY_VQ, n_images=80, epochs=epochs, lpips_weight=0, preset="tiny")
     cfg = settings_of_command("train-vq --resume " + words)
     assert cfg == vqldm.VQConfig(resume=True, **recorded)
