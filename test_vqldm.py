@@ -383,6 +383,17 @@ def test_features_are_the_means_over_places_of_lpips_last_map(lpips, side):
     assert torch.allclose(vqldm.features(lpips, images)[[0, 34]].float(), want, atol=1e-5)
 
 
+@pytest.mark.parametrize("are_here", [False, True])
+def test_that_lpips_is_fetched_is_told_the_first_time(monkeypatch, tmp_path, capsys, are_here):
+    random_lpips(monkeypatch)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
+    if are_here:
+        (tmp_path / "checkpoints/squeezenet1_1-b8a52dc0.pth").touch()
+    ORIGINAL.load_lpips("cpu")
+    assert ("fetching" in capsys.readouterr().out) == (not are_here)
+
+
 def test_lpips_that_cannot_be_loaded_is_left_out_in_a_sentence(monkeypatch, capsys):
     monkeypatch.setattr("lpips.LPIPS", Mock(side_effect=OSError))
     assert ORIGINAL.load_lpips("cpu") is None
@@ -755,7 +766,23 @@ def test_large_sets_are_encoded_in_fewer_symmetries(n, versions):
     )
     latents = vqldm.Latents(vqgan, images, "cpu", nullcontext)
     assert latents.k.shape == (n, versions, 1, 1)
-    assert latents.turns == tuple(range(versions))
+    assert [*latents.turns] == [*range(versions)]
+
+
+@pytest.mark.parametrize(
+    "turns, numbers", [("all", {*range(8)}), ("mirror", {0, 4}), ("none", {0})]
+)
+def test_stage_1_draws_the_turns_that_are_allowed_and_stage_2_encodes_them(
+    calm, tmp_path, monkeypatch, turns, numbers
+):
+    calls = recorded(monkeypatch, vqldm, "augment")
+    words = ["--turns", turns, "--epochs", 2, "--out", tmp_path / "vq"]
+    assert cli(*STAGES["vq"], *words) == 0
+    assert {int(turn) for call in calls for turn in call.args[1]} == numbers
+    calls.clear()
+    words = ["--vq", tmp_path / "vq", "--epochs", 1, "--out", tmp_path / "ldm"]
+    assert cli(*STAGES["ldm"], *words) == 0
+    assert {int(turn) for call in calls for turn in call.args[1]} == numbers
 
 
 # ---- 8. Diffusion ------------------------------------------------------------------------------
@@ -1189,6 +1216,24 @@ def test_the_cache_sees_files_swapped_under_one_date(tmp_path, load):
         assert numbered(load(folder), [0, 1]) == order
 
 
+def test_the_cache_sees_folders_that_swapped_their_names(tmp_path, load, monkeypatch):
+    """Though all their files are of one size and time."""
+    folder, stat = fill(tmp_path / "all", ["a/1.bmp", "b/1.bmp"]), Path.stat
+
+    def at_one_time(path, **how):
+        info = stat(path, **how)
+        same = dict(st_mtime_ns=0, st_ctime_ns=0, st_mtime=0, st_ctime=0)
+        return SimpleNamespace(
+            **same, st_mode=info.st_mode, st_size=info.st_size, st_ino=info.st_ino
+        )
+
+    monkeypatch.setattr(Path, "stat", at_one_time)
+    assert numbered(load(folder), [0, 1]) == [0, 1]
+    for a, b in (("a", "c"), ("b", "a"), ("c", "b")):
+        (folder / a).rename(folder / b)
+    assert numbered(load(folder), [0, 1]) == [1, 0]
+
+
 def test_folders_with_files_of_the_same_names_and_dates_have_caches_of_their_own(
     tmp_path, load, monkeypatch
 ):
@@ -1223,6 +1268,72 @@ def test_images_of_many_kinds_are_read_each_in_its_row(tmp_path, load):
     assert numbered(images, [8, 9, 10, 11]) == [11, 99, 10, 9]  # patient, patient, without, z
 
 
+def half_transparent(mode):
+    """Blue, but on the left transparent, with green below."""
+    im = picture("RGBA", left=(0, 255, 0, 0), right=(0, 0, 255, 255))
+    how = {}
+    if mode == "P with an index":
+        im = picture(left="lime", right="blue").quantize()
+        how = dict(transparency=im.getpixel((0, 0)))
+    elif mode == "P with bytes":
+        im = picture(left="lime", right="blue").quantize()
+        how = dict(transparency=bytes(255 * (i != im.getpixel((0, 0))) for i in range(256)))
+    elif mode == "RGB with a key":
+        im, how = picture(left="lime", right="blue"), dict(transparency=(0, 255, 0))
+    elif mode == "L with a key":
+        im, how = picture("L", left=150, right=29), dict(transparency=150)
+    elif mode == "LA":
+        im = Image.merge("LA", [picture("L", left=150, right=29), im.getchannel("A")])
+    elif mode == "PA":
+        im = im.convert("PA")
+    return im, how
+
+
+@pytest.mark.filterwarnings("error")  # as PIL's of a palette's transparency
+@pytest.mark.parametrize(
+    "kind, mode",
+    [
+        *[("png", mode) for mode in ("RGBA", "LA", "P with an index", "P with bytes")],
+        *[("png", "RGB with a key"), ("png", "L with a key"), ("tif", "RGBA"), ("tif", "PA")],
+        *[("gif", "P with an index"), ("webp", "RGBA")],
+    ],
+)
+def test_what_is_transparent_is_white_whatever_lies_below(tmp_path, load, kind, mode):
+    im, how = half_transparent(mode)
+    how |= dict(lossless=True, exact=True) if kind == "webp" else {}
+    im.save(fill(tmp_path / "all", []) / f"a.{kind}", **how)
+    image = load(tmp_path / "all").pixels[0]
+    assert image[:, 8, 3].tolist() == [255, 255, 255]
+    assert image[:, 8, 12].tolist() == ([29] * 3 if mode[0] == "L" else [0, 0, 255])
+
+
+def test_a_cache_of_pixels_that_were_read_in_another_way_is_not_used(tmp_path, load, monkeypatch):
+    folder = fill(tmp_path / "all", ["a.bmp"])
+    with monkeypatch.context() as patch:
+        patch.setattr(vqldm, "READ_IMAGE", vqldm.READ_IMAGE - 1)
+        patch.setattr(vqldm, "read_image", lambda *a: torch.zeros(3, 16, 16).byte())
+        assert not load(folder).pixels[0].any()
+    assert load(folder).pixels[0].any()
+
+
+def test_lack_of_memory_while_preparing_is_no_fault_of_the_image(
+    tmp_path, load, monkeypatch, refused
+):
+    folder = fill(tmp_path / "all", ["a.bmp", "b.bmp", "val/c.bmp"])
+    with monkeypatch.context() as patch:
+        patch.setattr(vqldm, "read_image", Mock(side_effect=MemoryError))
+        assert "memory" in refused("train-vq", "--data", folder, "--out", tmp_path / "vq")
+    assert len(load(folder, size=64).labels) == 3
+
+
+def test_formats_that_are_not_read_are_counted(tmp_path, load, capsys):
+    folder = fill(tmp_path / "all", ["a.bmp"])
+    for name in "b.heic c.HEIF d.avif e.jp2 f.mpo g.jpe with_mask.heic".split():
+        (folder / name).touch()
+    assert len(load(folder).labels) == 1
+    assert "not used: 7 " in capsys.readouterr().out
+
+
 def test_bad_images_are_named_and_passed_over(tmp_path, load, capsys):
     folder = fill(tmp_path / "photos", ["0.bmp", "cut.jpg", "z.bmp"], size=(200, 200))
     (folder / "cut.jpg").write_bytes((folder / "cut.jpg").read_bytes()[:-300])
@@ -1242,14 +1353,15 @@ def test_masks_and_our_own_pictures_and_what_is_no_file_are_not_opened(tmp_path,
     for name in (
         "grid.png curves.png recon_step_000150.png a/samples_step_000150.png evaluate.png "
         "my/runs/a.png masks/a.png .git/x.png .hidden.png q-partial.jpg a.txt a/0_mask.bmp "
-        "I_1_segmentation.png I_1_superpixels.png I_2_expert.png 3_seg.png 4_mask.png"
+        "I_1_segmentation.png I_1_superpixels.png I_2_expert.png 3_seg.png 4_mask.png "
+        "masks/b_with_mask.png .b_with_mask.png"
     ).split():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("no image")
     (folder / "album.jpg").mkdir()
     os.name == "nt" or (folder / "broken.png").symlink_to("nowhere")
     images, said = load(folder), capsys.readouterr().out
-    assert "not used: 15 masks" in said
+    assert "not used: 17 masks" in said
     assert "skipped" not in said
     assert numbered(images, everything(images)) == [0]
 
@@ -1414,6 +1526,77 @@ def test_tables_that_name_no_image_are_told(tmp_path, load, capsys):
     assert "WARNING the tables name none of the images" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("title", ["PatientID", "patient id", " Patient-Id "])
+def test_columns_are_compared_without_case_blanks_and_dashes(tmp_path, load, title):
+    folder = fill(tmp_path / "isic", [f"{i}.bmp" for i in range(6)])
+    rows = [f"{i},P{i // 3}" for i in range(6)]
+    (folder / "a.csv").write_text("\n".join([f"Image Name,{title}", *rows]))
+    groups = load(folder).checksums[:, 1].tolist()
+    assert groups == [groups[0]] * 3 + [groups[3]] * 3 and groups[0] != groups[3]
+
+
+def test_a_column_of_patients_that_is_not_used_is_told(tmp_path, load, capsys):
+    folder = fill(tmp_path / "isic", ["0.bmp"])
+    (folder / "a.csv").write_text("image,Subject,lesion_id,age\n0,P,L,60")
+    load(folder)
+    said = re.search(
+        "WARNING .*a.csv columns that keep no images together: (.*)", capsys.readouterr().out
+    )
+    assert said[1] == "Subject"
+
+
+@pytest.mark.parametrize("word", ["unknown", "NA", "n/a", "NaN", "None", ""])
+def test_patients_who_are_not_known_are_not_one_patient(tmp_path, load, word):
+    """But 0 is the number of one."""
+    folder = fill(tmp_path / "isic", [f"{i}.bmp" for i in range(4)])
+    (folder / "a.csv").write_text(f"image,patient_id\n0,{word}\n1,{word}\n2,0\n3,0")
+    groups = load(folder).checksums[:, 1].tolist()
+    assert len({*groups}) == 3 and groups[2] == groups[3]
+
+
+def test_images_that_share_a_row_of_a_table_are_told(capsys):
+    names = ["a/0.bmp", "a/1.bmp", "b/0.png", "b/1.bmp", "b/2.bmp", "c/2.bmp"]
+    checksums = {name: i for i, name in enumerate(names)}
+    vqldm.describe(checksums, {"0": {"dx": "a"}, "1": {"dx": "a"}}, 0.1)
+    said = capsys.readouterr().out
+    assert re.search(r"WARNING 2 images share a row of a table.*such as b/0\.png", said)
+
+
+@pytest.mark.parametrize(
+    "folder, is_class, is_held",
+    [
+        ("ISIC_2019_Training_Input", False, False),
+        ("ISIC_2019_Test_Input", False, True),
+        ("ISIC-2017_Validation_Data", False, True),
+        ("ham10000_images_part_2", False, False),
+        ("isic-nevus", True, False),
+        ("test_2019", True, False),
+    ],
+)
+def test_folders_of_isics_archives_are_no_classes_and_their_test_sets_are_held_out(
+    folder, is_class, is_held
+):
+    ((name, held, *_),) = vqldm.describe({f"{folder}/1.jpg": 1}, {}, 0)
+    assert name == (folder if is_class else "images")
+    assert held == is_held
+
+
+def test_what_was_understood_is_told_in_words(tmp_path, load, capsys):
+    folder = fill(tmp_path / "all", ["scar/0.bmp", "scar/1.bmp", "nevus/2.bmp", "3.bmp"])
+    (folder / "a.csv").write_text("image,dx,patient_id\n0,mole,P\n1,,P\n9,mole,")
+    load(folder)
+    said = capsys.readouterr().out
+    for words in (
+        "class by dx 1",
+        "class by folder 3",
+        "split by patient_id 2",
+        "split by image 2",
+    ):
+        assert words in said
+    assert "named in tables 2" in said
+    assert "4 images: images 1, mole 1, nevus 1, scar 1" in said
+
+
 # ---- B. What is held out -----------------------------------------------------------------------
 def hospital():
     """600 photographs, with a copy of each. Tables tell patients (two photographs each) and
@@ -1467,6 +1650,49 @@ def test_what_is_held_out_does_not_depend_on_the_order_of_rows_or_on_other_files
         checksums[f"copies/new{i}.bmp"] = checksums.pop(f"copies/{i}.bmp")
     backwards = dict(reversed(tables.items()))
     assert sides(dict(sorted(checksums.items())), backwards) == first
+
+
+def test_a_larger_share_that_is_held_out_contains_the_smaller():
+    """At 0.1 it is the groups whose number ends in 0, and at 0 only folders are held out."""
+    checksums, tables = hospital()
+    checksums["val/new.bmp"] = 7
+    shares = [0, 0.1, 0.2, 0.25, 0.5]
+    found = [vqldm.describe(checksums, tables, share) for share in shares]
+    sets = [{name for name, one in zip(checksums, each) if one[1]} for each in found]
+    assert sets[0] == {"val/new.bmp"}
+    assert sets[1] == {"val/new.bmp"} | {
+        name for name, one in zip(checksums, found[1]) if one[3] % 10 == 0
+    }
+    for share, smaller, larger in zip(shares[1:], sets, sets[1:]):
+        assert smaller < larger
+        assert abs(len(larger) / len(checksums) - share) < 0.06
+
+
+def test_the_share_that_stage_1_held_out_is_held_out_by_stage_2_as_well(
+    calm, tmp_path, monkeypatch
+):
+    images = recorded(monkeypatch, vqldm, "Images")
+    words = ["--held-out", 0.4, "--epochs", 1, "--out", tmp_path / "vq"]
+    assert cli(*STAGES["vq"], *words) == 0
+    words = ["--vq", tmp_path / "vq", "--epochs", 1, "--out", tmp_path / "ldm"]
+    assert cli(*STAGES["ldm"], *words) == 0
+    assert cli("evaluate", "--ckpt", tmp_path / "ldm", "--n", 2) == 0
+    first, second, third = [call.result.train.tolist() for call in images]
+    assert first == second == third
+    assert 12 < len(first) < 30  # of 36
+
+
+def test_held_out_images_that_are_not_used_as_their_group_is_trained_on_are_told(
+    tmp_path, load, capsys
+):
+    folder = fill(tmp_path / "all", [f"{i}.bmp" for i in range(20)])
+    before = load(folder)
+    shutil.copytree(folder, folder / "val")
+    capsys.readouterr()
+    images = load(folder)
+    assert len(images.val) == 2 * len(before.val)
+    n = len(before.train)
+    assert f"WARNING {n} held-out images are not used" in capsys.readouterr().out
 
 
 def test_a_lesion_is_its_patients_though_only_some_of_its_rows_name_him(tmp_path, load):
@@ -1557,6 +1783,50 @@ def test_a_late_process_of_torchrun_is_no_second_start(calm, tmp_path, monkeypat
     shutil.copytree("calm/vq", tmp_path / "vq")
     monkeypatch.setattr(vqldm, "rank", lambda: 1)
     assert vqldm.settle([*STAGES["vq"], "--out", str(tmp_path / "vq")])
+
+
+def test_of_two_first_saves_at_the_same_moment_one_fails(tmp_path):
+    """And it leaves nothing behind. Later saves replace the first."""
+    path = tmp_path / "last.pt"
+    vqldm.write_whole(path, 1, new=True)
+    with pytest.raises(FileExistsError):
+        vqldm.write_whole(path, 2, new=True)
+    assert state_of(path) == 1
+    vqldm.write_whole(path, 3)
+    assert state_of(path) == 3
+    assert [one.name for one in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_of_two_samples_into_one_folder_the_second_fails(calm, tmp_path, monkeypatch, refused):
+    """Though both looked while it was empty."""
+    out = tmp_path / "samples"
+
+    def model(*a):
+        fill(out, []).joinpath("grid.png").write_text("the other's")
+        return ORIGINAL.LatentDiffusion(*a)
+
+    monkeypatch.setattr(vqldm, "LatentDiffusion", model)
+    assert "another run" in refused("sample", "--ckpt", "calm/ldm", "--out", out)
+    assert (out / "grid.png").read_text() == "the other's"
+
+
+def test_processes_with_the_same_number_do_not_share_a_temporary_file(tmp_path, monkeypatch):
+    """As in two containers, where each process is number 1."""
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    moved = recorded(monkeypatch, os, "replace")
+    for content in (1, 2):
+        vqldm.write_whole(tmp_path / "last.pt", content)
+    first, second = [call.args[0] for call in moved]
+    assert first != second
+
+
+@POSIX
+def test_data_may_be_a_link_with_its_table_beside_it(elsewhere, load):
+    fill(Path("disk/all"), ["0.bmp"])
+    Path("work").mkdir()
+    Path("work/photos").symlink_to("../disk/all")
+    Path("work/a.csv").write_text("image,dx\n0,mole")
+    assert load(vqldm.source("work/photos")).classes == ["mole"]
 
 
 def test_stage_2_can_have_images_of_its_own_and_what_either_stage_saw_is_never_measured(
@@ -1801,6 +2071,52 @@ def test_an_empty_name_of_a_folder_as_an_unset_variable_gives_is_refused(elsewhe
     assert "--data" in refused("evaluate", "--ckpt", "x", "--data", "")
 
 
+def test_re_saved_copies_among_the_unseen_images_do_not_hide_that_samples_are_copies(capsys):
+    """Two of a hundred unseen images are training images, saved again, and so are all samples."""
+    pixels = torch.randint(256, (300, 3, 32, 32), generator=rng("photos")).byte()
+    noise = torch.randint(4, pixels.shape, generator=rng("saving")).byte()
+    pixels[200:202] = pixels[:2] // 8 * 8 + noise[:2]
+    made = pixels[:50] // 8 * 8 + noise[:50]
+    trained, unseen = torch.arange(200), torch.arange(200, 300)
+    images = SimpleNamespace(pixels=pixels)
+    measures, pictures = vqldm.near_copies(made, unseen, images, trained)
+    assert measures["near_copies_percent"] == 100
+    assert measures["near_copies_by_chance"] == pytest.approx(1 + 98 / 99)  # of 98 images
+    assert re.search("WARNING 2 unseen images.*look like trained ones", capsys.readouterr().out)
+    assert {*pictures} == {"samples nearest to a training image", "that image"}
+
+
+@pytest.mark.parametrize("unconditional", [False, True])
+def test_unseen_images_of_classes_that_were_never_trained_on_are_not_measured(
+    capsys, unconditional
+):
+    """Their number is told. If all images are of one class, all are measured."""
+    names = ["mole", "new", "scar"]
+    images = SimpleNamespace(
+        classes=names,
+        labels=torch.tensor([0, 1, 2] * 5),
+        known=lambda seen: torch.isin(torch.arange(15), seen),
+    )
+    classes = ["images"] if unconditional else ["new", "scar", "mole"]
+    model = SimpleNamespace(
+        classes=classes,
+        class_counts=torch.tensor([9] if unconditional else [0, 5, 4]),
+        cfg=vqldm.LDMConfig(unconditional=unconditional),
+    )
+    rows, numbers = vqldm.unseen_rows(vqldm.EvaluateConfig(), model, torch.tensor([0, 1]), images)
+    trained = {row for row in range(2, 15) if unconditional or row % 3 != 1}
+    assert {*rows.tolist()} == trained
+    for row, number in zip(rows.tolist(), numbers.tolist()):
+        assert classes[number] == ("images" if unconditional else names[row % 3])
+    n = 0 if unconditional else 4
+    assert f"Not used: {n} of classes" in capsys.readouterr().out
+
+
+def test_the_classes_that_can_be_sampled_are_named(trained, refused):
+    said = refused("sample", "--class", "wart", "--out", "new")
+    assert str(sorted(vqldm.LESIONS)) in said
+
+
 # ---- 11. Sample --------------------------------------------------------------------------------
 AWKWARD = ["nevus-like, new", "/tmp/up", "$\\frac$/../../up", "never", "_TMP_up", "é"]
 FOLDERS = ["0 nevus-like, new", "1 _tmp_up", "2 __frac________up", "", "4 _TMP_up", "5 é"]
@@ -1885,7 +2201,15 @@ def test_sample_does_not_write_into_a_folder_that_holds_something(awkward_model,
 
 def test_a_class_that_was_never_trained_on_is_refused(awkward_model, refused):
     words = "sample --ckpt one.pt --out b --class never".split()
-    assert "--class" in refused(*words)
+    said = refused(*words)
+    assert "--class" in said and "'never'" not in said
+
+
+def test_a_disk_that_is_full_ends_sample_at_its_first_image(awkward_model, monkeypatch, refused):
+    full = Mock(side_effect=OSError(28, "No space left on device"))
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert "No space" in refused("sample", "--ckpt", "one.pt", "--n", 3, "--out", "out")
+    assert full.call_count == 1
 
 
 @pytest.mark.parametrize("std, healthy", [(0.69, False), (0.71, True), (1.39, True), (1.41, False)])
@@ -2143,6 +2467,68 @@ def test_settings_that_differ_from_the_recorded_ones_are_named_with_these(calm, 
     ]
 
 
+def test_a_resume_finds_photographs_that_have_moved(calm, tmp_path):
+    vq, photos = shutil.copytree("calm/vq", tmp_path / "vq"), tmp_path / "moved"
+    shutil.copytree("photos", photos)
+    assert cli("train-vq", "--resume", "--out", vq, "--data", photos, "--epochs", 4) == 0
+    state = state_of(vq / "last.pt")
+    assert state["step"] == 15 and state["config"]["data"] == str(photos)
+
+
+def test_a_run_that_began_with_lpips_is_not_resumed_without(calm, tmp_path, refused):
+    vq = shutil.copytree("calm/vq", tmp_path / "vq")
+    state = state_of(vq / "last.pt")
+    state["log"][0]["lpips"] = 0.1
+    torch.save(state, vq / "last.pt")
+    assert "LPIPS" in refused("train-vq", "--resume", "--epochs", 4, "--out", vq)
+
+
+def test_settings_that_an_older_checkpoint_lacks_take_their_defaults_and_are_named(
+    calm, tmp_path, capsys
+):
+    state = state_of("calm/vq/last.pt")
+    del state["config"]["held_out"], state["config"]["turns"]
+    torch.save(state, tmp_path / "last.pt")
+    cfg = vqldm.load_checkpoint(tmp_path, "--ckpt", "vq")["settings"]
+    assert (cfg.held_out, cfg.turns) == (0.1, "all")
+    assert "takes the defaults of held_out turns" in capsys.readouterr().out
+
+
+def test_an_older_checkpoints_guide_is_told_to_be_of_no_use(calm, tmp_path, capsys):
+    state = state_of("calm/ldm/last.pt")
+    del state["config"]["class_guidance"]
+    state["config"]["guide"] = "untold"
+    torch.save(state, tmp_path / "last.pt")
+    assert vqldm.load_checkpoint(tmp_path, "--ckpt", "ldm")["settings"].class_guidance == 1.5
+    said = capsys.readouterr().out
+    assert "guide is not used" in said and "defaults of class_guidance" in said
+
+
+def test_a_users_folder_that_is_not_known_is_a_name_like_others(elsewhere, refused):
+    assert "~no-such-user" in refused("sample", "--ckpt", "~no-such-user/x")
+    assert vqldm.VQConfig(out="~no-such-user/x").folder == Path("~no-such-user/x")
+
+
+def test_half_an_epoch_is_half_as_many_steps(calm, tmp_path):
+    assert cli(*STAGES["vq"], "--epochs", 0.5, "--out", tmp_path) == 0
+    assert state_of(tmp_path / "last.pt")["step"] == 2  # of 8 of the 30 images
+
+
+def test_signals_do_again_what_they_did_though_the_run_failed(calm, tmp_path, monkeypatch):
+    monkeypatch.setattr(vqldm, "augment", Mock(side_effect=KeyError))
+    with pytest.raises(KeyError):
+        cli(*STAGES["vq"], "--out", tmp_path)
+    after = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
+    assert after == [signal.default_int_handler, signal.SIG_DFL]
+
+
+def test_too_few_images_are_refused_before_they_are_encoded(calm, tmp_path, monkeypatch, refused):
+    folder = fill(tmp_path / "few", ["0.bmp", "1.bmp"])
+    monkeypatch.setattr(vqldm, "encode_images", Mock(side_effect=AssertionError))
+    words = [*STAGES["ldm"], "--data", folder, "--out", tmp_path / "ldm"]
+    assert "too few images" in refused(*words)
+
+
 class Code:
     """Pickled, this is an order to make a folder."""
 
@@ -2377,6 +2763,7 @@ MISTAKES = {  # the first word of each stands in its sentence
     "train-vq": [
         *("--epoch 3", "--batchsize=4", "5", "--overwrite", "--preset huge", "--resume"),
         *("--size", "--size 1.5", "--size 40", "--size 16", "--size 48 --widths 8,8,8,8,8"),
+        *("--held-out .6", "--held-out -0.1", "--turns upright", "--epochs 0", "--epochs nan"),
         *("--widths 16,x", "--widths 16,0", "--lr nan", "--lr -1", "--lpips-weight x"),
         *("--batch-size -8", "--batch-size 8 --n-images 60"),  # 8, as there are three processes
         *("--device cuda:77", "--device abacus"),
@@ -2385,6 +2772,7 @@ MISTAKES = {  # the first word of each stands in its sentence
     "train-ldm": [
         *("--vq nowhere", "--vq {ldm}", "--widths 8,8,8,8 --vq {vq}", "--target x0 --vq {vq}"),
         *("--schedule quadratic --vq {vq}", "--T 0", "--T 1 --schedule linear --vq {vq}"),
+        *("--ema 7", "--guide told"),
     ],
     "sample --ckpt {ldm}": [
         *("--sampler dpm", "--class wart", "--guidance x", "--steps 0", "--n 0"),
