@@ -37,7 +37,7 @@ from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass, fields, replace
 from inspect import getsource
-from itertools import pairwise
+from itertools import cycle, pairwise
 from typing import Literal, get_args
 # Files, and the system that the program runs on
 import csv, hashlib, io, json
@@ -465,51 +465,51 @@ def say(*words):
 def bar(items, name, total=None):       # with disable=None, tqdm draws on a terminal only
     return tqdm(items, name, total, leave=False, disable=True if rank() else None)
 
-# ---- 6. What both trainings share ------------------------------------------------------------
+# ---- 6. What both trainings share -------------------------------------------------------------
 
 class Images:
-
-    # All images of a run, as squares of one size. Appendix B reads, groups and splits them. cache
-    # is a folder for their pixels, seen the checksums of all that an earlier run trained on.
+    """All images of a run, as squares of one size. Appendix B reads and splits them. cache is a
+    folder for their pixels, and seen are the checksums of what earlier runs trained on."""
     def __init__(self, source, cfg, cache, seen=()):
-        self.pixels, found = prepare_images(source, cfg, cache)           # uint8 (n,3,H,W)
+        self.pixels, checksums = read_pixels(source, cfg, cache)          # uint8 (n or more,3,H,W)
+        demand(checksums, f"--data {source}: no images are there, name another folder")
+        tables = {} if source == "synthetic" else read_tables(Path(source))
+        found = describe(checksums, tables)
         class_names, held, contents, groups = zip(*found)
         self.classes = sorted(set(class_names))
         self.labels = torch.tensor([self.classes.index(name) for name in class_names])      # (n,)
-        # (n,2), of each image's content and of its group (a patient, a lesion, or itself)
-        self.checksums = torch.tensor([contents, groups]).T
+        # Of each image's content, and of its group: a patient, or a lesion, or itself.
+        self.checksums = torch.tensor([contents, groups]).T                                 # (n,2)
         held = torch.tensor(held)                                         # (n,) bool
-        self.train = (~held).nonzero().flatten()                          # row numbers
+        self.train = (~held).nonzero().flatten()
         before = torch.as_tensor(seen, dtype=torch.int64)
         self.seen = torch.cat([before, self.checksums[self.train].flatten()]).unique()
-        # trap: a held-out image may be a copy of a trained one, or show the same lesion, or have
-        # been trained on by an earlier run. All these leave val, which would reward memorising.
+        # trap: a held-out image may be a copy of a trained one, or show the same lesion, or
+        # have been trained on by an earlier run. In val, all these would reward memorising.
         val = (held & ~self.known(self.seen)).nonzero().flatten()
         self.val = val[torch.randperm(len(val), generator=rng("held out"))]     # classes mixed
         say("data", source, len(found), "images:", ", ".join(self.classes))
 
     def known(self, checksums):
-        # -> (n,) bool. If an image's content or group is in checksums, its whole group is known.
+        """-> (n,) bool. A whole group is known if one image's content or group is."""
         hit = torch.isin(self.checksums, checksums).any(1)
         return torch.isin(self.checksums[:, 1], self.checksums[hit, 1])
 
-def to_float(x):                        # uint8 0…255 -> [-1,1]. Only x_hat may go beyond
+def to_float(x):                        # uint8 0…255 -> [-1,1]
     return x.float() / 127.5 - 1
 
-def to_bytes(x):                        # and back, on the CPU
+def to_bytes(x):                        # and back, on the CPU. x_hat may lie beyond [-1,1]
     return ((x.clamp(-1, 1) + 1) * 127.5).round().byte().cpu()
 
-@functools.lru_cache(maxsize=2)         # a batch may straddle two epochs
-def shuffled(n, seed, epoch):
-    return torch.randperm(n, generator=rng(seed, "order", epoch))
-
 def next_rows(n, step, batch_size, seed):
-    # Row numbers (B,) of a step: the next of an endless stream that is reshuffled every epoch.
-    stream = range(step * batch_size, (step + 1) * batch_size)          # i // n is the epoch
-    return torch.stack([shuffled(n, seed, i // n)[i % n] for i in stream])
+    """Row numbers (B,) of a step: the next of an endless stream that is reshuffled every epoch."""
+    start = step * batch_size
+    epochs = range(start // n, (start + batch_size - 1) // n + 1)
+    stream = [torch.randperm(n, generator=rng(seed, "order", epoch)) for epoch in epochs]
+    return torch.cat(stream)[start % n:][:batch_size]
 
 def lr_factor(step, progress):
-    # Factor of all learning rates. It rises for 50 steps. In the last 60 % it falls to 0.01.
+    """Factor of all learning rates. It rises for 50 steps. In the last 60 % it falls to 0.01."""
     up = (step + 1) / 50
     down = (1 - progress) / 0.6
     return max(0.01, min(1, up, down))
@@ -517,15 +517,11 @@ def lr_factor(step, progress):
 def descend(loss, net, factor, *optimizers):
     """One step of the optimisers, at factor times their rates. If a gradient is not finite, no
     weight moves, since one bad batch must not end a night's run."""
-    # To use n batches as one: zero once, backward each loss / n, do the rest once. trap: in stage 1
-    # push must add up the gradients of all n before it takes their norm.
     net.zero_grad()
     loss.backward()
-    if world() > 1:                     # all in one message, since one for each tensor is slower
-        grads = [p.grad for p in net.parameters() if p.grad is not None]
-        mean = mean_over_processes(torch.cat([g.flatten() for g in grads]))
-        for g, part in zip(grads, mean.split([g.numel() for g in grads])):
-            g.copy_(part.view_as(g))
+    for p in net.parameters():
+        if p.grad is not None:
+            mean_over_processes(p.grad)
     # Clipped to length 1, so that an outlier cannot dominate the optimisers' running averages.
     norm = nn.utils.clip_grad_norm_(net.parameters(), 1.0)
     if not norm.isfinite():
@@ -533,7 +529,7 @@ def descend(loss, net, factor, *optimizers):
         return
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            initial = group.setdefault("initial_lr", group["lr"])  # last.pt keeps it: --lr is fixed
+            initial = group.setdefault("initial_lr", group["lr"])
             group["lr"] = factor * initial
         optimizer.step()
 
@@ -1195,42 +1191,47 @@ def synthetic(i, size, seed=0):
         image *= 1 - .75 * torch.sigmoid((.01 - across.abs()) * size)
     return torch.round(255 * image.clamp(0, 1)).byte()
 
-# ---- B. A folder of images -------------------------------------------------------------------
-# One bad image can end a run after hours, and decoding JPEGs would take most of a laptop's time. So
-# each image is opened once, before training, and its pixels are written into one file.
+# ---- B. A folder of images --------------------------------------------------------------------
+# One bad image can end a run after hours, and decoding JPEGs would take most of a laptop's
+# time. So each image is opened once, before training, and its pixels are kept in one file.
 SUFFIX = r"(?i)\.(bmp|gif|jfif|jpe?g|png|tiff?|webp)$"
-# Masks (1_mask.png, masks/, but not with_mask or wit"hout"_mask), -partial, dots, our pictures.
-NO_PHOTO = (r"(?i)(_seg|_segmentation|_superpixels|_expert\d*|-partial)\.\w+$"
-            r"|(?<!with|hout)[_-]mask\.\w+$|(^|/)(masks/|runs/|\.)"
-            r"|(^|/)(grid|curves|evaluate|(recon|samples)_step_\d+)\.png$")
-HELD_OUT = r"(?i)(?<![^/])(val(id(ation)?)?|test(ing)?)/"   # (?<![^/]): at the start or after a /
-# Folders that are no class are cut out of a path: nevus/train/1.jpg is of class nevus.
-NO_CLASS = HELD_OUT + r"|(?<![^/])(train(ing)?|(HAM10000_)?images(_part_\d)?)/"
+# Masks (1_mask.png, but a face with_mask is a photograph), hidden files, and our own pictures.
+NO_PHOTO = (r"(?i)(_seg|_segmentation|_superpixels|_expert\d*|[_-]mask|-partial)\.\w+$"
+            r"|(^|/)(masks/|runs/|\.|(grid|curves|evaluate|(recon|samples)_step_\d+)\.png$)")
+WITH_MASK = r"(?i)with(out)?[_-]mask\.\w+$"
+# Folders that are held out, and folders that are no class: nevus/train/1.jpg is of class nevus.
+HELD_OUT = {"val", "valid", "validation", "test", "testing"}
+NO_CLASS = HELD_OUT | {"train", "training", "images", "ham10000_images",
+                       "ham10000_images_part_1", "ham10000_images_part_2"}
 # Columns of tables, in lower case, as ISIC and HAM10000 call them. The first filled one counts.
 ID = "isic_id", "image_id", "image_name", "image"
 CLASS = "diagnosis_3", "diagnosis_1", "dx", "diagnosis", "class", "label", "target"
 GROUP = "patient_id", "lesion_id"
 
-def read_image(data, size):                             # a file's bytes -> uint8 (3,size,size)
+def read_image(data, size):
+    """A file's bytes -> its middle square, uint8 (3,size,size)."""
     # PIL goes by content. Unless told, it starts Ghostscript for a PostScript file called x.png.
     with Image.open(io.BytesIO(data), formats="BMP GIF JPEG PNG TIFF WEBP".split()) as im:
         im.draft("RGB", (size, size))           # JPEG at 1/2, 1/4 or 1/8 of its size, much faster
         demand(im.mode in ("L", "LA", "P", "RGB", "RGBA", "CMYK"), f"{im.mode} is not 8 bits")
         im = ImageOps.exif_transpose(im)        # cameras store "turn me" beside the pixels
-        return pil_to_tensor(ImageOps.fit(im.convert("RGB"), (size, size)))     # the middle square
+        return pil_to_tensor(ImageOps.fit(im.convert("RGB"), (size, size)))
 
-def stem_of(name):                      # a/ISIC_1.JPG, ISIC_1 and isic_1 name one image
+def stem_of(name):
+    """a/ISIC_1.JPG, ISIC_1 and isic_1 name one image."""
     return re.sub(SUFFIX, "", name.split("/")[-1]).lower()
 
-def filled(row, columns):               # the first of these columns that says something, or ""
+def filled(row, columns):
+    """The first of these columns that says something, or ""."""
     return next((column for column in columns if row.get(column)), "")
 
-def read_tables(folder):                # the .csv files in it and beside it: {stem: {column: word}}
+def read_tables(folder):
+    """The .csv files in a folder and beside it -> {stem: {column: word}}"""
     tables = {}
     for path in sorted([*folder.parent.glob("*.csv"), *folder.glob("*.csv")]):
         try:
             with path.open(encoding="utf-8-sig", newline="") as f:
-                for row in csv.DictReader(f, strict=True):      # a quote must end
+                for row in csv.DictReader(f, strict=True):      # an unclosed quote is an error
                     row = {column.strip().lower(): word.strip() for column, word in row.items()
                            if column and word and word.strip()}
                     name = row.get(filled(row, ID), "")
@@ -1239,79 +1240,88 @@ def read_tables(folder):                # the .csv files in it and beside it: {s
             say("WARNING the table", path, f"breaks off: {e!r:.200}")
     return tables
 
-def class_of(name, row):                # the innermost folder, or else what a table says
+def class_of(name, row):
+    """The innermost folder that is a class, or else what a row of a table says."""
+    folders = [folder for folder in name.split("/")[:-1] if folder.lower() not in NO_CLASS]
+    if folders:
+        return folders[-1]
+    # A row of one 1 and else 0s names the class by the 1's column. (Patient 1 is no class.)
     ones = [column for column, word in row.items()
-            if word in ("1", "1.0") and column not in ID + GROUP]       # patient 1 is no class
-    is_one_hot = len(ones) == 1 and {"0", "0.0"} & set(row.values())    # one 1 and 0s: the class
-    by_table = row.get(filled(row, CLASS), ones[0] if is_one_hot else "images")
-    return Path(re.sub(NO_CLASS, "", name)).parent.name or by_table
+            if word in ("1", "1.0") and column not in ID + GROUP]
+    one_hot = len(ones) == 1 and not {"0", "0.0"}.isdisjoint(row.values())
+    return row.get(filled(row, CLASS), ones[0] if one_hot else "images")
 
-def find_images(folder):                # -> {name: what changes with its file} of all images in it
+def find_images(folder):
+    """-> {name: what changes with its file} of all images in a folder and its subfolders"""
     def refuse(error):                  # or else a class that cannot be read would be left out
         raise UserError(f"--data: {error}")
-    names, passed_over, links = {}, 0, 0
+
+    names, passed_over = {}, 0
     for parent, folders, files in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if name[0] != "."]       # walk only into these
-        links += sum(os.path.islink(f"{parent}/{name}") for name in folders)
-        for file in [Path(parent, name) for name in files if re.search(SUFFIX, name)]:
-            name = file.relative_to(folder).as_posix()
-            if re.search(NO_PHOTO, name):
+        # os.walk follows no links to folders, which may lead in a circle.
+        passed_over += sum(Path(parent, name).is_symlink() for name in folders)
+        for path in [Path(parent, file) for file in files if re.search(SUFFIX, file)]:
+            name = path.relative_to(folder).as_posix()
+            if re.search(NO_PHOTO, name) and not re.search(WITH_MASK, name):
                 passed_over += 1
-            elif file.is_file():        # (the date alone may be that of all files of an archive)
-                info = file.stat()
+            elif path.is_file():        # (the date alone may be that of all files of an archive)
+                info = path.stat()
                 names[name] = info.st_mtime_ns, info.st_ctime_ns, info.st_size
-    if passed_over + links:             # os.walk follows no links, which may lead in a circle
-        say("not used:", passed_over, "masks and the like,", links, "links to folders")
+    if passed_over:
+        say("not used:", passed_over, "masks, links to folders and the like")
     return dict(sorted(names.items()))
 
-def prepare_images(source, cfg, cache):
-    # -> pixels, uint8 (n or more,3,size,size), and of n images (class, held out?, content, group).
-    # content is a checksum of the file, or of seed and name if drawn. A group is all images of one
-    # patient, or of one lesion if no patient is given, or else of one content. Groups with a number
-    # that ends in 0 are held out, and so are folders val and test. (If photographs were split one
-    # by one, val would show trained lesions again. If you change read_image, clear the cache.)
-    folder = Path(source)
-    drawn = source == "synthetic"
+def read_pixels(source, cfg, cache):
+    """-> pixels, uint8 (n or more,3,size,size), and {name: checksum of its content} of n images.
+    Each file is read once. Then its pixels lie in the folder cache."""
+    folder, drawn = Path(source), source == "synthetic"
     if drawn:
-        names = {f"{list(LESIONS)[i % 4]}/{i}": cfg.seed for i in range(cfg.n_images)}
+        numbered = zip(range(cfg.n_images), cycle(LESIONS))
+        names = {f"{class_name}/{i}": cfg.seed for i, class_name in numbered}
     else:
         names = find_images(folder)
     path = cache / f"{cfg.size}-{digest((folder, names)):x}.pt"
     try:
-        pixels, contents = torch.load(path, mmap=True)      # pixels stay on disk until needed
+        return torch.load(path, mmap=True)      # pixels stay on disk until needed
     except Exception:                           # not there yet, or damaged
         pixels = torch.empty(len(names), 3, cfg.size, cfg.size, dtype=torch.uint8)
-        contents = {}
-        for i, name in enumerate(bar(names, "preparing images")):
-            # A file that cannot be opened ends the run. A broken one is left out, also next time.
-            data = f"{cfg.seed} {name}".encode() if drawn else (folder / name).read_bytes()
-            try:
-                image = synthetic(i, cfg.size, cfg.seed) if drawn else read_image(data, cfg.size)
-            except Exception as e:              # PIL raises nearly anything on a broken file
-                say("WARNING skipped", name, repr(e))
-                continue
-            pixels[len(contents)] = image       # (broken files leave unused rows at the end)
-            contents[name] = digest(hashlib.sha256(data).digest())
-        write_whole(path, (pixels, contents))
-        pixels, contents = torch.load(path, mmap=True)      # gives the memory back
-    demand(contents, f"--data {source}: no images are there, name another folder")
-    tables = {} if drawn else read_tables(folder)
+    checksums = {}
+    for i, name in enumerate(bar(names, "preparing images")):
+        # A file that cannot be opened ends the run. A broken one is left out, also next time.
+        data = f"{cfg.seed} {name}".encode() if drawn else (folder / name).read_bytes()
+        try:
+            image = synthetic(i, cfg.size, cfg.seed) if drawn else read_image(data, cfg.size)
+        except Exception as e:                  # PIL raises nearly anything on a broken file
+            say("WARNING skipped", name, repr(e))
+            continue
+        pixels[len(checksums)] = image          # broken files leave unused rows at the end
+        checksums[name] = digest(hashlib.sha256(data).digest())
+    write_whole(path, (pixels, checksums))
+    return torch.load(path, mmap=True)          # gives the memory back
+
+def describe(checksums, tables):
+    """{name: checksum}, {stem: row} -> of each image (class, held out?, checksum, group). A group
+    is all images of one patient, or of one lesion if no patient is given, or else of one content.
+    Groups with a number that ends in 0 are held out, and so are folders val and test. (If
+    photographs were split one by one, val would show trained lesions again.)"""
     both = [row for row in tables.values() if set(GROUP) <= set(row)]
-    patients = {row["lesion_id"]: row["patient_id"] for row in both}    # for rows without patient
+    patients = {row["lesion_id"]: row["patient_id"] for row in both}
     found, counts = [], Counter()
-    for name, content in contents.items():
+    for name, checksum in checksums.items():
         row = tables.get(stem_of(name), {})
-        row = {"patient_id": patients.get(row.get("lesion_id")), **row}
+        row = {"patient_id": patients.get(row.get("lesion_id")), **row}     # its own comes first
         column = filled(row, GROUP)
-        group = digest((column, row[column])) if column else content
-        held = group % 10 == 0 or bool(re.search(HELD_OUT, name))
-        found.append((class_of(name, row), held, content, group))
+        group = digest((column, row[column])) if column else checksum
+        folders = set(name.lower().split("/")[:-1])
+        held = group % 10 == 0 or bool(folders & HELD_OUT)
+        found.append((class_of(name, row), held, checksum, group))
         counts["split by " + (column or "image")] += 1
         counts["named in tables"] += stem_of(name) in tables
-    say(dict(counts), "of", len(names))     # less than all if some could not be decoded
+    say(dict(counts))
     if tables and not counts["named in tables"]:
         say("WARNING the tables name none of the images, by a column called one of", ID)
-    return pixels, found
+    return found
 
 # ---- C. Keeping a run ------------------------------------------------------------------------
 
