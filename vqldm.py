@@ -109,8 +109,8 @@ class Sampling:
     """How images are made. sample and evaluate take what you do not type from train-ldm."""
     sampler: Literal["ddim", "ddpm"] = "ddim"   # ddpm needs many more steps
     steps: whole = 50                   # S, steps from noise to image. More than T only take time
-    guidance: amount = 1.5              # away from the younger self's errors (section 11). 1: off
-    class_guidance: amount = 1.5        # towards the class, by CFG (section 11). 1: off
+    guidance: amount = 1.5              # strength away from errors (section 11). 1: none
+    class_guidance: amount = 1.5        # strength towards the class (section 11). 1: none
 
 # ---- 2. Blocks --------------------------------------------------------------------------------
 # The VQGAN and the UNet are built from the same blocks. In the UNet, a ResBlock also receives the
@@ -1426,7 +1426,7 @@ def blame(what):
     except Exception as e:
         raise UserError(f"{what} ({e!r:.100})") from e
 
-NEEDED = {"vq": {"model", "seen"},
+NEEDED = {"vq": {"model", "seen", "log"},
           "ldm": {"ema", "guide", "seen", "vq", "scale", "classes", "class_counts"}}
 
 def load_checkpoint(where, flag, *stages):
