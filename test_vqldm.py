@@ -2547,8 +2547,8 @@ BROKEN = {  # what the file holds, made from the state of a whole one
     "widths": lambda s: dict(s, config=dict(s["config"], widths=(40,))),
 }
 NEEDED = {
-    "sample --n 1 --out out --ckpt bad": "stage config ema guide scale classes class_counts",
-    "train-vq --resume --out bad": "stage config model disc step log adam muon adam_d",
+    "sample --n 1 --out s --ckpt bad": "stage config ema guide scale classes class_counts vq seen",
+    "train-vq --resume --out bad": "stage config model disc step log adam muon adam_d seen",
 }
 
 
@@ -2578,7 +2578,7 @@ def test_a_checkpoint_not_ours_or_not_whole_is_refused_and_runs_no_code(
 ):
     save_broken(trained, words, how)
     assert "version" in refused(*words.split())
-    assert not Path("trace").exists() and not Path("out").exists()
+    assert not Path("trace").exists() and not Path("s").exists()
 
 
 # ---- C. Several processes, and what can go wrong -----------------------------------------------
