@@ -109,8 +109,8 @@ class Sampling:
     """How images are made. sample and evaluate take what you do not type from train-ldm."""
     sampler: Literal["ddim", "ddpm"] = "ddim"   # ddpm needs many more steps
     steps: whole = 50                   # S, steps from noise to image. More than T only take time
-    guidance: amount = 1.5              # strength of guidance (section 11). 1 is none
-    guide: Literal["told", "untold"] = "told"   # is the weak guide told the class? untold: purer
+    guidance: amount = 1.5              # strength away from errors (section 11). 1: none
+    class_guidance: amount = 1.5        # strength towards the class (section 11). 1: none
 
 # ---- 2. Blocks --------------------------------------------------------------------------------
 # The VQGAN and the UNet are built from the same blocks. In the UNet, a ResBlock also receives the
@@ -613,7 +613,7 @@ def reconstruct(vqgan, pixels, lpips, autocast):
     """uint8 (n,3,H,W) -> measures by name, and the reconstructions as uint8 (n,3,H,W)"""
     e = vqgan.codebook.embedding.weight                                   # (K,d)
     measures, all_k, recon = Counter(), [], []
-    for batch in pixels.split(16):
+    for batch in pixels.split(8):
         x = to_float(batch).to(e.device)                                  # (B,3,H,W)
         with autocast():
             k = vqgan.encode(x)                                           # (B,h,w)
@@ -926,13 +926,14 @@ class Latents:
         return standardise(self.codebook.lookup(self.k[rows, version]), self.scale)   # (B,d,h,w)
 
 def encode_images(vqgan, images, turns, device, autocast):
-    """All images -> their code numbers (n,V,h,w), in V turns."""
+    """All images -> their code numbers (n,V,h,w), in V turns. (In parts of 16, the distances to all
+    codes would be 32 MiB, for which a CPU's memory is fetched anew each time, and take longer.)"""
     all_k = []
-    for rows in bar(torch.arange(len(images.labels)).split(16), "encoding"):
-        x = to_float(images.pixels[rows]).to(device)                      # (16,3,H,W)
+    for rows in bar(torch.arange(len(images.labels)).split(8), "encoding"):
+        x = to_float(images.pixels[rows]).to(device)                      # (8,3,H,W)
         with autocast():
             k = [vqgan.encode(augment(x, [turn] * len(x))) for turn in turns]
-        all_k.append(torch.stack(k, dim=1).int())                         # (16,V,h,w)
+        all_k.append(torch.stack(k, dim=1).int())                         # (8,V,h,w)
     return torch.cat(all_k)
 
 def measure_scale(k, e):
@@ -1051,20 +1052,22 @@ class EvaluateConfig(SampleConfig):
     data: source = ""                   # folder of other images. Empty means those of --ckpt
     n: whole = 500                      # samples to make, and a limit for each set of unseen images
 
-def guided(net, guide, label, w):
-    """-> a net(z_t, t) that goes further in the direction from a weak network to a strong one:
-        out = weak + w (strong - weak)        w is --guidance
-    strong is net, told the class. weak is guide, ema as it was after a fifth of the run. It makes
-    the mistakes of strong, only larger, so moving away from it removes mistakes (Karras 2024, arXiv
-    2406.02507). w = 1 is strong alone, and a larger w costs variety. If guide is not told the
-    class, out also moves to what sets the class apart (CFG eq. 6, whose w is our w - 1)."""
-    def answer(z_t, t):
-        strong = net(z_t, t, label)
-        if w == 1:
-            return strong
-        weak = guide(z_t, t)
-        return weak + w * (strong - weak)
-    return answer
+def guided(strong, *weaker):
+    """-> a net(z_t, t) that goes further in the direction from weaker networks to a strong one:
+        out = strong + (w - 1) (strong - weak) + …
+    weaker are pairs of such a network and its strength w, which is 1 for no effect. walk has two.
+    --guidance is that of the younger self, ema after a fifth of the run. It makes the mistakes of
+    strong, only larger, so moving away from it removes mistakes (Karras 2024, arXiv 2406.02507).
+    --class-guidance is that of strong itself, not told the class. Moving away from it goes to what
+    sets the class apart. That is CFG (eq. 6, whose w is our w - 1). Either costs variety."""
+    def net(z_t, t):
+        answer = strong(z_t, t)
+        out = answer
+        for weak, w in weaker:
+            if w != 1:
+                out = out + (w - 1) * (answer - weak(z_t, t))
+        return out
+    return net
 
 class LatentDiffusion:
     """All that makes images, from a checkpoint of stage 2, which holds its VQGAN too."""
@@ -1101,9 +1104,9 @@ class LatentDiffusion:
             return torch.stack(drawn).to(self.device)
 
         label = label.to(self.device)
-        told = label if settings.guide == "told" else None      # the class, or None for unknown
-        young = partial(self.young, label=told)                 # young(z_t, t), as guided wants it
-        net = guided(self.net, young, label, settings.guidance)
+        strong = partial(self.net, label=label)         # net(z_t, t), as guided wants it
+        young = partial(self.young, label=label)
+        net = guided(strong, (young, settings.guidance), (self.net, settings.class_guidance))
         return self.diffusion.sample(net, noise(), settings.steps, settings.sampler, noise)
 
     def decode(self, z0):
@@ -1423,7 +1426,7 @@ def blame(what):
     except Exception as e:
         raise UserError(f"{what} ({e!r:.100})") from e
 
-NEEDED = {"vq": {"model", "seen"},
+NEEDED = {"vq": {"model", "seen", "log"},
           "ldm": {"ema", "guide", "seen", "vq", "scale", "classes", "class_counts"}}
 
 def load_checkpoint(where, flag, *stages):
@@ -1436,6 +1439,8 @@ def load_checkpoint(where, flag, *stages):
         state = torch.load(path, map_location="cpu", weights_only=True)
         missing = NEEDED[state["stage"]] - state.keys()
         demand(not missing, f"it has no {sorted(missing)}")
+        if state["config"].pop("guide", None):
+            say("its setting guide is not used: --class-guidance replaces it")
         settings = {"vq": VQConfig, "ldm": LDMConfig}[state["stage"]](**state["config"])
         say("from", path, "at step", state["step"])
     lacking = asdict(settings).keys() - state["config"].keys()
@@ -1587,7 +1592,7 @@ def draw_curves(path, log):
 def features(lpips, pixels):
     """uint8 (n,3,H,W) -> (n,512)"""
     found = []
-    for batch in pixels.split(32):
+    for batch in pixels.split(4):
         x = to_float(batch).to(lpips.scaling_layer.shift.device)
         x = F.interpolate(x, (224, 224), mode="bilinear", antialias=True)
         last = lpips.net(lpips.scaling_layer(x))[-1]    # SqueezeNet's last map, (B,512,13,13)
@@ -1736,17 +1741,18 @@ COMMANDS = {"train-vq": (VQConfig, train_vq), "train-ldm": (LDMConfig, train_ldm
             "sample": (SampleConfig, sample), "evaluate": (EvaluateConfig, evaluate)}
 PRESETS = {                             # settings of each stage, which typed ones beat
     "default": {},
-    "tiny": {"vq": dict(size=32, n_images=200, widths=(16, 32), codes=64, epochs=2),
-             "ldm": dict(T=200, widths=(32, 64), batch_size=16, epochs=4)},
+    "tiny": {"vq": dict(size=32, n_images=200, widths=(16, 32), codes=64, epochs=4),
+             "ldm": dict(T=200, widths=(32, 64), batch_size=16, epochs=16)},
     # The system of a course report, from which this file grew. .267 is 8 of its 30 epochs.
     "report": {"vq": dict(upsample="transposed", lpips_weight=1, commit_weight=1, gan_weight=1,
                           lam_max=1e4, gan_start=.267, epochs=30, lr=3e-4, muon_lr=0,
                           codes_lr=3e-4, d_lr=3e-4),
                "ldm": dict(upsample="transposed", unconditional=True, target="eps",
-                           schedule="linear", sampler="ddpm", steps=1000, guidance=1)}}
+                           schedule="linear", sampler="ddpm", steps=1000,
+                           guidance=1, class_guidance=1)}}
 # What may differ when a run is resumed.
 MAY_CHANGE = {"resume", "device", "out", "data", "epochs",
-              "sampler", "steps", "guidance", "guide"}
+              "sampler", "steps", "guidance", "class_guidance"}
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):           # one sentence instead of a page of usage
