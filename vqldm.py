@@ -570,11 +570,6 @@ class VQConfig(Training):
         side = self.size // 2 ** len(self.widths)
         return self.z_dim, side, side
 
-    @property
-    def symmetries(self):
-        """The numbers of those turns that augment may make. 4 is the mirror image."""
-        return {"all": tuple(range(8)), "mirror": (0, 4), "none": (0,)}[self.turns]
-
 def build_vq(cfg, device):              # -> VQGAN and D, with their initial weights
     unit = 4 * 2 ** len(cfg.widths)             # 4·f, since the UNet's default halves h and w twice
     demand(32 <= cfg.size <= 4096 and cfg.size % unit == 0,
@@ -598,9 +593,12 @@ def vq_optimizers(vqgan, disc, cfg):
     adam_d = torch.optim.Adam(disc.parameters(), cfg.d_lr, betas=(0.5, 0.9), fused=True)
     return adam, Muon(matrices, cfg.muon_lr), adam_d
 
+# The square's eight symmetries by number: 0 is none, 4 is the mirror image. By default an image may
+# be turned in all of these ways, since a lesion has no right way up.
+TURNS = {"all": range(8), "mirror": (0, 4), "none": (0,)}
+
 def augment(x, turns):
-    """Turn or mirror each image of x (B,C,H,H). turns are B numbers in 0…7, each of which names one
-    of the square's eight symmetries: 0 is none, 4 is a mirror image."""
+    """Turn or mirror each image of x (B,C,H,H) as B numbers in 0…7 say."""
     turned = []
     for image, turn in zip(x, turns):
         if turn >= 4:
@@ -655,9 +653,9 @@ def train_vq(cfg, state=None):
     for step in run:
         factor = lr_factor(step, run.progress)
         rows = images.train[next_rows(run.n_train, step, cfg.batch_size, cfg.seed)]           # (B,)
-        chosen = torch.randint(len(cfg.symmetries), (cfg.batch_size,),
-                               generator=rng(cfg.seed, "turns", step))
-        turns = torch.tensor(cfg.symmetries)[chosen]                      # (B,) in 0…7
+        symmetries = torch.tensor(TURNS[cfg.turns])
+        dice = rng(cfg.seed, "turns", step)
+        turns = symmetries[torch.randint(len(symmetries), (cfg.batch_size,), generator=dice)]
         if step % 50 == 0:
             # Unused codes restart, from images of the whole batch, so alike in all processes.
             batch = to_float(images.pixels[rows[:16]]).to(device)
@@ -916,7 +914,7 @@ class Latents:
         self.codebook = vqgan.codebook
         # 20,000 grids are enough: 4 turns of each of 4,096 images.
         enough = max(1, 20_000 // len(images.labels))
-        self.turns = vqgan.cfg.symmetries[:enough]                        # V of them
+        self.turns = TURNS[vqgan.cfg.turns][:enough]                      # V of them
         self.k = encode_images(vqgan, images, self.turns, device, autocast)             # (n,V,h,w)
         if scale is None:               # a resumed run has the one that its network knows
             scale = measure_scale(self.k[images.train], self.codebook.embedding.weight)
@@ -1214,7 +1212,7 @@ SUFFIX = r"(?i)\.(avif|bmp|gif|hei[cf]|jfif|jp2|jpe|jpe?g|mpo|png|tiff?|webp)$"
 NO_PHOTO = (r"(?i)\.(avif|hei[cf]|jp2|jpe|mpo)$"
             r"|(_seg|_segmentation|_superpixels|_expert\d*|[_-]mask|-partial)\.\w+$"
             r"|(^|/)(masks/|runs/|\.|(grid|curves|evaluate|(recon|samples)_step_\d+)\.png$)")
-WITH_MASK = r"(?i)with(out)?[_-]mask\.\w+$"
+WITH_MASK = r"(?i)with(out)?[_-]mask"
 # Folders that are held out, and folders that are no class: nevus/train/1.jpg is of class nevus.
 HELD_OUT = {"val", "valid", "validation", "test", "testing"}
 NO_CLASS = HELD_OUT | {"train", "training", "images"}
@@ -1314,7 +1312,7 @@ def find_images(folder):
         passed_over += sum(Path(parent, name).is_symlink() for name in folders)
         for path in [Path(parent, file) for file in files if re.search(SUFFIX, file)]:
             name = path.relative_to(folder).as_posix()
-            if re.search(NO_PHOTO, name) and not re.search(WITH_MASK, name):
+            if re.search(NO_PHOTO, re.sub(WITH_MASK, "face", name)):
                 passed_over += 1
             elif path.is_file():        # (the date alone may be that of all files of an archive)
                 info = path.stat()
