@@ -94,7 +94,7 @@ class Settings:
     device: str = "auto"                # auto, or a device of torch, such as cpu or cuda:1
     out: str = ""                       # empty: runs/vq, ldm or samples. evaluate: --ckpt's folder
     @property
-    def folder(self):
+    def folder(self):                   # stage is set below, in each command's own class
         return Path(os.path.expanduser(self.out or f"runs/{self.stage}"))
 
 @dataclass(frozen=True)
@@ -113,8 +113,7 @@ class Sampling:
     class_guidance: amount = 1.5        # strength towards the class (section 11). 1: none
 
 # ---- 2. Blocks --------------------------------------------------------------------------------
-# The VQGAN and the UNet are built from the same blocks. In the UNet, a ResBlock also receives the
-# noise level and the class (emb), and an UpBlock what the matching DownBlock had (a skip).
+# The VQGAN and the UNet are built from these. emb and skip are the UNet's alone (section 9).
 
 class ResBlock(nn.Module):
     """Norm, SiLU, Conv, twice, plus the shortcut. emb sets a scale and a shift for the output of
@@ -162,8 +161,7 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x):                                                 # (B,C,h,w)
         y = rearrange(self.norm(x), "B C h w -> B (h w) C")               # (B,h·w,C)
-        # Queries, keys and values are all made from y.
-        y, _ = self.attention(y, y, y, need_weights=False)
+        y, _ = self.attention(y, y, y, need_weights=False)                # all three from y
         y = rearrange(y, "B (h w) C -> B C h w", h=x.shape[2])
         return x + y                                                      # (B,C,h,w)
 
@@ -273,12 +271,13 @@ class Codebook(nn.Module):
         self.register_buffer("wins", torch.zeros(codes))                  # (K,)
 
     def nearest(self, z):                                                 # (B,d,h,w)
-        """The nearest code's number, k = argmin_j ‖z - e_j‖ with e_j in row j (VQ eq. 1).
-        trap: stage 2 calls this, too, with latents near codes. So nearest(lookup(k)) must be k."""
+        """The nearest code's number, k = argmin_j ‖z - e_j‖ with e_j in row j (VQ eq. 1). trap: if
+        z were rescaled here, stage 2's latents, which are codes, would no longer be nearest to
+        themselves, as nearest(lookup(k)) = k promises."""
         B, d, h, w = z.shape
-        # trap: in bf16 many choices are wrong. Two codes are often almost equally near, and
-        # their distances round to the same number. So distances are in fp32. All vectors form
-        # one list, since a batched cdist would copy the codebook B times.
+        # trap: in bf16 many choices are wrong, as two codes are often almost equally near. So
+        # distances are in fp32. All vectors form one list, since a batched cdist would copy the
+        # codebook B times.
         with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
             flat = rearrange(z.float(), "B d h w -> (B h w) d")           # (B·N,d)
             distance = torch.cdist(flat, self.embedding.weight)           # (B·N,K)
@@ -308,9 +307,8 @@ class Codebook(nn.Module):
         return z_q, k, codebook_loss, commit_loss
 
     # trap: the usual start, uniform in ±1/K, puts all codes near the origin. If encoder outputs
-    # lie elsewhere, a few codes win everything and the rest never get a gradient: codebook
-    # collapse. So at step 0 all codes move to encoder outputs, and later those without wins do
-    # (Jukebox, arXiv 2005.00341).
+    # lie elsewhere, a few codes win everything and the rest never learn: codebook collapse. So
+    # codes without wins restart (Jukebox, arXiv 2005.00341).
     @torch.no_grad()
     def restart_unused(self, z, generator):                               # (B,d,h,w)
         """Move codes without a win since the last call (at step 0: all) to random vectors of z."""
@@ -375,7 +373,7 @@ class PatchDiscriminator(nn.Module):
     looks real. Kernels see 18×18 pixels at f = 4, 38 at 8, 78 at 16 (pix2pix: 70)."""
     def __init__(self, widths):
         super().__init__()
-        c = max(32, widths[0] // 2)             # half the VQGAN's, 32 at least (a free choice)
+        c = max(32, widths[0] // 2)
         layers = [nn.Conv2d(3, c, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         for _ in widths[1:]:                                              # f = 4: 3 → 32 → 64 → 1
             layers += [nn.Conv2d(c, 2 * c, 4, stride=2, padding=1), Norm(2 * c), nn.LeakyReLU(0.2)]
@@ -390,10 +388,9 @@ def hinge_loss(real, fake):
     return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
 
 def adaptive_weight(rec, adversarial, last, limit):
-    """lam = ‖∇_L rec‖ / (‖∇_L adversarial‖ + δ), VQGAN eq. 7. L is the weight of the decoder's last
-    layer, which is where rec's backward pass begins, so this gradient is cheap. The GAN's gradient
-    may be far longer or shorter than rec's. lam makes them equally long. gan_weight then sets their
-    ratio, 1/5 by default and 1 in --preset report."""
+    """lam = ‖∇_L rec‖ / (‖∇_L adversarial‖ + δ), VQGAN eq. 7. L is the weight of the decoder's
+    last layer, so no gradient has to go back through the VQGAN. lam makes the GAN's gradient as
+    long as rec's, where the limit allows it, and gan_weight then scales it."""
     def push(loss):
         # -> ‖∇_L loss‖, a constant: no graph leads back to weights that could learn to move it.
         (gradient,) = torch.autograd.grad(loss, last, retain_graph=True)
@@ -402,7 +399,8 @@ def adaptive_weight(rec, adversarial, last, limit):
     lam = push(rec) / (push(adversarial) + 1e-4)        # δ is 1e-6 in the paper, 1e-4 in its code
     # trap: a D that cannot tell real from fake has a tiny, meaningless gradient. VQGAN's code
     # allows a lam of 1e4, which enlarges it: x_hat jumps about, and D is slow to catch up.
-    # ours: a low limit, at which lam stands in most steps, so that such a D has little say.
+    # ours: a low limit, at which lam stands in most steps. It only falls below, as in the paper,
+    # where D's gradient is far longer than rec's.
     return lam.clamp(max=limit)
 
 # ---- 5. Device, precision, seeds --------------------------------------------------------------
@@ -467,15 +465,15 @@ class Images:
     """All images of a run, as squares of one size. Appendix B reads and splits them. cache is a
     folder for their pixels, and seen are the checksums of what earlier runs trained on."""
     def __init__(self, source, cfg, cache, seen=()):
-        self.pixels, checksums = read_pixels(source, cfg, cache)          # uint8 (n or more,3,H,W)
-        demand(checksums, f"--data {source}: no images are there, name another folder")
+        self.pixels, files = read_pixels(source, cfg, cache)              # uint8 (n or more,3,H,W)
+        demand(files, f"--data {source}: no images are there, name another folder")
         tables = {} if source == "synthetic" else read_tables(Path(source))
-        found = describe(checksums, tables, cfg.held_out)
-        class_names, held, contents, groups = zip(*found)
+        found = describe(files, tables, cfg.held_out)
+        class_names, held, checksums, groups = zip(*found)
         self.classes = sorted(set(class_names))
         self.labels = torch.tensor([self.classes.index(name) for name in class_names])      # (n,)
         # Of each image's content, and of its group: a patient, or a lesion, or itself.
-        self.checksums = torch.tensor([contents, groups]).T                                 # (n,2)
+        self.checksums = torch.tensor([checksums, groups]).T                                # (n,2)
         held = torch.tensor(held)                                         # (n,) bool
         self.train = (~held).nonzero().flatten()
         before = torch.as_tensor(seen, dtype=torch.int64)
@@ -502,7 +500,8 @@ def to_bytes(x):                        # and back, on the CPU. x_hat may lie be
     return ((x.clamp(-1, 1) + 1) * 127.5).round().byte().cpu()
 
 def next_rows(n, step, batch_size, seed):
-    """Row numbers (B,) of a step: the next of an endless stream that is reshuffled every epoch."""
+    """Row numbers (B,) of a step: the next of an endless stream that is reshuffled every epoch. If
+    n = 10, step 2 of 4 each takes the last two of epoch 0 and the first two of epoch 1."""
     start = step * batch_size
     epochs = range(start // n, (start + batch_size - 1) // n + 1)
     stream = [torch.randperm(n, generator=rng(seed, "order", epoch)) for epoch in epochs]
@@ -520,8 +519,7 @@ def descend(loss, net, factor, *optimizers):
     net.zero_grad()
     loss.backward()
     for p in net.parameters():
-        if p.grad is not None:
-            mean_over_processes(p.grad)
+        mean_over_processes(p.grad)
     # Clipped to length 1, so that an outlier cannot dominate the optimisers' running averages.
     norm = nn.utils.clip_grad_norm_(net.parameters(), 1.0)
     if not norm.isfinite():
@@ -593,8 +591,8 @@ def vq_optimizers(vqgan, disc, cfg):
     adam_d = torch.optim.Adam(disc.parameters(), cfg.d_lr, betas=(0.5, 0.9), fused=True)
     return adam, Muon(matrices, cfg.muon_lr), adam_d
 
-# The square's eight symmetries by number: 0 is none, 4 is the mirror image. By default an image may
-# be turned in all of these ways, since a lesion has no right way up.
+# The square's symmetries by number: 0 is none, 4 is the mirror image. All by default, since a
+# lesion has no right way up.
 TURNS = {"all": range(8), "mirror": (0, 4), "none": (0,)}
 
 def augment(x, turns):
@@ -603,7 +601,7 @@ def augment(x, turns):
     for image, turn in zip(x, turns):
         if turn >= 4:
             image = image.flip(2)
-        turned.append(image.rot90(int(turn), (1, 2)))       # 4 quarter turns are none
+        turned.append(image.rot90(int(turn), (1, 2)))
     return torch.stack(turned)
 
 @torch.no_grad()
@@ -641,7 +639,8 @@ def train_vq(cfg, state=None):
     demand(lpips or not had_lpips, "--resume: LPIPS is missing, but this run began with it")
     adam, muon, adam_d = vq_optimizers(vqgan, disc, cfg)
     parts = {"model": vqgan, "disc": disc, "adam": adam, "muon": muon, "adam_d": adam_d}
-    run = Run(cfg, images, parts, {"seen": images.seen}, state)     # yields steps (appendix C)
+    # Appendix C: run yields the steps, knows its progress, 0 to 1, and logs, looks and saves.
+    run = Run(cfg, images, parts, {"seen": images.seen}, state)
 
     def look():                         # measure and draw images that were never trained on
         held = images.pixels[images.val[:256]]
@@ -689,9 +688,9 @@ def train_vq(cfg, state=None):
 
         # ---- the discriminator, on the same images ----
         if gan_on:
-            # trap: descend(loss) freed the graph of the VQGAN, so without detach d_loss would
-            # fail. It also freed that of D(x_hat), which is computed anew, but not D(x)'s.
-            # trap: loss left gradients in D. Unless descend zeroed them, D would call fakes real.
+            # trap: descend(loss) freed the graphs of the VQGAN and of D(x_hat), but not D(x)'s. So
+            # fake is computed anew, and detached. trap: loss has left gradients in D, and descend
+            # zeroes them. If lam is large, they would teach D to call fakes real.
             with autocast():
                 fake = disc(x_hat.detach())
             d_loss = hinge_loss(real, fake)
@@ -727,11 +726,11 @@ def train_vq(cfg, state=None):
 #
 # One step back leads from t to a lower t_prev. α without an index is ᾱ_t / ᾱ_prev, the product
 # of the levels between, so that z_t = √α z_prev + √(1-α) ε. For a known z0, Bayes' rule gives
-# the mean of z_prev (DDPM eq. 7). With z0_hat for z0, by eq. 4, it is
-#     mean = (z_t - (1-α)/√(1-ᾱ_t) · eps_hat) / √α            DDPM Algorithm 2, line 4
-# Its variance is (1-α)(1-ᾱ_prev)/(1-ᾱ_t) if z0 is known, and 1-α if z0 may be anything that is
-# standard normal. The truth lies between (DDPM sec. 3.2). We take 1-α, with which z_prev has
-# variance 1 if z_t has: there mean = √α z_t, and α + 1-α = 1. (Derived in the notebook, ch. 4.)
+#     mean = (√ᾱ_prev (1-α) z0 + √α (1-ᾱ_prev) z_t) / (1-ᾱ_t)         DDPM eq. 7
+#          = (z_t - (1-α)/√(1-ᾱ_t) · ε) / √α                          Algorithm 2, line 4
+# and the variance (1-α)(1-ᾱ_prev)/(1-ᾱ_t). For a z0 that may be anything standard normal, they
+# are √α z_t and 1-α. The truth lies between (DDPM sec. 3.2). We put in eps_hat and take 1-α, so
+# that z_prev keeps variance 1 in the second case, α + 1-α. (Derived in the notebook, ch. 4.)
 
 class Diffusion:
     """A noise schedule, the loss of DDPM (Algorithm 1) and two samplers (Algorithm 2, DDIM)."""
@@ -742,9 +741,9 @@ class Diffusion:
             # sampling starts from noise that the network never saw.
             beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T
         else:
-            # Nichol & Dhariwal 2021, arXiv 2102.09672, eq. 17. ᾱ_t is a curve divided by its
-            # start, and falls more evenly than linear's. α is the quotient of neighbours.
-            # Without 0.008, level 0 would have too little noise to see.
+            # Nichol & Dhariwal 2021 (arXiv 2102.09672) eq. 17. ᾱ_t is a curve divided by its
+            # start, so α is a quotient of neighbours. Without 0.008, level 0 would have too
+            # little noise to see.
             fraction = torch.arange(T + 1, dtype=torch.float64) / T
             curve = torch.cos((fraction + 0.008) / 1.008 * math.pi / 2) ** 2
             beta = 1 - curve[1:] / curve[:-1]
@@ -830,9 +829,9 @@ class Diffusion:
             yield z, z0_hat
 
 # ---- 9. Stage 2: the UNet ---------------------------------------------------------------------
-# The same blocks as in the VQGAN, with two things added. Every ResBlock is told the noise
-# level t and the class. And skip connections carry what each DownBlock saw past the small grid
-# in the middle. Noise is different in every cell, so it would not fit through that grid.
+# The VQGAN's blocks, but every ResBlock is told the noise level t and the class, and skip
+# connections carry what each DownBlock saw past the small grid in the middle. Noise is different
+# in every cell, so it would not fit through that grid.
 
 def time_embedding(t, dim):
     """t (B,) -> (B,dim), sines and cosines of growing period (Vaswani 2017, arXiv 1706.03762). The
@@ -924,8 +923,7 @@ class Latents:
         return standardise(self.codebook.lookup(self.k[rows, version]), self.scale)   # (B,d,h,w)
 
 def encode_images(vqgan, images, turns, device, autocast):
-    """All images -> their code numbers (n,V,h,w), in V turns. (In parts of 16, the distances to all
-    codes would be 32 MiB, for which a CPU's memory is fetched anew each time, and take longer.)"""
+    """All images -> their code numbers (n,V,h,w), in V turns. (16 at once would be slower.)"""
     all_k = []
     for rows in bar(torch.arange(len(images.labels)).split(8), "encoding"):
         x = to_float(images.pixels[rows]).to(device)                      # (8,3,H,W)
@@ -984,7 +982,7 @@ def train_ldm(cfg, state=None):
     parts = {"model": net, "ema": ema, "guide": young, "adam": adam}
     extra = {"vq": {"config": vq["config"], "model": vq["model"]}, "seen": images.seen,
              "classes": classes, "class_counts": class_counts}
-    run = Run(cfg, images, parts, extra, state)
+    run = Run(cfg, images, parts, extra, state)     # first, as it refuses bad data at once
     latents = Latents(vqgan, images, device, autocast, state["scale"] if state else None)
     extra["scale"] = latents.scale
 
@@ -1053,11 +1051,10 @@ class EvaluateConfig(SampleConfig):
 def guided(strong, *weaker):
     """-> a net(z_t, t) that goes further in the direction from weaker networks to a strong one:
         out = strong + (w - 1) (strong - weak) + …
-    weaker are pairs of such a network and its strength w, which is 1 for no effect. walk has two.
-    --guidance is that of the younger self, ema after a fifth of the run. It makes the mistakes of
-    strong, only larger, so moving away from it removes mistakes (Karras 2024, arXiv 2406.02507).
-    --class-guidance is that of strong itself, not told the class. Moving away from it goes to what
-    sets the class apart. That is CFG (eq. 6, whose w is our w - 1). Either costs variety."""
+    weaker are pairs (weak, w). --guidance is the w of the younger self, ema after a fifth of the
+    run. It makes strong's mistakes, only larger, and away from it they shrink (Karras 2024, arXiv
+    2406.02507). --class-guidance is the w of strong itself when not told the class. Away from it
+    lies what sets the class apart. That is CFG (eq. 6, whose w is our w - 1). It costs variety."""
     def net(z_t, t):
         answer = strong(z_t, t)
         out = answer
@@ -1115,8 +1112,7 @@ class LatentDiffusion:
             return to_bytes(self.vqgan.decode(k))
 
     def make(self, settings, ids, label):
-        """-> uint8 images (n,3,H,W) and their latents z0 (n,d,h,w), on the CPU. Image ids[i] has
-        class label[i], and noise that follows from settings.seed and ids[i]."""
+        """-> uint8 images (n,3,H,W) and their latents z0 (n,d,h,w), on the CPU. (As in walk.)"""
         pictures, latents = [], []
         for i in bar(range(0, len(label), 32), "sampling"):
             batch = slice(i, i + 32)
@@ -1157,8 +1153,7 @@ def sample(cfg, state):
         f"latents have std {std:.2f}, healthy is 0.7 to 1.4")
 
 # ---- A. Drawn lesions -------------------------------------------------------------------------
-# Images to begin with.
-# For each class: four colours, how ragged the border is, how dark the pigment mesh (below 0: pale).
+# Of each class: four colours, how ragged the border is, how dark the pigment mesh (below 0: pale).
 LESIONS = {"keratosis-like": ("b89970 997a57 ccb894 8c7866", .09, .05),
            "melanoma-like": ("42261c 734a33 545c78 8c4545", .20, .20),
            "nevus-like": ("854f38 9e6647 613829 ad6b57", .04, .24),
@@ -1184,7 +1179,7 @@ def synthetic(i, size, seed=0):
     axis = torch.linspace(-1, 1, size)
     plane = torch.stack(torch.meshgrid(axis, axis, indexing="xy"))        # (2,H,W)
     x, y = plane + .15 * clouds(5, 2)           # (H,W) each, bent, so that nothing is quite round
-    # Five tones of skin, of which one usually wins. The body has patches of its class's colours.
+    # Five tones of skin, of which one usually wins. Patches of a ragged body are sharper.
     skin = paint(SKIN, span(0, 6, 5, 1, 1) + clouds(3, n=5)) + .03 * clouds(24)
     body = paint(colours, (3 + 40 * ragged) * clouds(4, n=4)) + .05 * clouds(16)
     # The pigment network: lines where the two nearest of 40 points are about equally far away.
@@ -1194,7 +1189,7 @@ def synthetic(i, size, seed=0):
     body *= 1 - mesh * torch.exp(-(15 * (second - first)) ** 2)
     radius = span(.30, .56) + 2 * ragged * clouds(6)
     inside = torch.sigmoid(50 * (radius - torch.hypot(x, y)))             # (1,H,W), 1 inside
-    image = torch.lerp(skin, body, inside)              # skin + inside · (body - skin)
+    image = torch.lerp(skin, body, inside)
     # On 4 of 14 images (int cuts towards 0) one to four hairs, dark lines of any place and turn.
     for _ in range(int(span(-9, 5))):
         turn = span(0, 6.3)
@@ -1207,8 +1202,7 @@ def synthetic(i, size, seed=0):
 # time. So each image is opened once, before training, and its pixels are kept in one file.
 READ_IMAGE = 2      # part of the cache's name: add 1 after a change of read_image or synthetic
 SUFFIX = r"(?i)\.(avif|bmp|gif|hei[cf]|jfif|jp2|jpe|jpe?g|mpo|png|tiff?|webp)$"
-# Formats that are not read, masks (1_mask.png, but a face with_mask is a photograph), hidden files,
-# and our own pictures.
+# Not used: other formats, masks (but not a face with_mask), hidden files, our own pictures.
 NO_PHOTO = (r"(?i)\.(avif|hei[cf]|jp2|jpe|mpo)$"
             r"|(_seg|_segmentation|_superpixels|_expert\d*|[_-]mask|-partial)\.\w+$"
             r"|(^|/)(masks/|runs/|\.|(grid|curves|evaluate|(recon|samples)_step_\d+)\.png$)")
@@ -1216,8 +1210,7 @@ WITH_MASK = r"(?i)with(out)?[_-]mask"
 # Folders that are held out, and folders that are no class: nevus/train/1.jpg is of class nevus.
 HELD_OUT = {"val", "valid", "validation", "test", "testing"}
 NO_CLASS = HELD_OUT | {"train", "training", "images"}
-# Columns of tables, as ISIC and HAM10000 call them. The first filled one counts. Case, blanks, -
-# and _ make no difference, so PatientID is patient_id.
+# Columns of tables, as ISIC and HAM10000 call them, in any case and with any blanks, - and _.
 ID = "isic_id", "image_id", "image_name", "image"
 CLASS = "diagnosis_3", "diagnosis_1", "dx", "diagnosis", "class", "label", "target"
 GROUP = "patient_id", "lesion_id"
@@ -1350,7 +1343,7 @@ def decode_all(source, cfg, names):
         data = f"{cfg.seed} {name}".encode() if drawn else Path(source, name).read_bytes()
         try:
             image = synthetic(i, cfg.size, cfg.seed) if drawn else read_image(data, cfg.size)
-        except MemoryError:                     # no fault of the file
+        except MemoryError:
             raise
         except Exception as e:                  # PIL raises nearly anything on a broken file
             say("WARNING skipped", name, repr(e))
@@ -1374,7 +1367,7 @@ def describe(checksums, tables, held_out):
         row = {"patient_id": patients.get(row.get("lesion_id")), **row}     # its own comes first
         column = filled(row, GROUP)
         group = digest((column, row[column])) if column else checksum
-        # The number's last digit, with the three before it as its decimals, is from 0 to 10.
+        # place is from 0 to 10. It is below 1 for the groups that end in 0, a tenth of all.
         place = group % 10 + group // 10 % 1000 / 1000
         folders = name.split("/")[:-1]
         test = any(roles(folder) & HELD_OUT for folder in folders)
@@ -1396,9 +1389,9 @@ def describe(checksums, tables, held_out):
     return found
 
 # ---- C. Keeping a run -------------------------------------------------------------------------
-# A night of training is lost by a checkpoint half written, by a resume that restores the
-# weights but not the rest, or by settings that silently differ. A checkpoint holds all that
-# the rest follows from, so a resume on the same device is exact.
+# A night of training is lost by a checkpoint half written, by a resume that restores only the
+# weights, or by settings that silently differ. A checkpoint holds all that the rest follows
+# from, so on the same CPU a resume is exact.
 
 def write_whole(path, content, new=False):
     """All or nothing: write beside it, flush, rename. If new, path must not be there yet."""
@@ -1479,7 +1472,7 @@ class Run:
             "\nhealthy: codes_used_percent above 25, latent_std 0.7 to 1.4, loss well below 1")
 
     @property
-    def progress(self):                 # 0 … 1
+    def progress(self):
         return self.step / self.steps
 
     def __iter__(self):
@@ -1498,7 +1491,7 @@ class Run:
                 while self.step < self.steps and not self.stopped():
                     yield self.step
         finally:
-            with suppress(ValueError):  # as before, for notebooks
+            with suppress(ValueError):
                 signal(SIGINT, default_int_handler)
                 signal(SIGTERM, SIG_DFL)
 
@@ -1584,8 +1577,7 @@ def draw_curves(path, log):
 
 # ---- E. Measuring -----------------------------------------------------------------------------
 # The kernel distance says how far two sets of images are apart. For two random sets of 300
-# photographs it is 0, give or take 1. Its features are LPIPS's, so like lpips it flatters
-# models that were trained with LPIPS.
+# photographs it is 0 ± 1. It uses LPIPS's features, so it flatters models trained with LPIPS.
 
 def features(lpips, pixels):
     """uint8 (n,3,H,W) -> (n,512)"""
@@ -1598,9 +1590,8 @@ def features(lpips, pixels):
     return torch.cat(found).cpu().double()
 
 def kernel_distance(a, b):
-    """Of two sets of features (n,512). A kernel, (u·v/512 + 1)³, says how alike two images are. The
-    distance is its mean over pairs in a, plus that over pairs in b, minus twice that over pairs of
-    one of each. It is a squared MMD, as in KID (arXiv 1801.01401)."""
+    """Squared MMD of two sets of features (n,512), as in KID (arXiv 1801.01401): the mean kernel
+    of pairs in a, plus that of pairs in b, minus twice that of pairs of one of each."""
     def kernel(u, v):                                                     # (n,n)
         return (u @ v.T / u.shape[1] + 1) ** 3
 
@@ -1645,8 +1636,8 @@ def near_copies(made, unseen, images, trained):
     nearer to one than 99 % of the unseen images are. unseen, trained are row numbers."""
     near, row = nearest_trained(made, images, trained)
     usual, _ = nearest_trained(images.pixels[unseen], images, trained)
-    # trap: archives hold re-saved photographs. If a few unseen images were such copies of trained
-    # ones, the limit would be theirs, and total memorising would be reported as none.
+    # trap: if some unseen images were re-saved copies of trained ones, the limit would be theirs,
+    # and total memorising would be reported as none.
     re_saved = usual < usual.median() / 4
     if re_saved.any():
         say("WARNING", int(re_saved.sum()), "unseen images, not used here, look like trained ones")
@@ -1655,8 +1646,8 @@ def near_copies(made, unseen, images, trained):
     worst = near.argsort()[:16]
     pictures = {"samples nearest to a training image": made[worst],
                 "that image": images.pixels[row[worst]]}
-    # The limit has rank r = 1 + (u-1)/100 among u unseen images. A sample that is no copy falls
-    # into each of the u+1 gaps between them equally often, so below it by chance r/(u+1).
+    # Of u unseen images, the limit has rank r = 1 + (u-1)/100. A sample that is no copy falls into
+    # each of the u+1 gaps between them equally often. 100 r/(u+1) % are below the limit by chance.
     by_chance = 1 + 98 / (len(usual) + 1)
     measures = {"near_copies_percent": 100 * float(copies.float().mean()),
                 "near_copies_by_chance": by_chance}
@@ -1695,7 +1686,7 @@ def evaluate(cfg, state):
     if len(trained) < model.class_counts.sum():
         say("WARNING only", len(trained), "training images are here: not all copies are found")
     if len(trained):
-        measures, found = near_copies(made, unseen[:1000], images, trained)     # enough of them
+        measures, found = near_copies(made, unseen[:1000], images, trained)
         numbers.update(measures)
         pictures.update(found)
     for name, value in numbers.items():
@@ -1704,15 +1695,14 @@ def evaluate(cfg, state):
     (folder / "metrics.json").write_text(json.dumps({**asdict(cfg), **numbers}, indent=1))
 
 # ---- F. Muon ----------------------------------------------------------------------------------
-# Every matrix is a sum of directions u vᵀ, each with a strength s (its singular values). In a
-# kernel's gradient, read as a matrix (first axis, rest), a few directions far outweigh the
-# others, which hardly learn. Adam evens out the entries, Muon the directions (Jordan 2024,
-# kellerjordan.github.io/posts/muon). torch.optim.Muon computes in bf16, slow on most CPUs.
+# A matrix is a sum of directions u vᵀ, each with a strength s (its singular values). In a
+# kernel's gradient, read as (first axis, rest), a few far outweigh the others, which hardly
+# learn. Adam evens out entries, Muon directions (Jordan 2024, kellerjordan.github.io/posts/muon).
 
 def orthogonal(g):
     """g (r,n) = U S Vᵀ -> nearly U Vᵀ. All strengths but the tiniest become 0.7 to 1.2. This is
-    Newton-Schulz. Since x xᵀ x = U S³ Vᵀ, sums of odd powers change S alone. Jordan's round takes
-    s to 3.4445 s - 4.775 s³ + 2.0315 s⁵. A small s grows threefold a round, up to that range."""
+    Newton-Schulz. Since x xᵀ x = U S Vᵀ V S Uᵀ U S Vᵀ = U S³ Vᵀ, sums of odd powers change S
+    alone. A round takes s to 3.4445 s - 4.775 s³ + 2.0315 s⁵, a small one to 3.4 times itself."""
     x = g / (g.norm() + 1e-7)                   # the norm is √ of the sum of all s², so s ≤ 1
     for _ in range(5):
         gram = x @ x.T                                                    # (r,r)
@@ -1782,7 +1772,7 @@ def build_parser():
             if f.type is bool:
                 how = {"action": "store_true"}
             default = str(f.default).strip("()").replace(", ", ",")     # as it can be typed
-            if f in fields(Sampling) and not issubclass(cls, Training):
+            if issubclass(cls, SampleConfig) and f.name in Sampling.__annotations__:
                 default = "as trained"
             flags.add_argument(flag_of(f.name), dest=f.name, **how,
                                help=f"{comments[f.name]} [{default}]")
@@ -1801,7 +1791,7 @@ def settle(argv):
         given = {f.name: getattr(state["settings"], f.name) for f in fields(Sampling)}
     elif cfg.resume:
         state = load_checkpoint(cfg.folder / "last.pt", "--resume", cfg.stage)
-        given = {**asdict(state["settings"]), "out": cfg.out}       # the folder may have moved
+        given = {**asdict(state["settings"]), "out": cfg.out}
         differ = [f"{flag_of(name)} was {given[name]}" for name in typed
                   if name not in MAY_CHANGE and typed[name] != given[name]]
         demand(not differ, f"--resume goes on with the recorded settings: {differ}")
@@ -1833,8 +1823,7 @@ def main(argv):
     except (MemoryError, RuntimeError) as e:            # without a word, or with one of torch's
         if not re.search("^$|allocate|out of memory", str(e)):
             raise
-        print("vqldm: out of memory; training with a lower --batch-size or --size needs less",
-              file=sys.stderr)
+        print("vqldm: out of memory; a lower --batch-size or --size needs less", file=sys.stderr)
     if status:
         raise SystemExit(status)
     if dist.is_initialized():
