@@ -1587,7 +1587,7 @@ def test_what_was_understood_is_told_in_words(tmp_path, load, capsys):
     load(folder)
     said = capsys.readouterr().out
     for words in (
-        "class by dx 1",
+        "class by column dx 1",
         "class by folder 3",
         "split by patient_id 2",
         "split by image 2",

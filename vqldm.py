@@ -1287,7 +1287,7 @@ def class_of(row, folder, marks):
     folder, and columns of 0 and 1 come after it."""
     column = filled(row, CLASS)
     if column:
-        return row[column], column
+        return row[column], f"column {column}"
     ones = [mark for mark in marks if row.get(mark) in ("1", "1.0")]
     if folder or len(ones) != 1:
         return folder or "images", "folder"
