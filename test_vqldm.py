@@ -3078,7 +3078,7 @@ PLANTED = """
 def add_noise(d, z0, t, eps): return z0 + eps
 def predict(d, out, z_t, t): return z_t, out
 def sample(d, net, z, steps, sampler, noise): yield from [(z, z)] * steps
-def guided(net, guide, label, w): return lambda z_t, t: z_t
+def guided(strong, *weaker): return lambda z_t, t: z_t
 def nearest(book, z): return torch.zeros(len(z), *z.shape[2:], dtype=torch.long)
 last_, z0_ = last, last_z0
 for wrong in (add_noise, predict, sample, guided, nearest):
