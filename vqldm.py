@@ -92,7 +92,7 @@ def source(text):                       # a folder is recorded with its full pat
 class Settings:
     seed: int = 0                       # of all random choices but held-out images' order and noise
     device: str = "auto"                # auto, or a device of torch, such as cpu or cuda:1
-    out: str = ""                       # empty: runs/vq, ldm or samples. evaluate: --ckpt's folder
+    out: str = ""                       # empty: runs/vq, runs/ldm, runs/samples. evaluate: --ckpt's
     @property
     def folder(self):                   # stage is set below, in each command's own class
         return Path(os.path.expanduser(self.out or f"runs/{self.stage}"))
@@ -894,7 +894,7 @@ def build_unet(cfg, vq_cfg, classes):
 class LDMConfig(Sampling, Training):
     """stage 2: train the diffusion model on the VQGAN's codes"""
     stage = "ldm"
-    vq: str = "runs/vq"                 # run or checkpoint of train-vq. Fixed once a run has begun
+    vq: str = "runs/vq"                 # run or checkpoint of train-vq. A resumed run keeps its own
     data: source = ""                   # folder of images. Empty means those of --vq
     unconditional: bool = False         # all images are of one class, which tells the UNet nothing
     balance: bool = False               # draw every class equally often, however rare it is
@@ -1040,7 +1040,7 @@ class SampleConfig(Sampling, Settings):
     stage = "samples"
     ckpt: str = "runs/ldm"              # run folder or checkpoint of train-ldm
     n: whole = 64                       # how many images, over all classes
-    class_: str = ""                    # only this class. Empty: all in turn. evaluate: as unseen
+    class_: str = ""                    # only this class. Empty: all in turn, or as the unseen are
 
 @dataclass(frozen=True)
 class EvaluateConfig(SampleConfig):
