@@ -519,7 +519,8 @@ def descend(loss, net, factor, *optimizers):
     net.zero_grad()
     loss.backward()
     for p in net.parameters():
-        mean_over_processes(p.grad)
+        if p.grad is not None:          # frozen ones have none
+            mean_over_processes(p.grad)
     # Clipped to length 1, so that an outlier cannot dominate the optimisers' running averages.
     norm = nn.utils.clip_grad_norm_(net.parameters(), 1.0)
     if not norm.isfinite():
