@@ -113,7 +113,7 @@ class Sampling:
     class_guidance: amount = 1.5        # strength towards the class (section 11). 1: none
 
 # ---- 2. Blocks --------------------------------------------------------------------------------
-# The VQGAN and the UNet are built from these. emb and skip are the UNet's alone (section 9).
+# The VQGAN and the UNet are built from these. emb and skip are only the UNet's (section 9).
 
 class ResBlock(nn.Module):
     """Norm, SiLU, Conv, twice, plus the shortcut. emb sets a scale and a shift for the output of
@@ -348,7 +348,7 @@ class VQGAN(nn.Module):
         return self.decoder(self.codebook.lookup(k))
 
 # ---- 4. Stage 1: the losses -------------------------------------------------------------------
-# The squared error alone gives blur, because its best answer is the mean of all sharp images
+# The squared error alone gives blur, since its best answer is the mean of all sharp images
 # that fit the code. LPIPS sends both images through a frozen network that classifies
 # photographs, and sums weighted differences of their feature maps. Blurred and sharp hair have
 # different features. What still betrays a reconstruction is left to a GAN. The discriminator D
@@ -731,7 +731,7 @@ def train_vq(cfg, state=None):
 #          = (z_t - (1-α)/√(1-ᾱ_t) · ε) / √α                          Algorithm 2, line 4
 # and the variance (1-α)(1-ᾱ_prev)/(1-ᾱ_t). For a z0 that may be anything standard normal, they
 # are √α z_t and 1-α. The truth lies between (DDPM sec. 3.2). We put in eps_hat and take 1-α, so
-# that z_prev keeps variance 1 in the second case, α + 1-α. (Derived in the notebook, ch. 4.)
+# that z_prev keeps variance 1 in the second case, α + 1-α. (Derived in the notebook.)
 
 class Diffusion:
     """A noise schedule, the loss of DDPM (Algorithm 1) and two samplers (Algorithm 2, DDIM)."""
@@ -742,7 +742,7 @@ class Diffusion:
             # sampling starts from noise that the network never saw.
             beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T
         else:
-            # Nichol & Dhariwal 2021 (arXiv 2102.09672) eq. 17. ᾱ_t is a curve divided by its
+            # Nichol & Dhariwal 2021 (2102.09672) eq. 17. ᾱ_t is a curve divided by its
             # start, so α is a quotient of neighbours. Without 0.008, level 0 would have too
             # little noise to see.
             fraction = torch.arange(T + 1, dtype=torch.float64) / T
@@ -1620,7 +1620,7 @@ def unseen_rows(cfg, model, seen, images):
 def nearest_trained(pictures, images, trained):
     """-> of each picture, the distance to its nearest training image, at 32×32 and in any symmetry,
     and that image's row. trained are the rows of the training images."""
-    def shrink(rgb):                    # to 12 kB an image, whatever its size
+    def shrink(rgb):
         return F.interpolate(to_float(rgb), (32, 32), mode="area")
 
     small = torch.cat([shrink(part) for part in pictures.split(256)]).flatten(1)    # (n,3·32·32)
