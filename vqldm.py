@@ -33,10 +33,9 @@ Run it    python vqldm.py train-vq, then train-ldm, then sample. evaluate measur
 import argparse, inspect, re, shlex
 import csv, hashlib, io, json
 import os, sys, time, warnings
-import math, random
+import copy, math, random
 from collections import Counter, defaultdict
 from contextlib import contextmanager, suppress
-from copy import deepcopy
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache, partial
 from itertools import cycle, pairwise
@@ -57,8 +56,7 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 # ---- 1. Settings ------------------------------------------------------------------------------
-# A setting is one line of a class: name, type, default and, as a comment, its --help. The page
-# Why of .github/NOTES.md says where each number comes from.
+# A setting is one line: name, type, default, and its --help as a comment. Why: .github/NOTES.md.
 
 class UserError(argparse.ArgumentTypeError):
     """A mistake that only the user can mend, reported in one sentence with exit status 2."""
@@ -81,7 +79,6 @@ def within(low, high):
         demand(low <= float(text) <= high, f"must be from {low:g} to {high:g}")
         return float(text)
     return number
-
 amount = within(0, 1e30)
 
 def source(text):                       # a folder is recorded with its full path
@@ -640,7 +637,7 @@ def train_vq(cfg, state=None):
     demand(lpips or not had_lpips, "--resume: LPIPS is missing, but this run began with it")
     adam, muon, adam_d = vq_optimizers(vqgan, disc, cfg)
     parts = {"model": vqgan, "disc": disc, "adam": adam, "muon": muon, "adam_d": adam_d}
-    # Appendix C: run yields the steps, knows its progress, 0 to 1, and logs, looks and saves.
+    # Appendix C: run yields the steps, knows its progress (0 to 1), logs, looks and saves.
     run = Run(cfg, images, parts, {"seen": images.seen}, state)
 
     def look():                         # measure and draw images that were never trained on
@@ -976,8 +973,8 @@ def train_ldm(cfg, state=None):
     diffusion = Diffusion(cfg.T, cfg.schedule, cfg.target)
     torch.manual_seed(cfg.seed % 2**63)
     net = place(build_unet(cfg, vqgan.cfg, classes), device)
-    ema = deepcopy(net).requires_grad_(False)
-    young = deepcopy(ema)
+    ema = copy.deepcopy(net).requires_grad_(False)
+    young = copy.deepcopy(ema)
     adam = torch.optim.Adam(net.parameters(), cfg.lr, betas=(0.9, 0.99), fused=True)
 
     parts = {"model": net, "ema": ema, "guide": young, "adam": adam}
@@ -1078,7 +1075,7 @@ class LatentDiffusion:
             # net holds ema's weights, young those of ema after a fifth of the run.
             unet = place(build_unet(self.cfg, self.vqgan.cfg, self.classes), device)
             self.net = unet.eval().requires_grad_(False)
-            self.young = deepcopy(self.net)
+            self.young = copy.deepcopy(self.net)
             self.net.load_state_dict(state["ema"])
             self.young.load_state_dict(state["guide"])
 
@@ -1211,7 +1208,7 @@ WITH_MASK = r"(?i)with(out)?[_-]mask"
 # Folders that are held out, and folders that are no class: nevus/train/1.jpg is of class nevus.
 HELD_OUT = {"val", "valid", "validation", "test", "testing"}
 NO_CLASS = HELD_OUT | {"train", "training", "images"}
-# Columns of tables, as ISIC and HAM10000 call them, in any case and with any blanks, - and _.
+# Columns of tables, as ISIC and HAM10000 call them, in any case, with any blanks, - or _.
 ID = "isic_id", "image_id", "image_name", "image"
 CLASS = "diagnosis_3", "diagnosis_1", "dx", "diagnosis", "class", "label", "target"
 GROUP = "patient_id", "lesion_id"
@@ -1578,7 +1575,7 @@ def draw_curves(path, log):
 
 # ---- E. Measuring -----------------------------------------------------------------------------
 # The kernel distance says how far two sets of images are apart. For two random sets of 300
-# photographs it is 0 ± 1. It uses LPIPS's features, so it flatters models trained with LPIPS.
+# photographs it is 0 ± 1. It uses LPIPS's features, so it flatters models trained with them.
 
 def features(lpips, pixels):
     """uint8 (n,3,H,W) -> (n,512)"""
