@@ -1747,13 +1747,14 @@ class Parser(argparse.ArgumentParser):
 def flag_of(name):                      # class_ -> --class, as class is a word of Python
     return "--" + name.strip("_").replace("_", "-")
 
-source_of = cache(inspect.getsource)
-
+@cache
 def help_of(cls):
-    """{setting: the comment on its line}, of a class and its bases"""
+    """{setting: the comment on its line}, of a class and its bases. getsource is slow."""
     comments = {}
-    for base in reversed(cls.__mro__[:-1]):
-        comments.update(re.findall(r"\n    (\w+): .*?# (.*)", source_of(base)))
+    if cls is not object:
+        for base in cls.__bases__:
+            comments.update(help_of(base))
+        comments.update(re.findall(r"\n    (\w+): .*?# (.*)", inspect.getsource(cls)))
     return comments
 
 def build_parser():
