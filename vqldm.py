@@ -1373,7 +1373,8 @@ def describe(checksums, tables, held_out):
         class_name, by = class_of(row, folder, marks)
         found.append((class_name, test or place < 10 * held_out, checksum, group))
         counts.update(["class by " + by, "split by " + (column or "image")])
-        counts["named in tables"] += stem in tables
+        if tables:
+            counts["named in tables"] += stem in tables
         stems[stem] += 1
         if stems[stem] > 1 and stem in tables:
             doubts["share a row of a table with another image"].append(name)
