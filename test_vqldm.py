@@ -1540,7 +1540,7 @@ def test_a_column_of_patients_that_is_not_used_is_told(tmp_path, load, capsys):
     (folder / "a.csv").write_text("image,Subject,lesion_id,age\n0,P,L,60")
     load(folder)
     said = re.search(
-        "WARNING .*a.csv columns that keep no images together: (.*)", capsys.readouterr().out
+        "WARNING .*a.csv columns not used to keep images together: (.*)", capsys.readouterr().out
     )
     assert said[1] == "Subject"
 

@@ -10,7 +10,7 @@ that the program draws, or a folder of yours, such as photographs of the ISIC ar
   (B,3,H,W)    (B,d,h,w)  │          (B,d,h,w)      (B,3,H,W)
                           └► k (B,h,w) in 0…K-1                 h = H/f, w = W/f
   k → z_q → z0 = (z_q-mean)/std ──noise──► z_t ──UNet──► v      stage 2: diffusion    (train-ldm)
-  noise ──UNet, S times──► z0 ──·std+mean──► nearest code ──Dec──► image              (sample)
+  noise ──UNet, S steps──► z0 ──·std+mean──► nearest code ──Dec──► image              (sample)
 
 Letters   B batch · C channels · H W pixels · h w latent grid · K codes, vectors of length d
           N = h·w cells · m halvings of the grid, so f = 2^m · T noise levels · S sampling steps
@@ -42,7 +42,7 @@ from itertools import cycle, pairwise
 from pathlib import Path
 from signal import SIG_DFL, SIGINT, SIGTERM, default_int_handler, signal
 from typing import Literal, get_args
-# A Mac's GPU leaves what it lacks to the CPU. torch reads this when it is imported.
+# Lets a Mac's GPU leave what it lacks to the CPU. torch reads this when it is imported.
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
 import torch
 import torch.distributed as dist
@@ -91,7 +91,7 @@ class Settings:
     device: str = "auto"                # auto, or a device of torch, such as cpu or cuda:1
     out: str = ""                       # empty: runs/vq, runs/ldm, runs/samples. evaluate: --ckpt's
     @property
-    def folder(self):                   # stage is set below, in each command's own class
+    def folder(self):                   # stage is set below, in the commands' classes
         return Path(os.path.expanduser(self.out or f"runs/{self.stage}"))
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Sampling:
     """How images are made. sample and evaluate take what you do not type from train-ldm."""
     sampler: Literal["ddim", "ddpm"] = "ddim"   # ddpm needs many more steps
     steps: whole = 50                   # S, steps from noise to image. More than T only take time
-    guidance: amount = 1.5              # strength away from errors (section 11). 1: none
+    guidance: amount = 1.5              # strength away from the UNet's errors (section 11). 1: none
     class_guidance: amount = 1.5        # strength towards the class (section 11). 1: none
 
 # ---- 2. Blocks --------------------------------------------------------------------------------
@@ -140,8 +140,8 @@ def Norm(c):
     return nn.GroupNorm(1, c)
 
 def zero(layer):
-    """A zeroed last layer adds nothing at first, so that a block starts as its shortcut. It learns
-    nevertheless: for y = W x, W's gradient is y's times x."""
+    """A zeroed layer adds nothing at first. So a block starts as its shortcut, and emb changes
+    nothing. It learns nevertheless: for y = W x, the gradient of W is that of y times x."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
@@ -163,7 +163,7 @@ class AttentionBlock(nn.Module):
         return x + y                                                      # (B,C,h,w)
 
 class DownBlock(nn.Module):
-    """Two ResBlocks, then a strided convolution halves the grid. Its kernel of 4 reads every cell
+    """Two ResBlocks, then a strided convolution halves the grid. Its kernel of 4 reads inner cells
     twice in each direction. One of 3 would read even cells once and odd cells twice."""
     def __init__(self, c_in, c_out, emb_dim=None):
         super().__init__()
@@ -213,11 +213,11 @@ def channel_pairs(widths):
 # ---- 3. Stage 1: the VQGAN --------------------------------------------------------------------
 # The encoder makes the grid small, the codebook makes it discrete, and the decoder maps it back.
 # Why discrete? In the VQGAN paper, stage 2 predicts code numbers one by one, like the words of
-# a text. Here, rounding replaces what stage 2 makes by vectors that the decoder knows.
+# a text. Here, what stage 2 makes is rounded to vectors that the decoder knows.
 # The codebook, K learned vectors, is delicate, since a code that is never chosen never learns.
 # Watch the share of codes in use and their perplexity, the exponential of the entropy of code
 # frequencies. It is K if all codes are used equally.
-# trap: Norm and attention see the whole image. So changing some of its pixels changes codes
+# trap: Norm and attention see the whole image. So changing some of its pixels can change codes
 # elsewhere, and changing one code changes all pixels.
 
 class Encoder(nn.Module):
@@ -268,9 +268,9 @@ class Codebook(nn.Module):
         self.register_buffer("wins", torch.zeros(codes))                  # (K,)
 
     def nearest(self, z):                                                 # (B,d,h,w)
-        """The nearest code's number, k = argmin_j ‖z - e_j‖ with e_j in row j (VQ eq. 1). trap: if
-        z were rescaled here, stage 2's latents, which are codes, would no longer be nearest to
-        themselves, as nearest(lookup(k)) = k promises."""
+        """The nearest code's number, k = argmin_j ‖z - e_j‖ with e_j in row j (VQ eq. 1). trap: do
+        not rescale z here. Stage 2's latents, which are codes, come through here, too, and
+        nearest(lookup(k)) must be k."""
         B, d, h, w = z.shape
         # trap: in bf16 many choices are wrong, as two codes are often almost equally near. So
         # distances are in fp32. All vectors form one list, since a batched cdist would copy the
@@ -282,7 +282,7 @@ class Codebook(nn.Module):
         return k.view(B, h, w)                                            # (B,h,w)
 
     def lookup(self, k):                                                  # (B,h,w)
-        """z_q = e_k (VQ eq. 2). contiguous() puts channels first, as a Mac's GPU needs them."""
+        """z_q = e_k (VQ eq. 2). contiguous() puts channels first in memory, for a Mac's GPU."""
         return rearrange(self.embedding(k), "B h w d -> B d h w").contiguous()        # (B,d,h,w)
 
     def forward(self, z):                                                 # (B,d,h,w)
@@ -297,8 +297,8 @@ class Codebook(nn.Module):
         codebook_loss = F.mse_loss(z_q, z.detach())             # mean of (sg[z] - e)²
         commit_loss = F.mse_loss(z, z_q.detach())               # mean of (z - sg[e])²
         # Straight through (VQ sec. 3.2). Rounding has slope 0, so z would get no gradient. Instead
-        # it gets the decoder's gradient for z_q, unchanged. This is a lie, but it points downhill
-        # while z and z_q are close. The two losses keep them close. The value is still z_q.
+        # it gets the decoder's gradient for z_q, unchanged. That gradient is a lie, but it points
+        # downhill while z and z_q are close, as the two losses keep them. The value is still z_q.
         # trap: if codebook_loss came after this line, from the new z_q, no code would ever learn.
         z_q = z + (z_q - z).detach()
         return z_q, k, codebook_loss, commit_loss
@@ -319,7 +319,7 @@ class Codebook(nn.Module):
         self.wins.zero_()
 
     def count_wins(self, k):                                              # (B,h,w)
-        """Add up how often each code was chosen, by the mean over all processes (section 5)."""
+        """Add up how often each code was chosen. (A mean over processes: only 0 or not matters.)"""
         wins = torch.bincount(k.flatten(), minlength=len(self.wins)).float()
         self.wins += mean_over_processes(wins)
 
@@ -356,7 +356,7 @@ def load_lpips(device):
     """LPIPS (Zhang 2018, arXiv 1801.03924) for images in [-1,1], or None if it cannot be loaded.
     It is called outside autocast, so never in bf16, and kept outside the VQGAN's checkpoints."""
     try:
-        warnings.filterwarnings("ignore", module="torchvision")     # of what lpips should not use
+        warnings.filterwarnings("ignore", module="torchvision")     # of lpips's outdated calls
         import lpips
         if not any(Path(torch.hub.get_dir(), "checkpoints").glob("squeezenet1_1*")):
             say("fetching the weights of LPIPS, 5 MB, this once")
@@ -389,15 +389,15 @@ def adaptive_weight(rec, adversarial, last, limit):
     last layer, so no gradient has to go back through the VQGAN. lam makes the GAN's gradient as
     long as rec's, where the limit allows it, and gan_weight then scales it."""
     def push(loss):
-        # -> ‖∇_L loss‖, a constant: no graph leads back to weights that could learn to move it.
+        # -> ‖∇_L loss‖, a constant. No graph leads back to weights, so none learns to change it.
         (gradient,) = torch.autograd.grad(loss, last, retain_graph=True)
         return mean_over_processes(gradient).norm()
 
     lam = push(rec) / (push(adversarial) + 1e-4)        # δ is 1e-6 in the paper, 1e-4 in its code
     # trap: a D that cannot tell real from fake has a tiny, meaningless gradient. VQGAN's code
     # allows a lam of 1e4, which enlarges it: x_hat jumps about, and D is slow to catch up.
-    # ours: a low limit, at which lam stands in most steps. It only falls below, as in the paper,
-    # where D's gradient is far longer than rec's.
+    # ours: a low limit, so lam is a constant in most steps. Eq. 7 lowers it only where D's
+    # gradient is more than 1/limit times, by default 250 times, as long as rec's.
     return lam.clamp(max=limit)
 
 # ---- 5. Device, precision, seeds --------------------------------------------------------------
@@ -433,7 +433,7 @@ def rng(*key):
 
 # torchrun starts this program once for each GPU. There are world() such processes, and this
 # one is number rank(). Each takes an equal share of a batch. All make the same random choices
-# and average what must agree, such as gradients. Process 0 alone prints and saves.
+# and average what must agree, such as gradients. Process 0 alone prints and saves the run.
 def world():
     return dist.get_world_size() if dist.is_initialized() else 1
 
@@ -459,8 +459,8 @@ def bar(items, name, total=None):       # with disable=None, tqdm draws on a ter
 # ---- 6. What both trainings share -------------------------------------------------------------
 
 class Images:
-    """All images of a run, as squares of one size. Appendix B reads and splits them. cache is a
-    folder for their pixels, and seen are the checksums of what earlier runs trained on."""
+    """All images of a run, as squares of one size, split into train and val. Appendix B reads them.
+    cache is a folder for pixels, and seen are the checksums of what earlier runs trained on."""
     def __init__(self, source, cfg, cache, seen=()):
         self.pixels, files = read_pixels(source, cfg, cache)              # uint8 (n or more,3,H,W)
         demand(files, f"--data {source}: no images are there, name another folder")
@@ -469,7 +469,7 @@ class Images:
         class_names, held, checksums, groups = zip(*found)
         self.classes = sorted(set(class_names))
         self.labels = torch.tensor([self.classes.index(name) for name in class_names])      # (n,)
-        # Of each image's content, and of its group: a patient, or a lesion, or itself.
+        # Those of each image's content and of its group: a patient, or a lesion, or itself.
         self.checksums = torch.tensor([checksums, groups]).T                                # (n,2)
         held = torch.tensor(held)                                         # (n,) bool
         self.train = (~held).nonzero().flatten()
@@ -486,7 +486,7 @@ class Images:
                 "because their patient, their lesion or a copy is trained on")
 
     def known(self, checksums):
-        """-> (n,) bool. A whole group is known if one image's content or group is."""
+        """-> (n,) bool: has the image, or another of its group, one of these checksums?"""
         hit = torch.isin(self.checksums, checksums).any(1)
         return torch.isin(self.checksums[:, 1], self.checksums[hit, 1])
 
@@ -532,7 +532,7 @@ def descend(loss, net, factor, *optimizers):
 # ---- 7. Stage 1: training ---------------------------------------------------------------------
 # In each step the generator learns first, then D learns on the same images. D joins after a
 # tenth of the run, since from the first blobs it would learn only that blur is fake.
-# Ten looks in a run measure 256 images that were never trained on and draw 16. If all is well,
+# Ten looks or more measure 256 images that were never trained on and draw 16. If all is well,
 # psnr rises and lpips falls to the end. D's lead, d_real - d_fake, is 0.4 to 0.7 on photographs.
 # Near 0, as on drawn images, D tells nothing apart. Above 1, it is far ahead. By default:
 #     x (8,3,64,64) → z (8,3,16,16) → k (8,16,16) → z_q (8,3,16,16) → x_hat (8,3,64,64)
@@ -544,7 +544,7 @@ class VQConfig(Training):
     data: source = "synthetic"          # 'synthetic', or a folder of images, see README
     n_images: whole = 4096              # how many to draw if synthetic
     held_out: within(0, 0.5) = 0.1            # share of patients, lesions or images not trained on
-    turns: Literal["all", "mirror", "none"] = "all"     # none, mirror: for what has an up and down
+    turns: Literal["all", "mirror", "none"] = "all"     # mirror or none if they have an up and down
     size: whole = 64                    # side of the square images, in pixels
     widths: wholes = (16, 64)           # channels of the m DownBlocks, such as 16,32,64; f = 2^m
     z_dim: whole = 3                    # d, the length of a code. LDM: 3 at f = 4, 8 at f = 16
@@ -654,7 +654,7 @@ def train_vq(cfg, state=None):
         dice = rng(cfg.seed, "turns", step)
         turns = symmetries[torch.randint(len(symmetries), (cfg.batch_size,), generator=dice)]
         if step % 50 == 0:
-            # Unused codes restart, from images of the whole batch, so alike in all processes.
+            # Unused codes restart, before the batch is shared, so alike in all processes.
             batch = to_float(images.pixels[rows[:16]]).to(device)
             with torch.no_grad(), autocast():
                 z = vqgan.encoder(batch).float()
@@ -686,9 +686,9 @@ def train_vq(cfg, state=None):
 
         # ---- the discriminator, on the same images ----
         if gan_on:
-            # trap: descend(loss) freed the graphs of the VQGAN and of D(x_hat), but not D(x)'s. So
-            # fake is computed anew, and detached. trap: loss has left gradients in D, and descend
-            # zeroes them. If lam is large, they would teach D to call fakes real.
+            # D has not moved since, so real and the graph of D(x) still hold. trap: descend(loss)
+            # freed that of D(x_hat), so fake is computed anew, and detached. trap: loss has left
+            # gradients in D, which would teach it to call fakes real. This descend zeroes them.
             with autocast():
                 fake = disc(x_hat.detach())
             d_loss = hinge_loss(real, fake)
@@ -722,13 +722,13 @@ def train_vq(cfg, state=None):
 # possible, and the best answer under squared error is their mean, which is a blur. So we go a
 # little way towards it and ask again. By then fewer z0 are possible.
 #
-# One step back leads from t to a lower t_prev. α without an index is ᾱ_t / ᾱ_prev, the product
-# of the levels between, so that z_t = √α z_prev + √(1-α) ε. For a known z0, Bayes' rule gives
+# One step back leads from t to a lower t_prev. α without an index is ᾱ_t / ᾱ_prev, the product of
+# all α after t_prev up to t. So z_t = √α z_prev + √(1-α) ε. For a known z0, Bayes' rule gives
 #     mean = (√ᾱ_prev (1-α) z0 + √α (1-ᾱ_prev) z_t) / (1-ᾱ_t)         DDPM eq. 7
-#          = (z_t - (1-α)/√(1-ᾱ_t) · ε) / √α                          Algorithm 2, line 4
-# and the variance (1-α)(1-ᾱ_prev)/(1-ᾱ_t). For a z0 that may be anything standard normal, they
-# are √α z_t and 1-α. The truth lies between (DDPM sec. 3.2). We put in eps_hat and take 1-α, so
-# that z_prev keeps variance 1 in the second case, α + 1-α. (Derived in the notebook.)
+#          = (z_t - (1-α)/√(1-ᾱ_t) · ε) / √α     (z0 by eq. 4)        Algorithm 2, line 4
+# and the variance (1-α)(1-ᾱ_prev)/(1-ᾱ_t). If z0 is unknown, but standard normal, they are √α z_t
+# and 1-α. Real data lie between (DDPM sec. 3.2). We take line 4 with eps_hat for ε, and 1-α. Then
+# z_prev of a standard normal z0 has variance α + 1-α = 1. (Derived in tutorial.ipynb.)
 
 class Diffusion:
     """A noise schedule, the loss of DDPM (Algorithm 1) and two samplers (Algorithm 2, DDIM)."""
@@ -740,8 +740,8 @@ class Diffusion:
             beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T
         else:
             # Nichol & Dhariwal 2021 (2102.09672) eq. 17. ᾱ_t is a curve divided by its
-            # start, so α is a quotient of neighbours. Without 0.008, level 0 would have too
-            # little noise to see.
+            # start, so α is a quotient of neighbours. Without 0.008, level 0 would have
+            # hardly any noise, and that is hard to predict.
             fraction = torch.arange(T + 1, dtype=torch.float64) / T
             curve = torch.cos((fraction + 0.008) / 1.008 * math.pi / 2) ** 2
             beta = 1 - curve[1:] / curve[:-1]
@@ -752,7 +752,7 @@ class Diffusion:
         self.alpha_bar = F.pad(alpha_bar, (0, 1), value=1).float()        # (T+1,)
 
     def abar_at(self, t, z):
-        """ᾱ_t, shaped to multiply z. t is (B,), or one number for all. -> (B,1,1,1)"""
+        """ᾱ_t, shaped to multiply z. t is (B,), or one number. -> (B,1,1,1) or (1,1,1,1)"""
         return self.alpha_bar.to(z.device)[t].view(-1, 1, 1, 1)
 
     def add_noise(self, z0, t, eps):                                      # (B,d,h,w), (B,)
@@ -827,9 +827,9 @@ class Diffusion:
             yield z, z0_hat
 
 # ---- 9. Stage 2: the UNet ---------------------------------------------------------------------
-# The VQGAN's blocks, but every ResBlock is told the noise level t and the class, and skip
-# connections carry what each DownBlock saw past the small grid in the middle. Noise is different
-# in every cell, so it would not fit through that grid.
+# The VQGAN's blocks, but every ResBlock is told the noise level t and the class, and an UpBlock is
+# also given the grid that its DownBlock has made, by a skip connection. Noise is different in
+# every cell, so it would not fit through the small grid in the middle.
 
 def time_embedding(t, dim):
     """t (B,) -> (B,dim), sines and cosines of growing period (Vaswani 2017, arXiv 1706.03762). The
@@ -894,7 +894,7 @@ class LDMConfig(Sampling, Training):
     stage = "ldm"
     vq: str = "runs/vq"                 # run or checkpoint of train-vq. A resumed run keeps its own
     data: source = ""                   # folder of images. Empty means those of --vq
-    unconditional: bool = False         # all images are of one class, which tells the UNet nothing
+    unconditional: bool = False         # no classes: the UNet is told the same one for all images
     balance: bool = False               # draw every class equally often, however rare it is
     T: whole = 1000                     # noise levels, as many as in DDPM
     schedule: Literal["cosine", "linear"] = "cosine"    # how noise grows with t
@@ -905,11 +905,11 @@ class LDMConfig(Sampling, Training):
     epochs: within(1e-6, 1e6) = 27      # passes over the training images, each randomly turned
 
 class Latents:
-    """All images as standardised latents z0, each in V of the turns that stage 1 learned. (With one
-    grid for each image, 340 epochs on 300 photographs made most samples copies.)"""
+    """All images as standardised latents z0, each in V of the turns that stage 1 learned. With
+    one grid for each image, 340 epochs on 300 photographs made most samples copies."""
     def __init__(self, vqgan, images, device, autocast, scale=None):
         self.codebook = vqgan.codebook
-        # 20,000 grids are enough: 4 turns of each of 4,096 images.
+        # 20,000 grids take minutes to encode: 4 turns of each of 4,096 images.
         enough = max(1, 20_000 // len(images.labels))
         self.turns = TURNS[vqgan.cfg.turns][:enough]                      # V of them
         self.k = encode_images(vqgan, images, self.turns, device, autocast)             # (n,V,h,w)
@@ -982,7 +982,7 @@ def train_ldm(cfg, state=None):
              "classes": classes, "class_counts": class_counts}
     run = Run(cfg, images, parts, extra, state)     # first, as it refuses bad data at once
     latents = Latents(vqgan, images, device, autocast, state["scale"] if state else None)
-    extra["scale"] = latents.scale
+    extra["scale"] = latents.scale                  # run holds this dict, not a copy
 
     def batch(step):
         # -> this process's share of z0, t, eps and label of a step
@@ -1008,7 +1008,7 @@ def train_ldm(cfg, state=None):
             "label": images.labels[val].to(device)}
 
     def look():
-        # Their loss, and 16 samples from the same noise, both with ema (section 11).
+        # Their loss, and 16 samples, at each look from the same noise, by ema (section 11).
         model = LatentDiffusion(run.checkpoint(), device, autocast)
         with autocast():
             held_loss = diffusion.loss(model.net, **held).mean()
@@ -1038,7 +1038,7 @@ class SampleConfig(Sampling, Settings):
     stage = "samples"
     ckpt: str = "runs/ldm"              # run folder or checkpoint of train-ldm
     n: whole = 64                       # how many images, over all classes
-    class_: str = ""                    # only this class. Empty: all in turn, or as the unseen are
+    class_: str = ""                    # only this class. Empty: all in turn (evaluate: as unseen)
 
 @dataclass(frozen=True)
 class EvaluateConfig(SampleConfig):
@@ -1050,9 +1050,9 @@ def guided(strong, *weaker):
     """-> a net(z_t, t) that goes further in the direction from weaker networks to a strong one:
         out = strong + (w - 1) (strong - weak) + …
     weaker are pairs (weak, w). --guidance is the w of the younger self, ema after a fifth of the
-    run. It makes strong's mistakes, only larger, and away from it they shrink (Karras 2024, arXiv
-    2406.02507). --class-guidance is the w of strong itself when not told the class. Away from it
-    lies what sets the class apart. That is CFG (eq. 6, whose w is our w - 1). It costs variety."""
+    run. Its mistakes are strong's, only larger, so a step away from it undoes some (Karras 2024,
+    2406.02507). --class-guidance is the w of strong itself when not told the class. A step away
+    adds what sets the class apart. This CFG (eq. 6, whose w is our w - 1) costs variety."""
     def net(z_t, t):
         answer = strong(z_t, t)
         out = answer
@@ -1110,7 +1110,7 @@ class LatentDiffusion:
             return to_bytes(self.vqgan.decode(k))
 
     def make(self, settings, ids, label):
-        """-> uint8 images (n,3,H,W) and their latents z0 (n,d,h,w), on the CPU. (As in walk.)"""
+        """-> uint8 images (n,3,H,W) and their latents z0 (n,d,h,w), on the CPU. (As walk.)"""
         pictures, latents = [], []
         for i in bar(range(0, len(label), 32), "sampling"):
             batch = slice(i, i + 32)
@@ -1136,7 +1136,7 @@ def sample(cfg, state):
         names = [f"{c} {name}" for c, name in enumerate(names)]
     for c in label.unique():
         (cfg.folder / names[c]).mkdir(parents=True, exist_ok=True)
-    (cfg.folder / "grid.png").open("x").close()     # fails at once if it cannot, or if it is there
+    (cfg.folder / "grid.png").open("x").close()     # fails now, and not after hours
     grid = {}
     for ids in torch.arange(cfg.n).split(64):
         pictures, z0 = model.make(cfg, ids, label[ids])
@@ -1200,7 +1200,7 @@ def synthetic(i, size, seed=0):
 # time. So each image is opened once, before training, and its pixels are kept in one file.
 READ_IMAGE = 2      # part of the cache's name: add 1 after a change of read_image or synthetic
 SUFFIX = r"(?i)\.(avif|bmp|gif|hei[cf]|jfif|jp2|jpe|jpe?g|mpo|png|tiff?|webp)$"
-# Not used: other formats, masks (but not a face with_mask), hidden files, our own pictures.
+# Not used: other formats, masks (photographs of masked faces are), hidden files, our pictures.
 NO_PHOTO = (r"(?i)\.(avif|hei[cf]|jp2|jpe|mpo)$"
             r"|(_seg|_segmentation|_superpixels|_expert\d*|[_-]mask|-partial)\.\w+$"
             r"|(^|/)(masks/|runs/|\.|(grid|curves|evaluate|(recon|samples)_step_\d+)\.png$)")
@@ -1259,7 +1259,7 @@ def read_tables(folder):
                 unused = [title for title in filter(about.search, table.fieldnames or ())
                           if column_of(title) not in GROUP]
                 if unused:
-                    say("WARNING", path, "columns that keep no images together:", *unused)
+                    say("WARNING", path, "columns not used to keep images together:", *unused)
         except (csv.Error, OSError, ValueError) as e:
             say("WARNING the table", path, f"breaks off: {e!r:.200}")
     return tables
@@ -1292,7 +1292,7 @@ def class_of(row, folder, marks):
     return ones[0], "columns of 0 and 1"
 
 def find_images(folder):
-    """-> {name: what changes with its file} of all images in a folder and its subfolders"""
+    """-> {name: what changes with its file} of all images in a folder, for the cache's name"""
     def refuse(error):                  # or else a class that cannot be read would be left out
         raise UserError(f"--data: {error}")
 
@@ -1353,8 +1353,8 @@ def decode_all(source, cfg, names):
 def describe(checksums, tables, held_out):
     """{name: checksum}, {stem: row} -> of each image (class, held out?, checksum, group). A group
     is all images of one patient, or of one lesion if no patient is given, or else of one content.
-    Whole groups are held out, by their numbers, since val would otherwise show trained lesions
-    again. A larger share contains the smaller. Folders val and test are held out as well."""
+    Whole groups are held out, since val would otherwise show trained lesions again, and by their
+    numbers, so that a larger share contains the smaller. Folders val and test are held out, too."""
     marks = marks_of(tables)
     both = [row for row in tables.values() if set(GROUP) <= set(row)]
     patients = {row["lesion_id"]: row["patient_id"] for row in both}
@@ -1362,10 +1362,10 @@ def describe(checksums, tables, held_out):
     for name, checksum in checksums.items():
         stem = stem_of(name)
         row = tables.get(stem, {})
-        row = {"patient_id": patients.get(row.get("lesion_id")), **row}     # its own comes first
+        row = {"patient_id": patients.get(row.get("lesion_id")), **row}     # its own wins
         column = filled(row, GROUP)
         group = digest((column, row[column])) if column else checksum
-        # place is from 0 to 10. It is below 1 for the groups that end in 0, a tenth of all.
+        # The last digit of group, then the three before it as decimals. Below 1 for a tenth of all.
         place = group % 10 + group // 10 % 1000 / 1000
         folders = name.split("/")[:-1]
         test = any(roles(folder) & HELD_OUT for folder in folders)
@@ -1449,7 +1449,7 @@ def load_vqgan(state, device):
 class Run:
     """Yields steps, logs, looks, saves, until --epochs or a signal ends it. parts are networks and
     optimisers, extra is the rest of a checkpoint, state one to go on from."""
-    looks = 10                          # in a run, and one more whenever ten minutes pass without
+    looks = 10                          # in a run, and one more after ten minutes without one
 
     def __init__(self, cfg, images, parts, extra, state):
         self.cfg, self.parts, self.extra = cfg, parts, extra
@@ -1595,7 +1595,7 @@ def kernel_distance(a, b):
         return (u @ v.T / u.shape[1] + 1) ** 3
 
     pairs = kernel(a, a) + kernel(b, b) - 2 * kernel(a, b)
-    # Without the diagonal: no image is paired with itself, and b[i] may be a[i]'s reconstruction.
+    # Without the diagonal: no image is paired with itself, nor with its reconstruction in b.
     return float((pairs.sum() - pairs.trace()) / (len(a) * (len(a) - 1)))
 
 def unseen_rows(cfg, model, seen, images):
@@ -1645,8 +1645,8 @@ def near_copies(made, unseen, images, trained):
     worst = near.argsort()[:16]
     pictures = {"samples nearest to a training image": made[worst],
                 "that image": images.pixels[row[worst]]}
-    # Of u unseen images, the limit has rank r = 1 + (u-1)/100. A sample that is no copy falls into
-    # each of the u+1 gaps between them equally often. 100 r/(u+1) % are below the limit by chance.
+    # Of u unseen images, the limit has rank r = 1 + (u-1)/100. A sample that is no copy has any
+    # rank among them equally often, so 100 r/(u+1) % are below the limit by chance.
     by_chance = 1 + 98 / (len(usual) + 1)
     measures = {"near_copies_percent": 100 * float(copies.float().mean()),
                 "near_copies_by_chance": by_chance}
@@ -1666,7 +1666,7 @@ def evaluate(cfg, state):
     numbers, recon = reconstruct(model.vqgan, real, lpips, autocast)
     numbers.update(unseen_images=n, step=state["step"])
 
-    # ---- samples, number i of the class of unseen image i ----
+    # ---- samples, of the classes of the unseen images ----
     label = numbers_of_class[torch.arange(cfg.n) % n]                     # (cfg.n,)
     made, z0 = model.make(cfg, range(cfg.n), label)
     numbers["latent_std"] = float(z0.std())
@@ -1694,8 +1694,8 @@ def evaluate(cfg, state):
     (folder / "metrics.json").write_text(json.dumps({**asdict(cfg), **numbers}, indent=1))
 
 # ---- F. Muon ----------------------------------------------------------------------------------
-# A matrix is a sum of directions u vᵀ, each with a strength s (its singular values). In a
-# kernel's gradient, read as (first axis, rest), a few far outweigh the others, which hardly
+# A matrix is a sum of directions u vᵀ, each with a strength s, its singular value. In a kernel's
+# gradient, read as (first axis, rest), a few directions far outweigh the others, which hardly
 # learn. Adam evens out entries, Muon directions (Jordan 2024, kellerjordan.github.io/posts/muon).
 
 def orthogonal(g):
@@ -1796,7 +1796,7 @@ def settle(argv):
                   if name not in MAY_CHANGE and typed[name] != given[name]]
         demand(not differ, f"--resume goes on with the recorded settings: {differ}")
     else:
-        demand(rank() or not (cfg.folder / "last.pt").exists(),     # others may be slow to start
+        demand(rank() or not (cfg.folder / "last.pt").exists(),     # others may see its save
                f"--out {cfg.folder}: holds a run; --resume it, or name another")
         given = PRESETS[cfg.preset].get(cfg.stage, {})
     return function, cls(**{**given, **typed}), state
@@ -1820,7 +1820,7 @@ def main(argv):
         print("vqldm:", e.filename, "is another run's, name another --out", file=sys.stderr)
     except (UserError, OSError) as e:
         print("vqldm:", e, file=sys.stderr)
-    except (MemoryError, RuntimeError) as e:            # without a word, or with one of torch's
+    except (MemoryError, RuntimeError) as e:            # a MemoryError has no text
         if not re.search("^$|allocate|out of memory", str(e)):
             raise
         print("vqldm: out of memory; a lower --batch-size or --size needs less", file=sys.stderr)
