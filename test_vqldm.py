@@ -1461,6 +1461,13 @@ TABLES = {  # where images are, where the table is, what it says, the classes of
         'image,"a, b",lesion_id,MEL,NV,age\n0.PNG,,1,0.0,1.0,1\nx/1,,,1,0,60\n2,,,1,1,1',
         "nv mel images images",
     ),
+    "semicolons part columns": (
+        "isic",
+        "isic/a.csv",
+        "image;dx\n0;a,b\n1;c",
+        "a,b c images images",
+    ),
+    "tabs part columns": ("isic", "isic/a.csv", "image\tdx\n0\ta\n1\tb", "a b images images"),
     "a lone column of 0 and 1 names none": (
         "isic",
         "isic/a.csv",
@@ -1490,8 +1497,8 @@ def test_tables_in_a_folder_or_beside_it_tell_classes(
     (tmp_path / table).write_text(text, encoding="utf8")
     images, said = load(tmp_path / place), capsys.readouterr().out
     assert classes_of(images) == want.split()
-    named = 0 if text.startswith("name") else text.count("\n")
-    assert re.search(rf"named in tables {named}\b", said)
+    named = f"named in {Path(table).name} {text.count(chr(10))}"
+    assert re.search(rf"{named}\b", said) or text.startswith("name") and "named in" not in said
     counts = [f"{name} {classes_of(images).count(name)}" for name in images.classes]
     assert "images: " + ", ".join(counts) in said
 
@@ -1515,13 +1522,13 @@ def test_a_quote_that_never_ends_is_told_and_the_rows_before_it_count(tmp_path, 
     (folder / "a.csv").write_text("\n".join(["isic_id,dx,patient_id", *rows]))
     images, said = load(folder), capsys.readouterr().out
     assert "a.csv breaks off: " in said
-    assert re.search(r"named in tables 5\b", said)
+    assert re.search(r"named in a.csv 5\b", said)
     assert images.classes == ["a", "b", "images"]
 
 
 def test_tables_that_name_no_image_are_told(tmp_path, load, capsys):
     folder = fill(tmp_path / "isic", ["0.bmp"])
-    (folder / "a.csv").write_text("isic_id;dx\n0;nevus")
+    (folder / "a.csv").write_text("isic_id,dx\n1,nevus")
     load(folder)
     assert "WARNING the tables name none of the images" in capsys.readouterr().out
 
@@ -1581,6 +1588,40 @@ def test_folders_of_isics_archives_are_no_classes_and_their_test_sets_are_held_o
     assert held == is_held
 
 
+def test_held_out_images_are_told_by_class(tmp_path, load, capsys):
+    folder = fill(tmp_path / "all", ["a/0.bmp", "b/1.bmp", "c/2.bmp"])
+    fill(folder, ["val/a/3.bmp", "val/a/4.bmp", "val/c/5.bmp"])
+    images = load(folder)
+    images.train, images.val = torch.arange(3), torch.arange(3, 6)
+    vqldm.Run(vqldm.VQConfig(), images, {}, {}, None)
+    assert "\n3 held out: a 2, b 0, c 1\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("n", [39, 40])
+def test_a_measurement_of_few_images_is_warned_of(n, capsys):
+    images = Mock(classes=["a"], labels=torch.zeros(n).long())
+    images.known.return_value = torch.zeros(n).bool()
+    model = Mock(classes=["a"], class_counts=torch.ones(1))
+    vqldm.unseen_rows(vqldm.EvaluateConfig(), model, None, images)
+    assert ("numbers say little" in capsys.readouterr().out) == (n < 40)
+
+
+def test_evaluate_tells_where_its_picture_and_numbers_are(calm, tmp_path, capsys):
+    assert cli("evaluate", "--ckpt", "calm/ldm", "--out", tmp_path, "--n", 4) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == f"look at {tmp_path / 'evaluate.png'} and metrics.json"
+    assert (tmp_path / "metrics.json").exists()
+
+
+def test_an_image_in_two_tables_counts_for_both(tmp_path, load, capsys):
+    folder = fill(tmp_path / "all", ["0.bmp", "1.bmp"])
+    (folder / "a.csv").write_text("image,dx\n0,mole")
+    (folder.parent / "beside.csv").write_text("image,lesion_id\n0,L\n1,M")
+    load(folder)
+    said = capsys.readouterr().out
+    assert "named in a.csv 1" in said and "named in beside.csv 2" in said
+
+
 def test_what_was_understood_is_told_in_words(tmp_path, load, capsys):
     folder = fill(tmp_path / "all", ["scar/0.bmp", "scar/1.bmp", "nevus/2.bmp", "3.bmp"])
     (folder / "a.csv").write_text("image,dx,patient_id\n0,mole,P\n1,,P\n9,mole,")
@@ -1593,7 +1634,7 @@ def test_what_was_understood_is_told_in_words(tmp_path, load, capsys):
         "split by image 2",
     ):
         assert words in said
-    assert "named in tables 2" in said
+    assert "named in a.csv 2" in said
     assert "4 images: images 1, mole 1, nevus 1, scar 1" in said
 
 
@@ -1630,7 +1671,7 @@ def test_all_of_a_patient_or_else_of_a_lesion_and_copies_of_a_file_stay_on_one_s
     assert len(of_group) == 111 + 74
     assert {len(both) for both in of_group.values()} == {1}
     said = capsys.readouterr().out
-    assert "split by patient_id 444, named in tables 1200, split by lesion_id 444," in said
+    assert "split by patient_id 444, split by lesion_id 444," in said
 
 
 def test_a_tenth_of_patients_lesions_and_photographs_is_held_out_in_any_process():
@@ -2372,10 +2413,11 @@ def test_a_stopped_run_tells_how_to_go_on_if_there_is_something_left(
     assert f"'{tmp_path / 'a b'}'" in said
 
 
-def test_ctrl_c_while_images_are_prepared_ends_at_once(calm, tmp_path, monkeypatch):
+def test_ctrl_c_while_images_are_prepared_ends_at_once(calm, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(vqldm, "Images", Mock(side_effect=KeyboardInterrupt))
     assert cli(*STAGES["vq"], "--out", tmp_path / "early") == 130
     assert not (tmp_path / "early").exists()
+    assert capsys.readouterr().err == "vqldm: stopped\n"
 
 
 def test_a_resume_leaves_other_files_in_its_folder_as_they_are(calm, tmp_path):

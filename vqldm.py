@@ -479,11 +479,14 @@ class Images:
         # have been trained on by an earlier run. In val, all these would reward memorising.
         val = (held & ~self.known(self.seen)).nonzero().flatten()
         self.val = val[torch.randperm(len(val), generator=rng("held out"))]     # classes mixed
-        by_class = [f"{name} {n}" for name, n in sorted(Counter(class_names).items())]
-        say("data", source, len(found), "images:", ", ".join(by_class))
+        say("data", source, len(found), "images:", self.by_class(self.labels))
         if len(val) < held.sum():
             say("WARNING", int(held.sum()) - len(val), "held-out images are not used,",
                 "because their patient, their lesion or a copy is trained on")
+
+    def by_class(self, labels):
+        count = labels.bincount(minlength=len(self.classes)).tolist()
+        return ", ".join(f"{name} {n}" for name, n in zip(self.classes, count))
 
     def known(self, checksums):
         """-> (n,) bool: has the image, or another of its group, one of these checksums?"""
@@ -1246,7 +1249,10 @@ def read_tables(folder):
     for path in sorted([*folder.parent.glob("*.csv"), *folder.glob("*.csv")]):
         try:
             with path.open(encoding="utf-8-sig", newline="") as f:
-                table = csv.DictReader(f, strict=True)          # an unclosed quote is an error
+                head = f.readline()
+                f.seek(0)
+                mark = max(",;\t", key=head.count)              # many spreadsheets write semicolons
+                table = csv.DictReader(f, delimiter=mark, strict=True)  # strict about open quotes
                 for row in table:
                     row = {column_of(title): word.strip() for title, word in row.items()
                            if title and word and word.strip()}
@@ -1254,6 +1260,7 @@ def read_tables(folder):
                         if row.get(column, "").lower() in UNKNOWN:
                             del row[column]
                     name = row.get(filled(row, ID), "")
+                    row[f"named in {path.name}"] = "yes"
                     tables.setdefault(stem_of(name), {}).update(row)
                 about = re.compile("(?i)patient|lesion|subject")
                 unused = [title for title in filter(about.search, table.fieldnames or ())
@@ -1373,15 +1380,14 @@ def describe(checksums, tables, held_out):
         class_name, by = class_of(row, folder, marks)
         found.append((class_name, test or place < 10 * held_out, checksum, group))
         counts.update(["class by " + by, "split by " + (column or "image")])
-        if tables:
-            counts["named in tables"] += stem in tables
+        counts.update(title for title in row if title.startswith("named in "))
         stems[stem] += 1
         if stems[stem] > 1 and stem in tables:
             doubts["share a row of a table with another image"].append(name)
         if folder and folder.lower() != class_name.lower():
             doubts["have another class in a table, which counts, than by folder"].append(name)
     say("understood:", ", ".join(f"{what} {n}" for what, n in counts.items()))
-    if tables and not counts["named in tables"]:
+    if tables and tables.keys().isdisjoint(stems):
         say("WARNING the tables name none of the images, by a column called one of", ID)
     for what, names in doubts.items():
         say("WARNING", len(names), "images", what + ", such as", names[0])
@@ -1467,8 +1473,9 @@ class Run:
                 for name, part in parts.items():
                     part.load_state_dict(state[name])
                 self.step, self.log = state["step"], state["log"]
-        say(self.n_train, "images to train on,", len(images.val), "held out, from step", self.step,
-            "\nhealthy: codes_used_percent above 25, latent_std 0.7 to 1.4, loss well below 1")
+        say(self.n_train, "images to train on, from step", self.step)
+        say(len(images.val), "held out:", images.by_class(images.labels[images.val]))
+        say("healthy: codes_used_percent above 25, latent_std 0.7 to 1.4, loss well below 1")
 
     @property
     def progress(self):
@@ -1612,6 +1619,8 @@ def unseen_rows(cfg, model, seen, images):
         int(unseen.sum()) - len(rows), "of classes that were never trained on")
     demand(cfg.n > 1 and len(rows) > 3,
            f"--n, --data, --class: too few unseen images, classes are {images.classes}")
+    if len(rows) < 40:
+        say("WARNING so few images that the numbers say little")
     rows = rows[torch.randperm(len(rows), generator=rng("unseen"))]
     return rows, numbers[rows]
 
@@ -1692,6 +1701,7 @@ def evaluate(cfg, state):
         say(f"{name:24}{value:10.4g}")
     draw_rows(folder / "evaluate.png", pictures)
     (folder / "metrics.json").write_text(json.dumps({**asdict(cfg), **numbers}, indent=1))
+    say("look at", folder / "evaluate.png", "and metrics.json")
 
 # ---- F. Muon ----------------------------------------------------------------------------------
 # A matrix is a sum of directions u vᵀ, each with a strength s, its singular value. In a kernel's
@@ -1815,6 +1825,7 @@ def main(argv):
         function, cfg, state = settle(argv)
         status = function(cfg, state)
     except KeyboardInterrupt:                           # not while training, or a second one
+        print("vqldm: stopped", file=sys.stderr)
         status = 130
     except FileExistsError as e:
         print("vqldm:", e.filename, "is another run's, name another --out", file=sys.stderr)
