@@ -16,7 +16,7 @@ Letters   B batch · C channels · H W pixels · h w latent grid · K codes, vec
           N = h·w cells · m halvings of the grid, so f = 2^m · T noise levels · S sampling steps
           E length of emb, the vector that tells a block the noise level and the class
           x image in [-1,1] · z latent · z_q its code · k the code's number · z0 standardised z_q
-          (DDPM's x_0) · z_t the same at noise level t in 0…T-1 · eps the noise ε · v: section 8
+          (DDPM's x_0) · z_t noisy z0, level t in 0…T-1 · eps the noise ε · v: section 8
           abar ᾱ, z0's share of z_t's variance · lam λ, it scales the GAN's loss · a hat: estimated
 Papers    VQ van den Oord 2017 (arXiv 1711.00937) · VQGAN Esser 2021 (2012.09841) · DDPM Ho 2020
           (2006.11239) · DDIM Song 2021 (2010.02502) · LDM Rombach 2022 (2112.10752)
@@ -140,8 +140,8 @@ def Norm(c):
     return nn.GroupNorm(1, c)
 
 def zero(layer):
-    """A zeroed layer adds nothing at first. So a block starts as its shortcut, and emb changes
-    nothing. It learns nevertheless: for y = W x, the gradient of W is that of y times x."""
+    """A zeroed layer adds nothing at first. So a block starts as its shortcut. Yet it learns: for
+    y = W x, the gradient of W is that of y times x. (emb's follow when conv2 is not zero.)"""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
@@ -269,7 +269,7 @@ class Codebook(nn.Module):
 
     def nearest(self, z):                                                 # (B,d,h,w)
         """The nearest code's number, k = argmin_j ‖z - e_j‖ with e_j in row j (VQ eq. 1). trap: do
-        not rescale z here. Stage 2's latents, which are codes, come through here, too, and
+        not rescale z here, say to length 1. Stage 2's samples come through here, too, and
         nearest(lookup(k)) must be k."""
         B, d, h, w = z.shape
         # trap: in bf16 many choices are wrong, as two codes are often almost equally near. So
@@ -396,8 +396,8 @@ def adaptive_weight(rec, adversarial, last, limit):
     lam = push(rec) / (push(adversarial) + 1e-4)        # δ is 1e-6 in the paper, 1e-4 in its code
     # trap: a D that cannot tell real from fake has a tiny, meaningless gradient. VQGAN's code
     # allows a lam of 1e4, which enlarges it: x_hat jumps about, and D is slow to catch up.
-    # ours: a low limit, so lam is a constant in most steps. Eq. 7 lowers it only where D's
-    # gradient is more than 1/limit times, by default 250 times, as long as rec's.
+    # ours: a low limit. In most steps lam is this constant, and eq. 7 is only a brake, where the
+    # adversarial gradient is more than 1/limit times, by default 250 times, as long as rec's.
     return lam.clamp(max=limit)
 
 # ---- 5. Device, precision, seeds --------------------------------------------------------------
@@ -535,7 +535,7 @@ def descend(loss, net, factor, *optimizers):
 # ---- 7. Stage 1: training ---------------------------------------------------------------------
 # In each step the generator learns first, then D learns on the same images. D joins after a
 # tenth of the run, since from the first blobs it would learn only that blur is fake.
-# Ten looks or more measure 256 images that were never trained on and draw 16. If all is well,
+# Ten looks or more measure up to 256 images, never trained on, and draw 16. If all is well,
 # psnr rises and lpips falls to the end. D's lead, d_real - d_fake, is 0.4 to 0.7 on photographs.
 # Near 0, as on drawn images, D tells nothing apart. Above 1, it is far ahead. By default:
 #     x (8,3,64,64) → z (8,3,16,16) → k (8,16,16) → z_q (8,3,16,16) → x_hat (8,3,64,64)
@@ -729,9 +729,9 @@ def train_vq(cfg, state=None):
 # all α after t_prev up to t. So z_t = √α z_prev + √(1-α) ε. For a known z0, Bayes' rule gives
 #     mean = (√ᾱ_prev (1-α) z0 + √α (1-ᾱ_prev) z_t) / (1-ᾱ_t)         DDPM eq. 7
 #          = (z_t - (1-α)/√(1-ᾱ_t) · ε) / √α     (z0 by eq. 4)        Algorithm 2, line 4
-# and the variance (1-α)(1-ᾱ_prev)/(1-ᾱ_t). If z0 is unknown, but standard normal, they are √α z_t
-# and 1-α. Real data lie between (DDPM sec. 3.2). We take line 4 with eps_hat for ε, and 1-α. Then
-# z_prev of a standard normal z0 has variance α + 1-α = 1. (Derived in tutorial.ipynb.)
+# and the variance (1-α)(1-ᾱ_prev)/(1-ᾱ_t). For an unknown, standard normal z0 the mean
+# is √α z_t and the variance 1-α. Real data lie between (DDPM sec. 3.2). We take line 4 with eps_hat
+# and variance 1-α. So z_prev of a normal z0 has variance α + 1-α = 1. (See tutorial.ipynb.)
 
 class Diffusion:
     """A noise schedule, the loss of DDPM (Algorithm 1) and two samplers (Algorithm 2, DDIM)."""
@@ -897,7 +897,7 @@ class LDMConfig(Sampling, Training):
     stage = "ldm"
     vq: str = "runs/vq"                 # run or checkpoint of train-vq. A resumed run keeps its own
     data: source = ""                   # folder of images. Empty means those of --vq
-    unconditional: bool = False         # no classes: the UNet is told the same one for all images
+    unconditional: bool = False         # no classes: all images count as one class
     balance: bool = False               # draw every class equally often, however rare it is
     T: whole = 1000                     # noise levels, as many as in DDPM
     schedule: Literal["cosine", "linear"] = "cosine"    # how noise grows with t
@@ -912,7 +912,7 @@ class Latents:
     one grid for each image, 340 epochs on 300 photographs made most samples copies."""
     def __init__(self, vqgan, images, device, autocast, scale=None):
         self.codebook = vqgan.codebook
-        # 20,000 grids take minutes to encode: 4 turns of each of 4,096 images.
+        # 20,000 grids take minutes to encode, so 4,096 images get just 4 turns each.
         enough = max(1, 20_000 // len(images.labels))
         self.turns = TURNS[vqgan.cfg.turns][:enough]                      # V of them
         self.k = encode_images(vqgan, images, self.turns, device, autocast)             # (n,V,h,w)
@@ -996,7 +996,7 @@ def train_ldm(cfg, state=None):
             chosen = rarity.multinomial(cfg.batch_size, replacement=True, generator=dice)
         rows = images.train[chosen]                                           # (B,)
         version = torch.randint(len(latents.turns), (cfg.batch_size,), generator=dice)
-        # trap: t must reach T-1, where sampling starts, and 0, where it ends.
+        # trap: t must reach T-1, where sampling starts, and 0, the last one if S = T.
         t = torch.randint(cfg.T, (cfg.batch_size,), generator=dice)           # (B,) in 0…T-1
         eps = torch.randn(cfg.batch_size, *vqgan.cfg.latent_shape, generator=dice)
         hidden = torch.rand(cfg.batch_size, generator=dice) < 0.1             # a tenth, as in CFG
@@ -1113,7 +1113,7 @@ class LatentDiffusion:
             return to_bytes(self.vqgan.decode(k))
 
     def make(self, settings, ids, label):
-        """-> uint8 images (n,3,H,W) and their latents z0 (n,d,h,w), on the CPU. (As walk.)"""
+        """-> uint8 images (n,3,H,W) and their latents z0 (n,d,h,w), on the CPU."""
         pictures, latents = [], []
         for i in bar(range(0, len(label), 32), "sampling"):
             batch = slice(i, i + 32)
@@ -1203,7 +1203,7 @@ def synthetic(i, size, seed=0):
 # time. So each image is opened once, before training, and its pixels are kept in one file.
 READ_IMAGE = 2      # part of the cache's name: add 1 after a change of read_image or synthetic
 SUFFIX = r"(?i)\.(avif|bmp|gif|hei[cf]|jfif|jp2|jpe|jpe?g|mpo|png|tiff?|webp)$"
-# Not used: other formats, masks (photographs of masked faces are), hidden files, our pictures.
+# Not used: other formats, masks (a face with_mask is used), hidden files, our own pictures.
 NO_PHOTO = (r"(?i)\.(avif|hei[cf]|jp2|jpe|mpo)$"
             r"|(_seg|_segmentation|_superpixels|_expert\d*|[_-]mask|-partial)\.\w+$"
             r"|(^|/)(masks/|runs/|\.|(grid|curves|evaluate|(recon|samples)_step_\d+)\.png$)")
@@ -1260,7 +1260,7 @@ def read_tables(folder):
                         if row.get(column, "").lower() in UNKNOWN:
                             del row[column]
                     name = row.get(filled(row, ID), "")
-                    row[f"named in {path.name}"] = "yes"
+                    row[f"named in {path.name}"] = "yes"       # describe counts these
                     tables.setdefault(stem_of(name), {}).update(row)
                 about = re.compile("(?i)patient|lesion|subject")
                 unused = [title for title in filter(about.search, table.fieldnames or ())
@@ -1360,8 +1360,8 @@ def decode_all(source, cfg, names):
 def describe(checksums, tables, held_out):
     """{name: checksum}, {stem: row} -> of each image (class, held out?, checksum, group). A group
     is all images of one patient, or of one lesion if no patient is given, or else of one content.
-    Whole groups are held out, since val would otherwise show trained lesions again, and by their
-    numbers, so that a larger share contains the smaller. Folders val and test are held out, too."""
+    Whole groups are held out, or val would show trained lesions again. The digits of group decide,
+    so that a larger share contains the smaller. Folders val and test are held out as well."""
     marks = marks_of(tables)
     both = [row for row in tables.values() if set(GROUP) <= set(row)]
     patients = {row["lesion_id"]: row["patient_id"] for row in both}
@@ -1385,7 +1385,7 @@ def describe(checksums, tables, held_out):
         if stems[stem] > 1 and stem in tables:
             doubts["share a row of a table with another image"].append(name)
         if folder and folder.lower() != class_name.lower():
-            doubts["have another class in a table, which counts, than by folder"].append(name)
+            doubts["have another class in a table (it counts) than by folder"].append(name)
     say("understood:", ", ".join(f"{what} {n}" for what, n in counts.items()))
     if tables and tables.keys().isdisjoint(stems):
         say("WARNING the tables name none of the images, by a column called one of", ID)
@@ -1583,7 +1583,8 @@ def draw_curves(path, log):
 
 # ---- E. Measuring -----------------------------------------------------------------------------
 # The kernel distance says how far two sets of images are apart. For two random sets of 300
-# photographs it is 0 ± 1. It uses LPIPS's features, so it flatters models trained with them.
+# photographs it is 0 ± 1, and some 40 where one set lacks fine grain. It uses LPIPS's features,
+# so it flatters models trained with them.
 
 def features(lpips, pixels):
     """uint8 (n,3,H,W) -> (n,512)"""
@@ -1654,8 +1655,8 @@ def near_copies(made, unseen, images, trained):
     worst = near.argsort()[:16]
     pictures = {"samples nearest to a training image": made[worst],
                 "that image": images.pixels[row[worst]]}
-    # Of u unseen images, the limit has rank r = 1 + (u-1)/100. A sample that is no copy has any
-    # rank among them equally often, so 100 r/(u+1) % are below the limit by chance.
+    # Sorted, the u unseen have their limit at place r = 1 + (u-1)/100. A sample that is no copy
+    # falls into each of the u+1 gaps equally often. 100 r/(u+1) % are below the limit by chance.
     by_chance = 1 + 98 / (len(usual) + 1)
     measures = {"near_copies_percent": 100 * float(copies.float().mean()),
                 "near_copies_by_chance": by_chance}
