@@ -1320,8 +1320,7 @@ def find_images(folder):
     return dict(sorted(names.items()))
 
 def read_pixels(source, cfg, cache):
-    """-> pixels, uint8 (n or more,3,size,size), and {name: checksum of its content} of n images.
-    Each file is read once. Then its pixels lie in the folder cache."""
+    """-> pixels, uint8 (n or more,3,size,size), and {name: checksum of its content} of n images."""
     folder = Path(source)
     if source == "synthetic":
         numbered = zip(range(cfg.n_images), cycle(LESIONS))
