@@ -2108,6 +2108,12 @@ def test_a_folder_is_recorded_with_its_full_path(elsewhere, monkeypatch):
     assert vqldm.source("new") == vqldm.source("~/new") == os.path.realpath("new")
 
 
+@pytest.mark.parametrize("word", ["abc", "1.5", "0", "-3", ""])
+def test_what_a_whole_number_may_be_is_said(word, elsewhere, refused):
+    assert "--n: only whole numbers from 1 on" in refused("sample", f"--n={word}")
+    assert "--widths: only whole" in refused("train-vq", f"--widths=16,{word}")
+
+
 def test_an_empty_name_of_a_folder_as_an_unset_variable_gives_is_refused(elsewhere, refused):
     assert "--data" in refused("evaluate", "--ckpt", "x", "--data", "")
 

@@ -67,7 +67,7 @@ def demand(ok, text):
 
 # A setting's type is a function that reads the typed word. bool is a switch, Literal a choice.
 def whole(text):
-    demand(int(text) >= 1, "must be 1 or more")
+    demand(text.strip().isdecimal() and int(text) >= 1, "only whole numbers from 1 on will do")
     return int(text)
 
 def wholes(text):               # "16,64" -> (16, 64)
