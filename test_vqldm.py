@@ -383,17 +383,6 @@ def test_features_are_the_means_over_places_of_lpips_last_map(lpips, side):
     assert torch.allclose(vqldm.features(lpips, images)[[0, 34]].float(), want, atol=1e-5)
 
 
-@pytest.mark.parametrize("are_here", [False, True])
-def test_that_lpips_is_fetched_is_told_the_first_time(monkeypatch, tmp_path, capsys, are_here):
-    random_lpips(monkeypatch)
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    (tmp_path / "checkpoints").mkdir()
-    if are_here:
-        (tmp_path / "checkpoints/squeezenet1_1-b8a52dc0.pth").touch()
-    ORIGINAL.load_lpips("cpu")
-    assert ("fetching" in capsys.readouterr().out) == (not are_here)
-
-
 def test_lpips_that_cannot_be_loaded_is_left_out_in_a_sentence(monkeypatch, capsys):
     monkeypatch.setattr("lpips.LPIPS", Mock(side_effect=OSError))
     assert ORIGINAL.load_lpips("cpu") is None
@@ -2106,6 +2095,10 @@ def test_a_folder_is_recorded_with_its_full_path(elsewhere, monkeypatch):
     for name in ("HOME", "USERPROFILE"):
         monkeypatch.setenv(name, str(elsewhere))
     assert vqldm.source("new") == vqldm.source("~/new") == os.path.realpath("new")
+
+
+def test_a_list_of_whole_numbers_may_have_blanks():
+    assert vqldm.wholes("16, 32") == (16, 32)
 
 
 @pytest.mark.parametrize("word", ["abc", "1.5", "0", "-3", ""])

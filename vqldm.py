@@ -358,11 +358,9 @@ def load_lpips(device):
     try:
         warnings.filterwarnings("ignore", module="torchvision")     # of lpips's outdated calls
         import lpips
-        if not any(Path(torch.hub.get_dir(), "checkpoints").glob("squeezenet1_1*")):
-            say("fetching the weights of LPIPS, 5 MB, this once")
         net = lpips.LPIPS(net="squeeze", verbose=False)     # the smallest of its three networks
         return place(net, device).eval().requires_grad_(False)
-    except Exception as e:              # no network, no package, a damaged file
+    except Exception as e:
         say("WARNING no LPIPS:", e, "- its weights belong in", torch.hub.get_dir() + "/checkpoints")
 
 class PatchDiscriminator(nn.Module):
@@ -484,7 +482,7 @@ class Images:
             say("WARNING", int(held.sum()) - len(val), "held-out images are not used,",
                 "because their patient, their lesion or a copy is trained on")
 
-    def by_class(self, labels):         # -> "mole 2, nevus 3"
+    def by_class(self, labels):
         count = labels.bincount(minlength=len(self.classes)).tolist()
         return ", ".join(f"{name} {n}" for name, n in zip(self.classes, count))
 
@@ -744,7 +742,7 @@ class Diffusion:
         else:
             # Nichol & Dhariwal 2021 (2102.09672) eq. 17. ᾱ_t is a curve divided by its
             # start, so α is a quotient of neighbours. Without 0.008, level 0 would have
-            # hardly any noise, and that is hard to predict.
+            # so little noise that it is hard to predict.
             fraction = torch.arange(T + 1, dtype=torch.float64) / T
             curve = torch.cos((fraction + 0.008) / 1.008 * math.pi / 2) ** 2
             beta = 1 - curve[1:] / curve[:-1]
@@ -871,11 +869,11 @@ class UNet(nn.Module):
         y = self.first(z_t)
         skips = []
         for block in self.down:
-            y, skip = block(y, emb)                                       # the grid halves
+            y, skip = block(y, emb)
             skips.append(skip)
         y = self.mid(y, emb)
         for block in self.up:
-            y = block(y, emb, skips.pop())                                # the grid doubles
+            y = block(y, emb, skips.pop())
         return self.last(F.silu(self.norm(y))).float()                    # (B,d,h,w)
 
 def build_unet(cfg, vq_cfg, classes):
@@ -1057,8 +1055,7 @@ def guided(strong, *weaker):
     2406.02507). --class-guidance is the w of strong itself when not told the class. A step away
     adds what sets the class apart. This CFG (eq. 6, whose w is our w - 1) costs variety."""
     def net(z_t, t):
-        answer = strong(z_t, t)
-        out = answer
+        out = answer = strong(z_t, t)
         for weak, w in weaker:
             if w != 1:
                 out = out + (w - 1) * (answer - weak(z_t, t))
@@ -1100,7 +1097,7 @@ class LatentDiffusion:
             return torch.stack(drawn).to(self.device)
 
         label = label.to(self.device)
-        strong = partial(self.net, label=label)         # net(z_t, t), as guided wants it
+        strong = partial(self.net, label=label)
         young = partial(self.young, label=label)
         net = guided(strong, (young, settings.guidance), (self.net, settings.class_guidance))
         return self.diffusion.sample(net, noise(), settings.steps, settings.sampler, noise)
@@ -1249,9 +1246,8 @@ def read_tables(folder):
     for path in sorted([*folder.parent.glob("*.csv"), *folder.glob("*.csv")]):
         try:
             with path.open(encoding="utf-8-sig", newline="") as f:
-                head = f.readline()
+                mark = max(",;\t", key=f.readline().count)      # many spreadsheets write semicolons
                 f.seek(0)
-                mark = max(",;\t", key=head.count)              # many spreadsheets write semicolons
                 table = csv.DictReader(f, delimiter=mark, strict=True)  # strict about open quotes
                 for row in table:
                     row = {column_of(title): word.strip() for title, word in row.items()
@@ -1758,24 +1754,16 @@ class Parser(argparse.ArgumentParser):
 def flag_of(name):                      # class_ -> --class, as class is a word of Python
     return "--" + name.strip("_").replace("_", "-")
 
-@cache
-def help_of(cls):
-    """{setting: the comment on its line}, of a class and its bases. getsource is slow."""
-    comments = {}
-    if cls is not object:
-        for base in cls.__bases__:
-            comments.update(help_of(base))
-        comments.update(re.findall(r"\n    (\w+): .*?# (.*)", inspect.getsource(cls)))
-    return comments
-
 def build_parser():
-    """For each of COMMANDS, a flag for each of its settings."""
+    """For each of COMMANDS, a flag for each of its settings, whose comment becomes its help."""
+    getsource = cache(inspect.getsource)
     parser = Parser("vqldm.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     for command, (cls, _) in COMMANDS.items():
         flags = commands.add_parser(command, help=cls.__doc__, description=cls.__doc__,
                                     allow_abbrev=False, argument_default=argparse.SUPPRESS)
-        comments = help_of(cls)
+        classes = "".join(getsource(base) for base in cls.__mro__[-2::-1])      # without object
+        comments = dict(re.findall(r"\n    (\w+): .*?# (.*)", classes))
         for f in fields(cls):
             choices = get_args(f.type)
             how = {"choices": choices} if choices else {"type": f.type}
