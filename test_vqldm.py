@@ -1609,6 +1609,7 @@ def test_an_image_in_two_tables_counts_for_both(tmp_path, load, capsys):
     load(folder)
     said = capsys.readouterr().out
     assert "named in a.csv 1" in said and "named in beside.csv 2" in said
+    assert "name none of the images" not in said
 
 
 def test_what_was_understood_is_told_in_words(tmp_path, load, capsys):
