@@ -17,6 +17,7 @@ import numpy as np
 import pytest, torch, torchvision
 import torch.nn.functional as F
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
 
@@ -2298,6 +2299,15 @@ def test_rows_of_pictures_are_drawn_side_by_side_under_their_names(tmp_path, mon
         assert np.array_equal(shown, images[i].permute(1, 2, 0))
     assert np.array_equal(lone, images[0].permute(1, 2, 0))
     assert Image.open(path).size[0] > 1000
+
+
+@pytest.mark.parametrize("names", ["mse", "mse psnr", "mse psnr lam"])
+def test_no_panel_of_curves_stays_empty(tmp_path, monkeypatch, names):
+    figures = recorded(monkeypatch, Figure, "savefig")
+    log = [{"step": step, **dict.fromkeys(names.split(), 1.0)} for step in (1, 2)]
+    ORIGINAL.draw_curves(tmp_path / "curves.png", log)
+    ((figure, *_), _) = figures[0]
+    assert all(ax.get_visible() == bool(ax.get_lines()) for ax in figure.axes)
 
 
 def test_curves_show_each_number_over_steps_beside_that_of_held_out_images(tmp_path, monkeypatch):

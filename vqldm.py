@@ -1568,6 +1568,7 @@ def draw_curves(path, log):
         panels.setdefault(panel, []).append(name)
     rows = math.ceil(len(panels) / 2)
     with figure(path, 8, 2.6 * rows, rows, columns=2) as axes:
+        axes[-1].set_visible(len(panels) % 2 == 0)      # or the last would stay empty
         for ax, names in zip(axes, panels.values()):
             for name in names:
                 points = [(row["step"], row[name]) for row in log if name in row]
