@@ -120,8 +120,10 @@ def plainly(patch, bf16=False):
 
 @pytest.fixture(autouse=True)
 def at_home(request, monkeypatch):
-    """Each test runs plainly. One that asks for calm runs in its folder."""
-    plainly(monkeypatch)
+    """Each test runs plainly. One that asks for calm runs in its folder, and one that asks for runs
+    in their precision."""
+    bf16 = "runs" in request.fixturenames and request.getfixturevalue("runs").bf16
+    plainly(monkeypatch, bf16)
     if "calm" in request.fixturenames:
         monkeypatch.chdir(request.getfixturevalue("calm").folder)
 
@@ -243,3 +245,869 @@ def copy_of(calm, tmp_path):
         return folder
 
     return call
+
+
+def beside(patch, *others):
+    """As if a second process gave these tensors, one in each all_reduce."""
+    others = iter(others)
+    patch.setattr(vqldm, "TORCHRUN", True)
+    patch.setattr(vqldm, "WORLD", 2)
+    patch.setattr(vqldm.dist, "all_reduce", lambda x: x.add_(torch.tensor(next(others))))
+
+
+# ---- 1. Blocks ---------------------------------------------------------------------------------
+def test_a_norm_takes_an_image_as_a_whole():
+    y = randn(2, 64, 4, 4)
+    assert torch.allclose(vqldm.Norm(64)(y), F.layer_norm(y, y.shape[1:]), atol=1e-5)
+
+
+def test_residual_branches_start_as_nothing():
+    """A ResBlock is its shortcut, an AttentionBlock the identity, and the UNet answers 0."""
+    x, emb = randn(2, 8, 4, 4), randn(2, 16)
+    alike, wider = vqldm.ResBlock(8, 8, 16), vqldm.ResBlock(8, 12)
+    assert torch.equal(alike(x, emb), x)
+    assert torch.equal(wider(x), wider.shortcut(x))
+    assert torch.equal(vqldm.AttentionBlock(8)(x), x)
+    assert not alike.emb(emb).any()  # emb neither scales nor shifts
+    assert not vqldm.UNet(8, (8, 12), 1)(x, torch.tensor([0, 5])).any()
+
+
+def test_bf16_is_for_devices_that_are_fast_at_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: gpu)
+    for kind, cpu, gpu, fast in (
+        ("cpu", True, False, True),
+        ("cpu", False, True, False),
+        ("cuda", False, True, True),
+        ("cuda", True, False, False),
+        ("mps", True, True, False),
+    ):
+        plainly(monkeypatch, cpu)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "autocast", lambda *a, enabled: (*a, enabled))
+            x = SimpleNamespace(device=SimpleNamespace(type=kind))
+            assert vqldm.mixed_precision(x) == (kind, torch.bfloat16, fast), (kind, cpu, gpu)
+        with vqldm.mixed_precision(randn(1)):
+            assert torch.is_autocast_enabled("cpu") == cpu
+            assert torch.get_autocast_dtype("cpu") == torch.bfloat16
+
+
+def test_networks_compute_in_bf16_and_answer_in_float32(monkeypatch):
+    """The decoder's last layer computes in float32 as well, since lam compares its gradients."""
+    plainly(monkeypatch, bf16=True)
+    x, z, t = randn(2, 3, 16, 16), randn(2, 4, 4, 4), torch.tensor([1, 2])
+    for net, *given in (
+        (vqldm.Encoder((8, 8), 4), x),
+        (vqldm.Decoder((8, 8), 4), z),
+        (vqldm.PatchDiscriminator((8, 8)), x),
+        (vqldm.UNet(4, (8, 8), 1), z, t),
+    ):
+        dtypes = []
+        for layer in net.modules():
+            if isinstance(layer, nn.Conv2d):
+                layer.register_forward_hook(lambda layer, x, y: dtypes.append(y.dtype))
+        assert net(*given).dtype == torch.float32
+        *inner, last = dtypes
+        assert {*inner} == {torch.bfloat16}
+        assert (last == torch.float32) == isinstance(net, vqldm.Decoder)
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def res(block, x, emb):
+    """emb scales and shifts what the second norm puts out: AdaGN (Dhariwal & Nichol 2021)."""
+    y = block.norm2(block.conv1(F.silu(block.norm1(x))))
+    if emb is not None:
+        scale, shift = block.emb(F.silu(emb))[:, :, None, None].chunk(2, 1)
+        y = y + scale * y + shift
+    return block.shortcut(x) + block.conv2(F.silu(y))
+
+
+def attention(block, x):
+    """The softmax of queries times keys, over all positions."""
+    y, own = block.norm(x).flatten(2).transpose(1, 2), block.attention  # (B,N,C)
+    q, k, v = F.linear(y, own.in_proj_weight, own.in_proj_bias).chunk(3, 2)
+    y = own.out_proj((q @ k.transpose(1, 2) / math.sqrt(x.shape[1])).softmax(2) @ v)
+    return x + y.transpose(1, 2).view_as(x)
+
+
+def doubled(layer, y):
+    if isinstance(layer, nn.ConvTranspose2d):
+        return F.conv_transpose2d(y, layer.weight, layer.bias, stride=2, padding=1)
+    return y.repeat_interleave(2, 2).repeat_interleave(2, 3)
+
+
+def written_out(net, y, emb=None):
+    """Down, middle, up, last, as VQGAN's Table 7 has them, from a network's layers. With emb:
+    what each DownBlock has before it halves stands beside what the UpBlock of that size doubled."""
+    skips, y = [], net.first(y)
+    for block in getattr(net, "down", ()):
+        skips.append(res(block.res2, res(block.res1, y, emb), emb))
+        y = block.down(skips[-1])
+    y = res(net.mid.res2, attention(net.mid.attention, res(net.mid.res1, y, emb)), emb)
+    for block in getattr(net, "up", ()):
+        y = doubled(block.up, y)
+        if emb is not None:
+            y = torch.cat([y, skips.pop()], 1)
+        y = res(block.res2, res(block.res1, y, emb), emb)
+    return net.last(F.silu(net.norm(y)))
+
+
+BOTH_WAYS_UP = pytest.mark.parametrize("upsample", ["nearest", "transposed"])
+
+
+# ---- 2. Stage 1: the VQGAN ---------------------------------------------------------------------
+@BOTH_WAYS_UP
+def test_encoder_and_decoder_are_the_blocks_of_the_paper(upsample):
+    net = rough(vqldm.VQGAN(vqldm.VQConfig(widths=(8, 12), codes=5, upsample=upsample)))
+    x, z = randn(2, 3, 16, 16), randn(2, 3, 4, 4)
+    for part, y, out in ((net.encoder, x, z), (net.decoder, z, x)):
+        assert torch.allclose(part(y), written_out(part, y), atol=1e-3)
+        assert part(y).shape == out.shape
+    assert ("ConvTranspose2d" in repr(net.decoder)) == (upsample == "transposed")
+
+
+def test_default_networks_have_568_246_and_2_725_763_weights():
+    """What is written out takes each layer's kernel size as given. This does not. After a change
+    of the networks, count anew, and correct README."""
+    vqgan, unet = vqldm.VQGAN(vqldm.VQConfig()), vqldm.UNet(3, (64, 128), 4)
+    assert sum(p.numel() for p in vqgan.parameters()) == 568_246
+    assert sum(p.numel() for p in unet.parameters()) == 2_725_763
+
+
+def test_nearest_code_is_that_of_a_float64_search():
+    """And a code looked up lies channels first, as a Mac's GPU needs it, and is its own nearest."""
+    book, z = rough(vqldm.Codebook(512, 4), 1), randn(4, 4, 16, 16, key=2)
+    e, k = book.embedding.weight.detach(), book.nearest(z)
+    distance = (flat(z.double())[:, None] - e.double()).square().sum(2)
+    excess = distance.gather(1, k.flatten()[:, None])[:, 0] - distance.amin(1)
+    assert excess.max() < 1e-5
+    assert k.shape == (4, 16, 16)
+    z_q = book.lookup(k)
+    assert z_q.is_contiguous() and torch.equal(flat(z_q), e[k.flatten()])
+    assert torch.equal(book.nearest(z_q), k)
+
+
+def test_each_loss_of_the_codebook_moves_its_own_side():
+    """And the gradient of what follows goes to z as it is, though the value is the code's."""
+    book, z = rough(vqldm.Codebook(5, 4), 1), randn(2, 4, 3, 3, key=1).requires_grad_()
+    z_q, k, codebook_loss, commit_loss = book(z)
+    e = book.embedding.weight
+    code = e.detach()[k].movedim(-1, 1)
+    off, downstream = 2 * (code - z.detach()) / z.numel(), randn(*z.shape, key=2)
+    of_codes = torch.zeros_like(e).index_add(0, k.flatten(), flat(off))
+    assert torch.equal(k, book.nearest(z)) and torch.allclose(z_q, code, atol=1e-6)
+    for loss, to_z, to_e in (
+        ((z_q * downstream).sum(), downstream, None),
+        (codebook_loss, None, of_codes),
+        (commit_loss, -off, None),
+    ):
+        found = torch.autograd.grad(loss, (z, e), retain_graph=True, allow_unused=True)
+        for gradient, want in zip(found, (to_z, to_e)):
+            assert (gradient is None) == (want is None)
+            assert want is None or torch.allclose(gradient, want, atol=1e-6)
+    assert codebook_loss == commit_loss == (code - z).square().mean()
+
+
+def test_only_codes_without_a_win_restart_beside_encoder_outputs():
+    """Anywhere among them, and no two alike: nearer than a tenth of the spread, as measured in each
+    channel by its own, which is 1 in the first, 10 in the next, and so on."""
+    book, dead = rough(vqldm.Codebook(64, 4), 1), torch.arange(64) % 3 == 0
+    before, e = book.embedding.weight.detach().clone(), book.embedding.weight.data
+    book.wins[~dead] = torch.arange(1.0, 43)
+    z = (100 + randn(2, 4, 6, 6)) * torch.tensor([1, 10, 100, 1000]).view(-1, 1, 1)
+    book.restart_unused(z, rng(0))
+    assert torch.equal(e[~dead], before[~dead])
+    assert not book.wins.any()  # all count from zero again
+    outputs, again = flat(z).double(), e[dead].double()
+    far, chosen = torch.cdist(again / outputs.std(0), outputs / outputs.std(0)).min(1)
+    assert far.max() < 0.1
+    assert chosen.min() < 10 and chosen.max() > 61  # of 0…71
+    assert len(again.unique(dim=0)) == len(again)
+    book.restart_unused(randn(1, 4, 1, 1), rng(0))  # a single vector has no spread
+    assert book.embedding.weight.isfinite().all()
+
+
+# ---- 3. Stage 1: the losses --------------------------------------------------------------------
+def test_discriminator_gives_a_logit_for_each_patch():
+    """Convolutions that halve, Norm (not after the first), LeakyReLU, no sigmoid at the end. Its
+    kernels see 18, 38 or 78 pixels (its norms see the whole image)."""
+    for widths, channels, sees in (
+        ((80, 8), [3, 40, 80, 1], 18),
+        ((8, 8, 8), [3, 32, 64, 128, 1], 38),
+        ((8, 8, 8, 8), [3, 32, 64, 128, 256, 1], 78),
+    ):
+        disc, x, f = rough(vqldm.PatchDiscriminator(widths)), randn(2, 3, 96, 96), 2 ** len(widths)
+        weights, y = iter(disc.parameters()), x
+        for c_in, c in itertools.pairwise(channels):
+            weight, bias = next(weights), next(weights)
+            last = c == 1
+            assert weight.shape == ((1, c_in, 3, 3) if last else (c, c_in, 4, 4))
+            y = F.conv2d(y, weight, bias, stride=1 if last else 2, padding=1)
+            if c_in > 3 and not last:
+                y = F.group_norm(y, vqldm.Norm(c).num_groups, next(weights), next(weights))
+            y = y if last else F.leaky_relu(y, 0.2)
+        assert not list(weights)  # none is left
+        assert torch.allclose(disc(x), y, atol=1e-3 * float(y.detach().abs().max()))
+        assert y.shape == (2, 1, 96 // f, 96 // f)
+        assert y.abs().max() > 1
+        disc.layers = nn.Sequential(*[m for m in disc.layers if not isinstance(m, nn.GroupNorm)])
+        middle = disc(x.requires_grad_())[0, 0, 48 // f, 48 // f]
+        seen = grads(middle, (x,))[0][0].any(0)  # (H,W)
+        assert seen.any(0).sum() == seen.any(1).sum() == sees
+
+
+def test_lam_divides_the_lengths_of_gradients_averaged_over_processes(monkeypatch):
+    """Not the means of lengths. Of rec mine is (3, 0), the other's (0, 4), so the mean has length
+    2.5. Of the GAN mine is (0, 1), the other's (0, 2)."""
+    last = torch.zeros(2, requires_grad=True)
+    for limit, want in ((1e4, 2.5 / (1.5 + 1e-4)), (0.5, 0.5)):
+        beside(monkeypatch, [0, 4.0], [0, 2.0])
+        lam = vqldm.adaptive_weight(3 * last[0], last[1], last, limit)
+        assert float(lam) == pytest.approx(want)
+        assert not lam.requires_grad  # it is a constant, through which no weight learns
+
+
+def test_lpips_is_frozen_and_sees_images_from_minus_1_to_1(lpips):
+    assert "Dropout" in repr(lpips)
+    assert not any(m.training for m in lpips.modules())
+    assert not any(p.requires_grad for p in lpips.parameters())
+    x, x_hat = randn(2, 2, 3, 64, 64).requires_grad_()
+    assert not lpips(x, x).any()
+    assert grads(lpips(x_hat, x).sum(), (x_hat,))[0].any()
+
+
+def test_lpips_that_cannot_be_loaded_is_left_out(monkeypatch, said):
+    monkeypatch.setattr("lpips.LPIPS", Mock(side_effect=OSError("no internet")))
+    assert ORIGINAL.load_lpips(torch.device("cpu")) is None
+    assert re.search("WARNING LPIPS.*/checkpoints.*no internet", said())
+
+
+# ---- 4. Settings -------------------------------------------------------------------------------
+def test_a_folder_is_recorded_with_its_full_path(elsewhere, monkeypatch):
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(elsewhere))
+    assert vqldm.source("new") == vqldm.source("~/new") == os.path.realpath("new")
+    assert vqldm.source("synthetic") == "synthetic"
+    for out, folder in (
+        ("~/x", elsewhere / "x"),
+        ("~no-such-user/x", Path("~no-such-user/x")),
+        ("", Path("runs/vq")),
+    ):
+        assert vqldm.VQConfig(out=out).folder == folder
+
+
+def test_numbers_are_taken_within_their_bounds_alone():
+    amount, share = vqldm.amount, vqldm.within(0, 0.5)
+    for read, texts in (
+        (
+            vqldm.whole,
+            {"1": 1, "007": 7, "0": None, "-3": None, "1.5": None, "abc": None, "": None},
+        ),
+        (vqldm.wholes, {"16, 32": (16, 32), "8": (8,), "16,0": None, "16,x": None, "": None}),
+        (share, {"0": 0, ".5": 0.5, "-0.1": None, ".51": None, "nan": None}),
+        (amount, {"4e-4": 4e-4, "-1": None, "inf": None, "nan": None, "x": None}),
+    ):
+        for text, want in texts.items():
+            try:
+                found = read(text)
+            except (vqldm.UserError, ValueError):  # which argparse makes a sentence
+                found = None
+            assert found == want, text
+    with pytest.raises(vqldm.UserError, match="empty"):
+        vqldm.source("")  # as an unset variable gives
+
+
+def test_any_error_but_lack_of_memory_becomes_a_sentence():
+    for error in (KeyError("k"), RuntimeError("k"), OSError("k")):
+        with pytest.raises(vqldm.UserError, match=r"a.txt: broken \(\w+\('k'\)\)"):
+            with vqldm.explain("a.txt: broken"):
+                raise error
+    for error in (MemoryError, torch.OutOfMemoryError):
+        with pytest.raises(error), vqldm.explain("a.txt: broken"):
+            raise error
+
+
+# ---- 5. Device and chance ----------------------------------------------------------------------
+def test_device_auto_takes_the_gpu_if_there_is_one(monkeypatch, said):
+    """meta stands in for a GPU that is not fast at bf16, as opposed to this processor."""
+    fast = torch.autocast("cpu", torch.bfloat16)
+    monkeypatch.setattr(vqldm, "mixed_precision", lambda x: fast)
+    for there, taken, dtype in (("meta", "meta", "float32"), (None, "cpu", "bfloat16")):
+        find = Mock(return_value=there)
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", find)
+        assert vqldm.pick_device("auto").type == taken
+        find.assert_called_once_with(check_available=True)
+        assert said() == f"device {taken} which multiplies in torch.{dtype}\n"
+    with pytest.raises(vqldm.UserError, match="--device abacus"):
+        vqldm.pick_device("abacus")
+
+
+def test_networks_lie_channels_last_but_not_on_a_macs_gpu():
+    class Net(nn.Conv2d):
+        def to(self, device, **how):  # which is not here
+            return super().to(**how)
+
+    for device, layout in (("mps:0", torch.contiguous_format), ("cuda", torch.channels_last)):
+        weight = vqldm.place(Net(3, 8, 3), torch.device(device)).weight
+        assert weight.is_contiguous(memory_format=layout)
+
+
+def test_random_numbers_follow_from_their_key_in_any_process():
+    """Python's own hash would give others in each. If this number changes, so do all runs."""
+    assert rng(0, "a").initial_seed() == 3057973756231466050
+    keys = [(seed, word, i) for seed in range(9) for word in ("turns", "step") for i in range(99)]
+    assert len({vqldm.digest(key) for key in keys}) == len(keys)
+
+
+def test_processes_share_rows_and_means(monkeypatch):
+    batch, x = torch.arange(12), torch.ones(2)
+    assert torch.equal(vqldm.my_rows(batch), batch)
+    assert torch.equal(vqldm.mean_over_processes(x), torch.ones(2))
+    beside(monkeypatch, [3.0, 5.0])
+    assert vqldm.mean_over_processes(x) is x and x.tolist() == [2, 3]
+    monkeypatch.setattr(vqldm, "WORLD", 3)
+    for rank in range(3):
+        monkeypatch.setattr(vqldm, "RANK", rank)
+        assert vqldm.my_rows(batch).tolist() == [*range(4 * rank, 4 * rank + 4)]
+
+
+# ---- 6. What both trainings share --------------------------------------------------------------
+def test_rates_rise_for_50_steps_and_fall_in_three_fifths():
+    cases = "0 0 .02, 24 0 .5, 49 .4 1, 1000 0 1, 99 .7 .5, 9 .994 .01, 1000 .999 .01, 49 2 .01"
+    for case in cases.split(","):
+        step, progress, factor = map(float, case.split())
+        assert vqldm.lr_factor(step, progress) == pytest.approx(factor), case
+
+
+def symmetries(x):
+    """The eight of x (3,H,H), by NumPy."""
+    return [np.rot90(y, k, (1, 2)) for y in (x, np.flip(x, 2)) for k in range(4)]
+
+
+def test_augment_shows_an_image_in_the_squares_eight_symmetries():
+    x, turns = randn(8, 3, 5, 5), torch.arange(8)
+    for image, shown in zip(x.numpy(), vqldm.augment(x, turns).numpy()):
+        assert sum(np.array_equal(shown, a) for a in symmetries(image)) == 1
+    every = vqldm.augment(x[:1].expand(8, -1, -1, -1), turns)
+    assert len(every.unique(dim=0)) == 8
+    assert torch.equal(every[0], x[0])
+    assert torch.equal(every[4], x[0].flip(2))
+
+
+def test_each_epoch_takes_every_row_in_an_order_of_its_own():
+    """Whatever the batch: one of 4 ends in the next epoch, one of 25 spans three or four."""
+    streams = []
+    for seed, batch in ((0, 4), (0, 25), (0, 5), (1, 20)):
+        steps = [vqldm.next_rows(10, step, batch, seed) for step in range(100 // batch)]
+        assert {len(rows) for rows in steps} == {batch}
+        streams.append(torch.cat(steps))
+    assert all(torch.equal(stream, streams[0]) for stream in streams[:3])
+    epochs = torch.stack([streams[0], streams[3]]).view(20, 10)
+    assert torch.equal(epochs.sort(1).values, torch.arange(10).expand(20, 10))
+    assert len(epochs.unique(dim=0)) == 20  # by chance, two are equal in one of 20,000 cases
+
+
+def test_pixels_survive_the_way_to_floats_and_back():
+    pixels = torch.arange(256).byte()
+    x = vqldm.to_float(pixels)
+    assert [x[0], x[255]] == [-1, 1] and torch.equal(vqldm.to_bytes(x), pixels)
+    assert vqldm.to_bytes(torch.tensor([-7.0, 7.0])).tolist() == [0, 255]
+
+
+def test_a_step_follows_the_mean_gradient_clipped_and_finite(monkeypatch, said):
+    """The mean over processes: mine is (.2, .4), the other's (.4, .4). A step is the factor times
+    the first rate, however often that was lowered, and a gradient of length 50 becomes one of 1."""
+    net, x = nn.Linear(2, 1, bias=False), torch.tensor([0.2, 0.4])
+    optimizers = [torch.optim.SGD(net.parameters(), lr) for lr in (0.75, 0.25)]
+    want = net.weight.detach().clone()
+    for scale, other, factor, step in (
+        (1, [0.4, 0.4], 0.5, [0.15, 0.2]),
+        (1, [0.4, 0.4], 0.1, [0.03, 0.04]),
+        (math.inf, [0.4, 0.4], 0.5, [0, 0]),
+        (-math.inf, [0.4, 0.4], 0.5, [0, 0]),
+        (math.nan, [0.4, 0.4], 0.5, [0, 0]),
+        (1, [math.nan, 0.4], 0.5, [0, 0]),
+        (1, [0.4, 0.4], 1.0, [0.3, 0.4]),
+        (1, [59.8, 79.6], 1.0, [0.6, 0.8]),
+    ):
+        beside(monkeypatch, [other])
+        vqldm.descend(scale * net(x).sum(), net, factor, *optimizers)
+        want -= torch.tensor(step)
+        assert torch.allclose(net.weight, want, atol=1e-4), (scale, other, factor)
+        assert ("is skipped" in said()) == (not any(step))
+
+
+# ---- 7. Stage 1: training ----------------------------------------------------------------------
+# The references of sections 7, 10 and 11 share the program's modules and the keys of its random
+# numbers, and nothing of its loops.
+def drawn(cfg):
+    """-> all images in [-1,1], rows to train on, held-out rows."""
+
+    def content(i):
+        name = f"{cfg.seed} {list(vqldm.LESIONS)[i % 4]}/{i}"
+        return vqldm.digest(hashlib.sha256(name.encode()).digest())
+
+    images = torch.stack([vqldm.synthetic(i, cfg.size, cfg.seed) for i in range(cfg.n_images)])
+    held = torch.tensor([content(i) % 10 == 0 for i in range(cfg.n_images)])
+    val = held.nonzero()[:, 0]
+    val = val[torch.randperm(len(val), generator=rng("held out"))]
+    return images.float() / 127.5 - 1, (~held).nonzero()[:, 0], val
+
+
+def steps_of(cfg, train):
+    """-> step, its rows, how far the run is, factor of all learning rates."""
+    orders = [torch.randperm(len(train), generator=rng(cfg.seed, "order", i)) for i in range(11)]
+    rows = train[torch.cat(orders)].split(cfg.batch_size)
+    n = math.ceil(len(train) * cfg.epochs / cfg.batch_size)
+    for i in range(n):
+        progress = i / n
+        yield i, rows[i], progress, max(0.01, min(1, (i + 1) / 50, (1 - progress) / 0.6))
+
+
+def adam(params, betas=(0.9, 0.99)):
+    return torch.optim.Adam(params, 0.0, betas, fused=True)
+
+
+def step_along(net, loss, rates, factor):
+    """One step of each optimiser in rates, {optimiser: learning rate}."""
+    params = list(net.parameters())
+    for p, g in zip(params, torch.autograd.grad(loss, params)):
+        p.grad = torch.empty_like(p).copy_(g)  # fused Adam takes it as it lies
+    nn.utils.clip_grad_norm_(params, 1.0)
+    for optimizer, lr in rates.items():
+        optimizer.param_groups[0]["lr"] = factor * lr
+        optimizer.step()
+
+
+def rates_of_vqgan(net, cfg):
+    """Muon moves the kernels inside, if it has a rate, and Adam the rest. Codes have their own."""
+    codes, kernels, rest = [], [], []
+    for name, p in net.named_parameters():
+        if "embedding" in name:
+            codes.append(p)
+        elif cfg.muon_lr and p.dim() == 4 and not re.search("first|last", name):
+            kernels.append(p)
+        else:
+            rest.append(p)
+    muon = vqldm.Muon(kernels, 0.0)
+    return {adam(rest): cfg.lr, adam(codes): cfg.codes_lr, muon: cfg.muon_lr}
+
+
+def blurred(x_hat, x):
+    """Stands in for LPIPS, which wants float32."""
+    assert not torch.is_autocast_enabled("cpu")
+    return F.avg_pool2d(x_hat.float() - x, 4).square().mean((1, 2, 3))
+
+
+def plain_vq(cfg):
+    """Stage 1 -> VQGAN, D, how many codes started again last, what the log should tell."""
+    images, train, val = drawn(cfg)
+    torch.manual_seed(cfg.seed)
+    net, disc = vqldm.VQGAN(cfg), vqldm.PatchDiscriminator(cfg.widths)
+    for part in (net, disc):
+        part.to(memory_format=torch.channels_last)  # so that roundings agree
+    book, log = net.codebook, {}
+    rates = rates_of_vqgan(net, cfg)
+    rates_d = {adam(disc.parameters(), (0.5, 0.9)): cfg.d_lr}
+    for i, rows, progress, factor in steps_of(cfg, train):
+        if i % 50 == 0:
+            restarts = int((book.wins == 0).sum())
+            book.restart_unused(net.encoder(images[rows[:16]]), rng(cfg.seed, "restart", i))
+        turns = torch.randint(8, (len(rows),), generator=rng(cfg.seed, "turns", i))
+        x = vqldm.augment(images[rows], turns)
+
+        z = net.encoder(x)
+        k = book.nearest(z)
+        code = book.lookup(k)
+        x_hat = net.decoder(z + (code - z).detach())
+        mse, lpips = F.mse_loss(x_hat, x), blurred(x_hat, x).mean()
+        codebook, commit = F.mse_loss(code, z.detach()), F.mse_loss(z, code.detach())
+        rec = mse + cfg.lpips_weight * lpips
+        loss = rec + codebook + cfg.commit_weight * commit
+        gan_on = progress >= cfg.gan_start
+        if gan_on:
+            real, adversarial = disc(x), -disc(x_hat).mean()
+            (of_rec,) = grads(rec, net.decoder.last.weight)
+            (of_gan,) = grads(adversarial, net.decoder.last.weight)
+            lam = (of_rec.norm() / (of_gan.norm() + 1e-4)).clamp(max=cfg.lam_max)
+            loss = loss + cfg.gan_weight * lam * adversarial
+        step_along(net, loss, rates, factor)
+        book.wins += torch.bincount(k.flatten(), minlength=cfg.codes)
+
+        if gan_on:
+            fake = disc(x_hat.detach())
+            d_loss = F.relu(1 - real).mean() / 2 + F.relu(1 + fake).mean() / 2
+            step_along(disc, d_loss, rates_d, factor)
+        if i % 10 == 9:
+            log.update(mse=mse, lpips=lpips, codebook=codebook)
+            if gan_on:
+                log.update(lam=lam, d_loss=d_loss, d_real=real.mean(), d_fake=-adversarial)
+    x = images[val]
+    with torch.no_grad():
+        x_hat = net.decoder(book.lookup(book.nearest(net.encoder(x)))).clamp(-1, 1)
+    log.update(look_mse=F.mse_loss(x_hat, x), look_lpips=blurred(x_hat, x).mean())
+    return net, disc, restarts, {name: float(value.detach()) for name, value in log.items()}
+
+
+def settings_of(kind, folder):
+    """Of both stages. float32: with Muon and v, and D joins late, lest rounding decides near ties
+    of codes. bfloat16: with Adam, ε and balance. report: the report's system."""
+    vq_cfg = vqldm.VQConfig(
+        out=str(folder / "vq"),
+        seed=6,
+        **dict(size=32, n_images=46, widths=(4, 8), codes=512, batch_size=4, epochs=10),
+        **dict(lpips_weight=0.5, gan_start=0.75, gan_weight=0.4),
+        **dict(lr=5e-4, muon_lr=0.005, codes_lr=0.005, d_lr=2e-3),
+    )
+    cfg = vqldm.LDMConfig(
+        vq=vq_cfg.out,
+        out=str(folder / "ldm"),
+        seed=5,
+        **dict(T=40, widths=(8, 12), ema=0.6, lr=1e-2, batch_size=2, steps=9, epochs=2),
+    )
+    if kind == "bfloat16":
+        vq_cfg = vqldm.replace(vq_cfg, epochs=2, gan_start=0.3, muon_lr=0.0, codes_lr=0.05)
+        cfg = vqldm.replace(cfg, epochs=1, target="eps", schedule="linear", balance=True)
+    if kind == "report":
+        preset = vqldm.PRESETS["report"]
+        vq_cfg = vqldm.replace(vq_cfg, **{**preset["vq"], "epochs": 5, "batch_size": 20})
+        cfg = vqldm.replace(cfg, **{**preset["ldm"], "epochs": 1, "steps": 40})
+    return vq_cfg, cfg
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16", "report"])
+def runs(request, tmp_path_factory):
+    """Both stages, trained by the program."""
+    kind = request.param
+    vq_cfg, cfg = settings_of(kind, tmp_path_factory.mktemp(kind))
+    with pytest.MonkeyPatch.context() as patch:
+        plainly(patch, bf16=kind == "bfloat16")
+        patch.setattr(vqldm, "load_lpips", lambda device: blurred)
+        losses = recorded(patch, Diffusion, "loss")
+        vqldm.train_vq(vq_cfg, torch.device("cpu"))
+        vqldm.train_ldm(cfg, torch.device("cpu"))
+    vq = vqldm.load_checkpoint(vq_cfg.out, "", "vq")
+    ldm = vqldm.load_checkpoint(cfg.out, "", "ldm")
+    model = vqldm.restore_ldm(ldm, torch.device("cpu"))
+    held = losses[-1].result  # the last look's, of each held-out image
+    return SimpleNamespace(**locals(), bf16=kind == "bfloat16")
+
+
+@pytest.fixture(scope="module")
+def first(runs):
+    """Stage 1, written out."""
+    with pytest.MonkeyPatch.context() as patch:
+        plainly(patch, runs.bf16)
+        net, disc, restarts, log = plain_vq(runs.vq_cfg)
+    return SimpleNamespace(**locals())
+
+
+def assert_same(state, net):
+    """Or tell which are farthest off, in units of what is allowed."""
+    off = {
+        name: float(((state[name] - p).abs() / (1e-4 + 1e-3 * p.abs())).max().detach())
+        for name, p in net.named_parameters()
+    }
+    assert max(off.values()) <= 1, sorted(off.items(), key=lambda row: -row[1])[:3]
+
+
+NEAR_TIES = "A few other codes are near ties, which rounding decides. Then try another seed"
+
+
+def test_reference_stage_1_ends_with_the_papers_weights(runs, first):
+    """With one rate, row, turn, loss, weight or restart wrong, weights differ."""
+    wins, want = runs.vq["model"]["codebook.wins"], first.net.codebook.wins
+    other = float((wins - want).abs().sum() / 2 / want.sum())
+    assert other < 0.01, NEAR_TIES
+    assert_same(runs.vq["model"], first.net)
+    assert_same(runs.vq["disc"], first.disc)
+    assert all(p.grad.any() for p in first.net.parameters())  # so each weight is compared in full
+    assert 0 < first.restarts < 512 if runs.kind == "float32" else first.restarts == 512
+
+
+def test_reference_stage_1_logs_what_was_measured(runs, first):
+    rows = runs.vq["log"]
+    logged = {**[row for row in rows if "mse" in row][-1], **rows[-1]}
+    assert {name: logged[name] for name in first.log} == pytest.approx(first.log, rel=1e-3)
+
+
+def rounding_vqgan():
+    """A VQGAN that rounds each pixel to the nearest of four greys."""
+    vqgan = vqldm.VQGAN(vqldm.VQConfig(widths=(8,), codes=4))
+    vqgan.encoder = vqgan.decoder = nn.Identity()
+    greys = torch.tensor([[-1], [-0.2], [0.23], [1.2]])
+    vqgan.codebook.embedding.weight.data = greys.expand(4, 3)
+    return vqgan
+
+
+def test_reconstructions_are_measured_by_numbers_worked_out_by_hand():
+    """Grey .404 is rounded to .23, and 1 to 1.2, so to 1. PSNR: 10 log10(2²/mse) of each image, in
+    [-1,1]. Perplexity: 2 codes, 3 : 1, make 4 / 3^¾. 96 images are several parts. LPIPS is given
+    each reconstruction and its image."""
+    grey, seen = 179 / 127.5 - 1, []
+    pixels = torch.tensor(72 * [179] + 24 * [255]).byte().view(-1, 1, 1, 1).expand(-1, 3, 16, 16)
+
+    def lpips(x_hat, x):
+        seen.extend(torch.stack([x_hat, x])[:, :, 0, 0, 0].T.tolist())
+        return 2 * (x.mean((1, 2, 3)) > 0.9)
+
+    measures, recon = vqldm.reconstruct(rounding_vqgan(), pixels, lpips)
+    mse = (grey - 0.23) ** 2
+    want = dict(
+        mse=0.75 * mse,
+        psnr=(3 * 10 * math.log10(4 / mse) + 10 * math.log10(4 / 1e-10)) / 4,
+        lpips=0.5,
+        perplexity=4 / 3**0.75,
+        codes_used_percent=50,
+    )
+    assert measures == pytest.approx(want, rel=1e-3)
+    assert seen == [pytest.approx(pair) for pair in 72 * [[0.23, grey]] + 24 * [[1, 1]]]
+    assert recon[:, 0, 0, 0].tolist() == 72 * [157] + 24 * [255]
+
+
+# ---- 8. Stage 2: diffusion ---------------------------------------------------------------------
+def root(t, T):
+    return math.cos((t / T + 0.008) / 1.008 * math.pi / 2)
+
+
+BETA = dict(
+    linear=lambda t, T: (1e-4 + 0.0199 * t / (T - 1)) * 1000 / T,
+    cosine=lambda t, T: 1 - (root(t + 1, T) / root(t, T)) ** 2,
+)
+
+
+def test_alpha_bar_is_the_product_and_ends_near_0():
+    """For every T, with one rounding, from float64, as its only error. Level -1 has no noise."""
+    for T, schedule in itertools.product((50, 250, 1000), BETA):
+        alpha_bar = Diffusion(T, schedule).alpha_bar
+        want = np.cumprod([1 - min(BETA[schedule](t, T), 0.999) for t in range(T)])
+        np.testing.assert_allclose(alpha_bar.double(), [*want, 1], rtol=1.2e-7)
+        assert alpha_bar[-2] < 0.01
+        assert (alpha_bar[:-1].diff() < 0).all()
+    with pytest.raises(vqldm.UserError, match="--T"):
+        Diffusion(2, "linear")
+
+
+def test_pairs_are_exactly_S_steps_for_every_S():
+    for S in range(1, 1001):
+        t, prev = zip(*Diffusion().pairs(S))
+        assert len(t) == S and t[0] == 999 and prev == (*t[1:], -1)
+        assert {a - b for a, b in zip(t, prev)} <= {1000 // S, 1000 // S + 1}  # even strides
+
+
+def test_both_answers_give_back_what_was_mixed():
+    """v and ε, which loss finds to be without error, whatever its levels count in training."""
+    z0, eps, t = randn(4, 3, 2, 2), randn(4, 3, 2, 2, key=1), torch.tensor([0, 9, 500, 900])
+    for target in ("v", "eps"):
+        diffusion = Diffusion(target=target)
+        a = diffusion.alpha_bar[t].view(4, 1, 1, 1)
+        out = a.sqrt() * eps - (1 - a).sqrt() * z0 if target == "v" else eps
+        z_t = diffusion.add_noise(z0, t, eps)
+        for found, want in zip(diffusion.predict(out, z_t, t), (z0, eps)):
+            assert torch.allclose(found, want, atol=1e-4)
+        net = Mock(return_value=out + 0.1)
+        assert torch.allclose(diffusion.loss(net, z0, t, eps, "label"), torch.tensor(0.01))
+        assert all(map(same, net.call_args[0], (z_t, t, "label")))
+        counts = (2 * (a * (1 - a)).sqrt()).clamp(min=0.25).flatten()
+        assert torch.allclose(diffusion.weight(t), counts if target == "v" else torch.ones(4))
+
+
+# ---- 9. Stage 2: the UNet ----------------------------------------------------------------------
+@BOTH_WAYS_UP
+def test_unet_has_skips_and_hears_time_and_class(upsample):
+    """emb is time, in sines of periods 2π to 2π·10,000 through two layers, plus the class. Who is
+    not told the class hears one more than there are."""
+    net, z = rough(vqldm.UNet(3, (8, 12), 3, upsample)), randn(4, 3, 8, 8)
+    label, t = torch.arange(4), torch.tensor([5, 50, 500, 999])
+    angle = t.double()[:, None] / 10_000 ** (torch.arange(16).double() / 16)
+    sines = torch.cat([angle.sin(), angle.cos()], 1).float()
+    emb = net.time[2](F.silu(net.time[0](sines))) + net.label.weight
+    y = written_out(net, z, emb)
+    assert torch.allclose(net(z, t, label), y, atol=1e-3)
+    assert y.shape == z.shape
+    assert ("ConvTranspose2d" in repr(net)) == (upsample == "transposed")
+    untold = net(z, t)
+    assert torch.equal(untold, net(z, t, torch.full((4,), 3)))  # classes are 0, 1, 2
+    assert (untold - net(z, t, label)).abs().amax((1, 2, 3))[:3].min() > 1e-3
+
+
+# ---- 10. From noise to images ------------------------------------------------------------------
+WAYS = {
+    "ddim": dict(steps=7, sampler="ddim", guidance=3.0, class_guidance=0.5),
+    "ddpm": dict(steps=7, sampler="ddpm", guidance=1.0, class_guidance=2.5),
+}
+
+
+def plain_sample(runs, cfg, label, noise):
+    """ddim: eq. 12, σ = 0. ddpm: the mean of q(z_prev | z_t, z0), DDPM eq. 7, and σ² = β."""
+    n_classes = len(runs.ldm["classes"])
+    strong, young = [vqldm.UNet(3, runs.cfg.widths, n_classes, runs.cfg.upsample) for _ in range(2)]
+    strong.load_state_dict(runs.ldm["ema"])
+    young.load_state_dict(runs.ldm["young"])
+    untold = torch.full_like(label, n_classes)
+    z = noise()
+    for t, prev in runs.model.diffusion.pairs(cfg.steps):
+        a, p = runs.model.diffusion.alpha_bar[[t, prev]]
+        t_all = torch.full((len(z),), t)
+        with torch.no_grad():
+            good, weak = strong(z, t_all, label), young(z, t_all, label)
+            vague = strong(z, t_all, untold)
+        out = good + (cfg.guidance - 1) * (good - weak) + (cfg.class_guidance - 1) * (good - vague)
+        eps = out if runs.cfg.target == "eps" else (1 - a).sqrt() * z + a.sqrt() * out
+        z0 = (z - (1 - a).sqrt() * eps) / a.sqrt()
+        if cfg.sampler == "ddim":
+            z = p.sqrt() * z0 + (1 - p).sqrt() * eps
+        else:
+            z = (p.sqrt() * (1 - a / p) * z0 + (a / p).sqrt() * (1 - p) * z) / (1 - a)
+            z = z + (1 - a / p).sqrt() * noise() if prev >= 0 else z
+    return z
+
+
+@pytest.mark.parametrize("way", ["ddim", "ddpm", "recorded"])
+def test_reference_sampling_ends_with_the_papers_latents(runs, way):
+    """Of the running mean, led away from its younger self, and from itself untold the class. Each
+    image has noise of its own, in whatever batch it is. recorded: as the training says, so the
+    report's in all T steps and unguided."""
+    how = WAYS.get(way) or {name: runs.ldm["config"][name] for name in WAYS["ddim"]}
+    cfg = vqldm.SampleConfig(**how, seed=8)
+    ids = torch.arange(0, 7 * 36, 7)  # as torch's integers, which are the same as Python's
+    label = torch.tensor([2, 0, 1]).repeat(12) % len(runs.ldm["classes"])
+    _, latents = runs.model.make(cfg, ids, label)  # in batches of 32 and 4
+
+    some = [33, 4, 9]
+    gens = [rng(8, "sample", 7 * i) for i in some]
+    z = plain_sample(
+        runs,
+        cfg,
+        label[some],
+        lambda: torch.stack([torch.randn(3, 8, 8, generator=gen) for gen in gens]),
+    )
+    off = 2e-3 if runs.bf16 else 1e-4  # there batches of another size round apart
+    assert torch.allclose(latents[some], z, rtol=off, atol=off * float(z.std()))
+
+
+def test_a_strength_of_1_does_nothing_and_costs_no_call():
+    strong, weak, weaker = [Mock(return_value=torch.tensor(x)) for x in (5.0, 3.0, 1.0)]
+    z, t = randn(1, 3, 4, 4), torch.tensor([7])
+    assert vqldm.guided(strong)(z, t) == 5
+    assert vqldm.guided(strong, (weak, 1), (weaker, 1.0))(z, t) == 5
+    assert not weak.called and not weaker.called
+    assert vqldm.guided(strong, (weak, 1.5), (weaker, 2))(z, t) == 5 + 0.5 * 2 + 4
+    for net in (strong, weak, weaker):
+        net.assert_called_with(z, t)
+
+
+def test_latents_are_decoded_by_their_nearest_codes(runs):
+    model = runs.model
+    pictures, z0 = model.make(vqldm.SampleConfig(steps=2), range(4), torch.zeros(4).long())
+    mean, std = runs.ldm["scale"].view(2, 3, 1, 1)
+    with torch.no_grad():
+        k = model.vqgan.codebook.nearest(z0 * std + mean)
+        x = model.vqgan.decoder(model.vqgan.codebook.lookup(k))
+    assert torch.equal(pictures, ((x.clamp(-1, 1) + 1) * 127.5).round().byte())
+    assert torch.equal(pictures, model.decode(z0))
+
+
+# ---- 11. Stage 2: training ---------------------------------------------------------------------
+def plain_codes(vq_cfg, vqgan):
+    """-> code numbers (n,8,h,w) of all images in all eight symmetries."""
+    images, k = drawn(vq_cfg)[0], []
+    for turn in range(8):
+        turned = vqldm.augment(images, [turn] * len(images))
+        with torch.no_grad():
+            k.append(vqgan.codebook.nearest(vqgan.encoder(turned)))
+    return torch.stack(k, 1)
+
+
+def losses_of(cfg, net, z0, t, eps, label):
+    """The squared error of each image's v or ε (B,)."""
+    a = Diffusion(cfg.T, cfg.schedule).alpha_bar[t].view(-1, 1, 1, 1)
+    goal = a.sqrt() * eps - (1 - a).sqrt() * z0 if cfg.target == "v" else eps
+    out = net(a.sqrt() * z0 + (1 - a).sqrt() * eps, t, label)
+    return (out - goal).square().flatten(1).mean(1)
+
+
+def plain_ldm(cfg, vq_cfg, vqgan, scale):
+    """Stage 2 -> UNet, its mean, the mean's younger self, held-out losses of UNet and mean, and
+    the loss that the log should tell last."""
+    _, train, val = drawn(vq_cfg)
+    seed, B = cfg.seed, cfg.batch_size
+    codes = vqgan.codebook.embedding.weight[plain_codes(vq_cfg, vqgan)]
+    latents = ((codes - scale[0]) / scale[1]).movedim(-1, 2).detach()  # (n,8,d,h,w)
+    n_classes = 1 if cfg.unconditional else 4
+    labels = torch.arange(len(latents)) % n_classes
+    torch.manual_seed(seed)
+    net = vqldm.UNet(vq_cfg.z_dim, cfg.widths, n_classes, cfg.upsample)
+    net.to(memory_format=torch.channels_last)
+    ema, young, rates = copy.deepcopy(net), None, {adam(net.parameters()): cfg.lr}
+    alpha_bar = Diffusion(cfg.T, cfg.schedule).alpha_bar
+    for i, rows, progress, factor in steps_of(cfg, train):
+        gen = rng(seed, "step", i)
+        if cfg.balance:
+            chance = 1 / torch.bincount(labels[train])[labels[train]]
+            rows = train[torch.multinomial(chance, B, True, generator=gen)]
+        turns = torch.randint(8, (B,), generator=gen)
+        t = torch.randint(0, cfg.T, (B,), generator=gen)
+        eps = torch.randn(B, *latents.shape[2:], generator=gen)
+        label = torch.where(torch.rand(B, generator=gen) < 0.1, n_classes, labels[rows])
+        loss = losses_of(cfg, net, latents[rows, turns], t, eps, label)
+        if i % 10 == 9:
+            logged = float(loss.mean().detach())
+        if cfg.target == "v":
+            a = alpha_bar[t]
+            loss = loss * (2 * (a * (1 - a)).sqrt()).clamp(min=0.25)
+        step_along(net, loss.mean(), rates, factor)
+        keep = min(cfg.ema, (1 + i) / (10 + i))
+        for m, p in zip(ema.parameters(), net.parameters()):
+            m.data = keep * m.data + (1 - keep) * p.data
+        young = copy.deepcopy(ema) if progress < 0.2 else young
+    z0 = latents[val, 0]
+    t = torch.linspace(0, cfg.T - 1, len(val)).long()  # from hardly any noise to noise alone
+    eps = torch.randn(z0.shape, generator=rng("held-out noise"))
+    raw, held = [losses_of(cfg, m, z0, t, eps, labels[val]).detach() for m in (net, ema)]
+    return net, ema, young, raw, held, logged
+
+
+@pytest.fixture(scope="module")
+def second(runs):
+    """Stage 2, written out. It stands on the program's stage 1."""
+    with pytest.MonkeyPatch.context() as patch:
+        plainly(patch, runs.bf16)
+        net, ema, young, raw, held, loss = plain_ldm(
+            runs.cfg, runs.vq_cfg, runs.model.vqgan, runs.ldm["scale"]
+        )
+    return SimpleNamespace(**locals())
+
+
+def test_reference_stage_2_ends_with_the_weights_of_algorithm_1(runs, second):
+    """And with its mean, and with the mean as it was after a fifth of the run."""
+    for part, want in (("model", second.net), ("ema", second.ema), ("young", second.young)):
+        assert_same(runs.ldm[part], want)
+    assert all(p.grad.any() for p in second.net.parameters())
+
+
+def test_reference_stage_2_logs_losses_and_samples(runs, second):
+    """On held-out images, the mean's losses. latent_std is of 16 samples in at most 25 steps."""
+    rows = runs.ldm["log"]
+    assert [row["loss"] for row in rows if "loss" in row][-1] == pytest.approx(second.loss, 1e-3)
+    assert rows[-1]["look_loss"] == pytest.approx(float(second.held.mean()), rel=2e-4)
+    assert torch.allclose(runs.held, second.held, rtol=1e-3)
+    assert not torch.allclose(runs.held, second.raw, rtol=1e-3)
+    quick = vqldm.replace(runs.cfg, sampler="ddim", steps=min(runs.cfg.steps, 25))
+    _, z0 = runs.model.make(quick, range(16), torch.arange(16) % len(runs.model.classes))
+    assert rows[-1]["look_latent_std"] == pytest.approx(float(z0.std()), rel=1e-3)
+
+
+def test_latents_are_the_codes_scaled_by_those_trained_on(runs):
+    """In all symmetries, each channel by its own mean and std."""
+    images, train, _ = drawn(runs.vq_cfg)
+    vqgan, pixels = runs.model.vqgan, vqldm.to_bytes(images)
+    k = vqldm.encode_images(vqgan, pixels, range(8)).long()
+    other = (k != plain_codes(runs.vq_cfg, vqgan)).float().mean()
+    assert other < 0.01, NEAR_TIES
+    codes = vqgan.codebook.embedding.weight[k].double()  # (n,8,h,w,d)
+    of_train = codes[train].flatten(0, -2)
+    mean, std = of_train.mean(0), of_train.std(0, correction=0)
+    assert torch.allclose(runs.ldm["scale"].double(), torch.stack([mean, std]), rtol=1e-5)
+    rows, turns = torch.tensor([3, 7, 7]), torch.tensor([0, 0, 5])
+    z0 = ((codes[rows, turns] - mean) / std).movedim(-1, 1)
+    assert torch.allclose(runs.model.to_latents(k[rows, turns]).double(), z0, atol=1e-4)
