@@ -884,7 +884,7 @@ def test_alpha_bar_is_the_product_and_ends_near_0():
         assert alpha_bar[-2] < 0.01
         assert (alpha_bar[:-1].diff() < 0).all()
     with pytest.raises(vqldm.UserError, match="--T"):
-        Diffusion(2, "linear")
+        Diffusion(1, "linear")
 
 
 def test_pairs_are_exactly_S_steps_for_every_S():
@@ -1111,3 +1111,355 @@ def test_latents_are_the_codes_scaled_by_those_trained_on(runs):
     rows, turns = torch.tensor([3, 7, 7]), torch.tensor([0, 0, 5])
     z0 = ((codes[rows, turns] - mean) / std).movedim(-1, 1)
     assert torch.allclose(runs.model.to_latents(k[rows, turns]).double(), z0, atol=1e-4)
+
+
+class Stop(Exception):
+    """Raised to end a command at the place that a test is about."""
+
+
+def test_both_stages_use_the_turns_that_are_allowed(calm, tmp_path, monkeypatch):
+    """Stage 1 draws them, stage 2 encodes them, in fewer the more images there are, and no class
+    without images. (All eight turns are in the references.)"""
+    drawn, encode = recorded(monkeypatch, vqldm, "augment"), Mock(side_effect=Stop)
+    for turns, want in (("mirror", (0, 4)), ("none", (0,))):
+        drawn.clear()
+        train("vq", tmp_path / turns, "--turns", turns, "--epochs", 1)
+        assert {int(turn) for call in drawn for turn in call.turns} == {*want}
+    monkeypatch.setattr(vqldm, "encode_images", encode)
+    for vq, n, want in (
+        (tmp_path / "mirror", 99, (0, 4)),
+        (tmp_path / "none", 99, (0,)),
+        ("calm/vq", 2500, range(8)),
+        ("calm/vq", 5000, range(4)),
+        ("calm/vq", 20_001, (0,)),
+    ):
+        pixels, numbers = torch.zeros(1, 3, 32, 32).byte().expand(n, -1, -1, -1), torch.arange(n)
+        images = vqldm.Images(pixels, numbers % 2, ["a", "b"], numbers[:, None], numbers == 0)
+        images.ids = images.ids.expand(-1, 2)
+        monkeypatch.setattr(vqldm, "read_images", lambda *a, images=images: images)
+        with pytest.raises(Stop):
+            train("ldm", tmp_path / "ldm", "--vq", vq)
+        assert [*encode.call_args[0][2]] == [*want]
+    images.classes = ["a", "b", "c"]
+    with pytest.raises(vqldm.UserError, match="a class has no image"):
+        vqldm.train_ldm(vqldm.LDMConfig(vq="calm/vq"), torch.device("cpu"))
+    with pytest.raises(Stop):
+        train("ldm", tmp_path / "ldm", "--unconditional")
+
+
+def test_looks_measure_and_draw_the_same_images_each_time(calm):
+    """Under their step, with less error at the end."""
+    for stage, score, name in (("vq", "mse", "recon"), ("ldm", "loss", "samples")):
+        log = state_of(f"calm/{stage}/last.pt")["log"]
+        looks = [row for row in log if "look_" + score in row]
+        drawn = [call for call in calm.drawn if call.path.parent.name == stage]
+        names = [f"{name}_step_{row['step']:06}.png" for row in looks]
+        assert [call.path.name for call in drawn] == names and len(names) == 10
+        assert json.loads(Path(f"calm/{stage}/log.json").read_text()) == log
+        assert looks[-1]["look_" + score] < looks[0]["look_" + score]
+        columns = zip(*[bytes_of(call.rows.values()) for call in drawn])
+        *originals, made = [len({*column}) for column in columns]
+        assert originals == [1] * (stage == "vq") and made > 5
+
+
+# ---- 12. Sampling and measuring ----------------------------------------------------------------
+def test_sample_writes_a_folder_that_can_be_trained_on(
+    calm, copy_of, elsewhere, load, monkeypatch, said
+):
+    """All classes in turn, in lots of 64, or one, made as it was recorded, or as is typed."""
+    ldm = copy_of("ldm", config=dict(sampler="ddpm", guidance=1.7), classes=["$mole, new", "É"])
+    drawn = recorded(monkeypatch, vqldm, "draw_rows")
+    made = recorded(monkeypatch, vqldm.LatentDiffusion, "make")
+    typed = "--sampler ddim --steps 2 --guidance 4 --class é --n 5 --out a/b"
+    for words, way, want in (
+        ("--n 70 --out all", ("ddpm", 3, 1.7), 35 * [0, 1]),
+        (typed, ("ddim", 2, 4), 5 * [1]),
+    ):
+        made.clear(), drawn.clear()
+        assert cli("sample", "--ckpt", ldm, *words.split()) == 0
+        out = Path(words.split()[-1])
+        images = torch.cat([call.result[0] for call in made])
+        for call in made:
+            assert (call.settings.sampler, call.settings.steps, call.settings.guidance) == way
+        assert [int(i) for call in made for i in call.ids] == [*range(len(want))]
+        assert [k for call in made for k in call.label.tolist()] == want
+        for i, image in enumerate(images):
+            assert np.array_equal(
+                np.moveaxis(np.array(Image.open(out / f"{i:05d}.png")), 2, 0), image
+            )
+        (call,) = drawn
+        first = torch.tensor(want[:64])
+        grid = {["$mole, new", "É"][k]: images[:64][first == k] for k in sorted({*want})}
+        assert call.path == out / "grid.png" and [*call.rows] == [*grid] and same(call.rows, grid)
+        assert f"std is {made[0].result[1].std():.2f}, healthy" in said()
+        again = load(out, size=32)
+        assert classes_of(again) == [["$mole, new", "É"][k] for k in want]
+        assert torch.equal(again.pixels[:], images)
+
+
+def test_sample_refuses_a_folder_in_use_and_unknown_classes(
+    copy_of, elsewhere, monkeypatch, refused
+):
+    """And it ends at its first image if the disk is full."""
+    words = ["sample", "--n", 3, "--ckpt", copy_of("ldm"), "--out"]
+    fill(Path("out"), "mine.bmp")
+    assert "--out" in refused(*words, "out")
+    assert re.search("--class wart: .*mole.*scar", refused(*words, "new", "--class", "wart"))
+    full = Mock(side_effect=OSError(28, "No space left on device"))
+    monkeypatch.setattr(Image.Image, "save", full)
+    assert "No space" in refused(*words, "new") and full.call_count == 1
+
+
+def test_features_are_means_over_places_of_lpips_last_map(lpips):
+    """Of 224×224 pixels. A larger image is smoothed before, lest it alias."""
+    for side in (64, 300):
+        few = (60 * randn(2, 3, side, side).clamp(-2, 2) + 128).byte()
+        images = few[[0] + 5 * [1]]  # 6 are several parts
+        x = F.interpolate(few / 255 * 2 - 1, (224, 224), mode="bilinear", antialias=True)
+        want = lpips.net(lpips.scaling_layer(x))[-1].mean((2, 3))
+        assert want.shape == (2, 512)  # so it is SqueezeNet's
+        assert torch.allclose(vqldm.features(lpips, images)[[0, 5]].float(), want, atol=1e-5)
+
+
+def test_kernel_distance_is_the_unbiased_sum_over_pairs():
+    """Without pairs of an image with itself, or with its twin in the other set."""
+
+    def mean(pairs):
+        return np.mean([float((u @ v / 3 + 1) ** 3) for u, v in pairs])
+
+    a, b = randn(5, 3).double(), randn(5, 3, key=1).double() + 1
+    within = sum(mean(itertools.permutations(u, 2)) for u in (a, b))
+    between = mean((a[i], b[j]) for i, j in itertools.permutations(range(5), 2))
+    assert vqldm.kernel_distance(a, b) == pytest.approx(within - 2 * between)
+
+
+def test_the_nearest_training_image_is_found_in_all_symmetries():
+    """By the distance of 32×32 means: against a float64 search."""
+    pixels = torch.randint(256, (300, 3, 64, 64), generator=rng(1)).byte()
+    turned = vqldm.augment(pixels[290:298], torch.arange(8))
+    pictures = torch.cat([pixels[:1], turned] * 30)  # several parts
+    distance, row = vqldm.nearest_trained(pictures, pixels[1:])
+    small = pixels.double().unflatten(3, (32, 2)).unflatten(2, (32, 2)).mean((3, 5)) / 127.5 - 1
+    small = small.numpy()
+    best = min(
+        (np.linalg.norm(small[0] - shown), i)
+        for i in range(1, 300)
+        for shown in symmetries(small[i])
+    )
+    assert (row + 1).tolist() == [best[1], *range(290, 298)] * 30
+    assert abs(distance[0] / best[0] - 1) < 1e-4
+    assert distance[1:9].max() < 0.1
+
+
+@pytest.fixture()
+def hospital(calm, elsewhere, copy_of):
+    """Photographs in the folder all: the 36 that calm's stage 2, in ldm, has seen, and 12 unseen,
+    of which scars are green, and one is a training image, saved again. Two more are of patient P,
+    who is known, and two of warts, which are not."""
+    shutil.copytree(calm.folder / "photos/train", "all/train")
+    trained = sorted(Path("all").rglob("*.bmp"))
+    for colour, kind in (((180, 120, 90), "mole"), ((200, 140, 90), "scar")):
+        fill(Path("all"), [f"{kind}/{i}.bmp" for i in range(7)], colour)
+    fill(Path("all"), "wart/a.bmp wart/b.bmp")
+    with Image.open(trained[0]) as again:
+        again.putpixel((0, 0), (9, 9, 9))
+        again.save("all/mole/6.bmp")
+    rows = [f"{path.relative_to('all').as_posix()}," for path in Path("all").rglob("*.bmp")]
+    rows = [row + "P" * row.endswith("/0.bmp,") * ("train" not in row) for row in rows]
+    Path("all/metadata.csv").write_text("\n".join(["file_name,patient_id", *rows]))
+    Path("o/e").mkdir(parents=True)
+    seen = [vqldm.digest(hashlib.sha256(path.read_bytes()).digest()) for path in trained]
+    seen = torch.tensor([*seen, vqldm.digest(("patient_id", "P"))])
+    trained = torch.stack([vqldm.read_image(path.read_bytes(), 32) for path in trained])
+    return SimpleNamespace(ldm=copy_of("ldm", seen=seen), trained=trained)
+
+
+def are_green(images):
+    return (images[:, 1, 20, 20] > 130).tolist()
+
+
+def test_evaluate_measures_what_no_training_has_seen(hospital, lpips, monkeypatch, said):
+    """kernel: samples. perfect: other images through stage 1. recon: these, real: other images. A
+    near copy is nearer to a training image than half the median of unseen ones. Three of the nine
+    samples are, and the one that was saved again."""
+    make = vqldm.LatentDiffusion.make
+
+    def copies(self, settings, ids, label):
+        pictures, z0 = make(self, settings, ids, label)
+        pictures[4:7] = vqldm.augment(hospital.trained[[7, 3, 30]] // 4 * 4, [2, 5, 0])
+        return pictures, z0
+
+    monkeypatch.setattr(vqldm.LatentDiffusion, "make", copies)
+    monkeypatch.setattr(vqldm, "load_lpips", lambda device: lpips)
+    calls = {
+        name: recorded(monkeypatch, vqldm, name)
+        for name in ("reconstruct", "features", "nearest_trained", "draw_rows")
+    }
+    made = recorded(monkeypatch, vqldm.LatentDiffusion, "make")
+    assert cli(*"evaluate --ckpt ldm --data all --n 9 --out o/e".split()) == 0
+    numbers = json.loads(Path("o/e/metrics.json").read_text())
+    # two halves of the twelve, in a mixture, and samples of the classes of the first
+    (mine, others), (made,) = calls["reconstruct"], made
+    real, other, samples = mine.pixels, others.pixels, made.result[0]
+    assert len(real) == len(other) == numbers["unseen_images"] == 6
+    assert len({*bytes_of(real), *bytes_of(other)}) == 12
+    assert {*are_green(real)} == {*are_green(other)} == {True, False}
+    assert sum(are_green(torch.cat([real, other]))) == 6
+    assert made.label.tolist() == [int(are_green(real)[i % 6]) for i in range(9)]
+    assert made.settings.steps == 3  # as recorded
+    # each distance is to the set that it names
+    found = {call.pixels.numpy().tobytes(): call.result for call in calls["features"]}
+    sets = dict(kernel=samples[:6], kernel_perfect=others.result[1])
+    sets |= dict(kernel_recon=mine.result[1], kernel_real=other)
+    for name, images in sets.items():
+        a, b = [found[one.numpy().tobytes()] for one in (real, images)]
+        assert numbers[name] == pytest.approx(vqldm.kernel_distance(a, b), rel=1e-3)
+    # near copies
+    (distance, row), (usual, _) = [call.result for call in calls["nearest_trained"]]
+    assert torch.equal(calls["nearest_trained"][0].pictures, samples)
+    unseen = calls["nearest_trained"][1].pictures
+    assert {*bytes_of(unseen)} == {*bytes_of(real), *bytes_of(other)}
+    assert (distance < sorted(usual.tolist())[5] / 2).tolist() == [4 <= i < 7 for i in range(9)]
+    want = dict(near_copies=3, near_copies_percent=100 / 3, near_copies_unseen=1)
+    want |= dict(near_copies_unseen_percent=100 / 12, training_images_found=36, step=12)
+    want |= dict(latent_std=float(made.result[1].std()))
+    want |= vars(
+        vqldm.EvaluateConfig(ckpt="ldm", data=os.path.abspath("all"), n=9, steps=3, out="o/e")
+    )
+    assert {name: numbers.pop(name) for name in want} == pytest.approx(want)
+    of_stage_1 = "mse psnr lpips codes_used_percent perplexity".split()
+    assert numbers.keys() == {*sets, *of_stage_1, "unseen_images"}
+    mse = (real.float() - mine.result[1]).square().mean() / 127.5**2
+    assert numbers["mse"] == pytest.approx(float(mse), rel=0.02)
+    # pictures, the worst sample first, and where all that is
+    trained, order = calls["nearest_trained"][0].trained, distance.argsort()
+    assert {*bytes_of(trained)} == {*bytes_of(hospital.trained)}
+    want = [real, mine.result[1], samples, samples[order], trained[row[order]]]
+    assert all(map(torch.equal, calls["draw_rows"][0].rows.values(), want))
+    assert "look at o/e/evaluate.png and metrics.json\n" in said().replace(os.sep, "/")
+    assert Path("o/cache").is_dir()
+
+
+def test_evaluate_measures_one_class_or_all_images_as_one(hospital, monkeypatch, refused):
+    """The same images at any seed. Without LPIPS there are no kernels, without training images no
+    near copies."""
+    shutil.rmtree("all/train")
+    Path("all/metadata.csv").unlink()
+    calls = recorded(monkeypatch, vqldm, "reconstruct")
+    made = recorded(monkeypatch, vqldm.LatentDiffusion, "make")
+    for seed in (0, 7):
+        words = f"evaluate --ckpt ldm --data all --class SCAR --n 4 --seed {seed}"
+        assert cli(*words.split()) == 0
+        assert all(are_green(calls[-1].pixels)) and made[-1].label.tolist() == [1] * 4
+        assert torch.equal(calls[-1].pixels, calls[0].pixels) and len(calls[-1].pixels) == 3
+    numbers = json.loads(Path("ldm/metrics.json").read_text())
+    assert numbers["class_"] == "SCAR" and numbers["training_images_found"] == 0
+    assert not [name for name in numbers if "kernel" in name or "near" in name]
+    assert "too few" in refused(*words.split(), "--n", 1)
+    state = state_of("ldm/last.pt")
+    state["config"]["unconditional"], state["classes"] = True, ["images"]
+    for part in ("ema", "young"):
+        state[part]["label.weight"] = state[part]["label.weight"][:2]
+    torch.save(state, "ldm/last.pt")
+    assert cli(*"evaluate --ckpt ldm --data all --n 20".split()) == 0
+    assert len(calls[-1].pixels) == 8 and made[-1].label.tolist() == [0] * 20
+
+
+# ---- A. Drawn lesions --------------------------------------------------------------------------
+def test_drawn_images_follow_from_seed_and_number_alone(load, monkeypatch):
+    """In whatever order they are drawn, and kept by seed on disk, also for the run that made them.
+    No two are alike. Another processor may round pixels otherwise, so number and seed mark them."""
+
+    def draw(n, seed):
+        return load("synthetic", size=24, n_images=n, seed=seed)
+
+    maps, here, zero = recorded(monkeypatch, torch, "load"), draw(8, 1), draw(9, 0)
+    assert here.pixels is maps[0].result["pixels"]
+    for i in range(7, -1, -1):
+        assert torch.equal(here.pixels[i], vqldm.synthetic(i, 24, 1))
+    assert len(torch.cat([here.pixels, zero.pixels]).unique(dim=0)) == 17
+    assert torch.equal(draw(8, 0).pixels[:], zero.pixels[:8])
+    monkeypatch.setattr(vqldm, "decode_images", Mock(side_effect=Stop))
+    assert torch.equal(draw(8, 1).pixels[:], here.pixels[:])  # it is read, not drawn
+    monkeypatch.undo()
+    monkeypatch.setattr(vqldm, "synthetic", lambda *a: 255 - ORIGINAL.synthetic(*a))
+    negative = draw(8, 1)  # by other code, so not from the cache
+    assert torch.equal(negative.pixels[:], 255 - here.pixels[:])
+    assert torch.equal(negative.ids, here.ids)
+    assert len(torch.cat([here.ids, zero.ids])[:, 0].unique()) == 17
+
+
+def test_drawn_classes_take_turns_and_differ_in_colour(load):
+    """For each two, the mean or the scatter of one of the three colours in the middle differs by
+    more than four standard errors. (This is Welch's t.) Vascular lesions are reddest."""
+    images = load("synthetic", size=24, n_images=160)
+    assert images.classes == sorted(vqldm.LESIONS) and not images.test.any()
+    assert images.labels.tolist() == [0, 1, 2, 3] * 40
+    middle = images.pixels[..., 6:18, 6:18].float().flatten(2).view(40, 4, 3, -1)
+    scores = torch.cat([middle.mean(3), middle.std(3)], 2)  # (40 images, 4 classes, 6)
+    for a, b in itertools.combinations(scores.unbind(1), 2):
+        error = ((a.var(0) + b.var(0)) / 40).sqrt()
+        assert ((a.mean(0) - b.mean(0)).abs() / error).max() > 4
+    red, green, _ = middle.mean((0, 3)).T
+    assert (red - green).argmax() == list(vqldm.LESIONS).index("vascular-like")
+    today = torch.tensor([207.72, 157.50, 145.74])  # if they are drawn otherwise, put their means
+    assert torch.allclose(images.pixels.float().mean((0, 2, 3)), today, atol=0.5)
+
+
+# ---- D. Pictures -------------------------------------------------------------------------------
+def test_rows_of_pictures_are_drawn_under_their_names(tmp_path):
+    """At most 16 of each, two pixels apart, 14 for a name, and an empty row is left out."""
+    images = torch.randint(256, (20, 3, 8, 8), generator=rng("rows")).byte()
+    path, rows = tmp_path / "new/grid.png", {"many": images, "none": images[:0], "p": images[:3]}
+    ORIGINAL.draw_rows(path, rows)
+    sheet = np.moveaxis(np.array(Image.open(path)), 2, 0)
+    assert sheet.shape == (3, 2 * 26, 162)
+    for top, few in ((0, images[:16]), (26, images[:3])):
+        assert sheet[:, top : top + 13].min() < 128  # a name
+        for i, image in enumerate(few):
+            left = 2 + 10 * i
+            assert np.array_equal(sheet[:, top + 16 : top + 24, left : left + 8], image)
+    assert (sheet[:, 40:, 32:] == 255).all()
+
+
+def test_curves_show_each_number_beside_that_of_held_out_images(tmp_path, monkeypatch):
+    """Over steps, and logarithmic where all are above 0 and far apart."""
+    log = [
+        dict(step=7 * j * j, mse=9.0**-j, look_mse=8.0**-j, d_real=j - 1.0, d_fake=-1.0)
+        | dict(look_psnr=30.0 + j)
+        for j in range(3)
+    ]
+    del log[1]["d_real"]
+    saved = recorded(monkeypatch, vqldm.Figure, "savefig")
+    ORIGINAL.draw_curves(tmp_path / "curves.png", log)
+    panels = {"mse look_mse": "log", "look_psnr": "linear", "d_real d_fake": "linear"}
+    for (panel, scale), ax in zip(panels.items(), saved[0].self.axes, strict=True):
+        points = {line.get_label(): line.get_xydata().tolist() for line in ax.get_lines()}
+        assert ax.get_yscale() == scale and ax.get_legend()
+        assert points == {
+            name: [[row["step"], row[name]] for row in log if name in row] for name in panel.split()
+        }
+
+
+# ---- E. Muon -----------------------------------------------------------------------------------
+def test_muon_keeps_the_means_directions_and_evens_out_strengths():
+    """m <- .95 m + .05 g, and with .95 m + .05 g = U S Vᵀ a step is lr · U S' Vᵀ, where S' is S of
+    length 1, five times through Jordan's polynomial, so near 1, though S spans a factor of 30."""
+    for shape in ((1, 1, 1, 1), (1, 9, 1, 1), (9, 1, 1, 1), (64, 4, 2, 2)):
+        p, mean = nn.Parameter(randn(*shape)), 0
+        muon = vqldm.Muon([p], 0.1)
+        for key in range(3):
+            before = p.detach().flatten(1).clone()
+            u, s, v = torch.linalg.svd(randn(*shape, key=key).flatten(1), full_matrices=False)
+            p.grad = (u * torch.logspace(0, -1.5, len(s)) @ v).view(shape)
+            mean = 0.95 * mean + 0.05 * p.grad
+            muon.step()
+            u, s, v = torch.linalg.svd(
+                (0.95 * mean + 0.05 * p.grad).flatten(1), full_matrices=False
+            )
+            s = s / s.norm()
+            for _ in range(5):
+                s = 3.4445 * s - 4.775 * s**3 + 2.0315 * s**5
+            inner = u.T @ (before - p.detach().flatten(1)) @ v.T / 0.1
+            assert torch.allclose(inner, s.diag(), atol=3e-3)
+            assert 0.6 < s.min() and s.max() < 1.3
