@@ -1020,9 +1020,9 @@ class Stop(Exception):
     """Raised to end a command at the place that a test is about."""
 
 
-def test_both_stages_use_the_turns_that_are_allowed(calm, tmp_path, monkeypatch):
+def test_both_stages_use_the_turns_that_are_allowed(calm, tmp_path, monkeypatch, said):
     """Stage 1 draws them, stage 2 encodes them, in fewer the more images there are, but not if a
-    class has no image to train on. (All eight turns are in the references.)"""
+    class has no image to train on, of which it warns. (All eight are in the references.)"""
     drawn, encode = recorded(monkeypatch, vqldm, "augment"), Mock(side_effect=Stop)
     for turns, want in (("mirror", {0, 4}), ("none", {0})):
         drawn.clear()
@@ -1042,6 +1042,7 @@ def test_both_stages_use_the_turns_that_are_allowed(calm, tmp_path, monkeypatch)
     names.append("c")
     with pytest.raises(vqldm.UserError, match="a class has no image"):
         vqldm.train_ldm(vqldm.LDMConfig(vq="calm/vq"), torch.device("cpu"))
+    assert "WARNING no image to train on of the classes c\n" in said()
     with pytest.raises(Stop):
         train("ldm", tmp_path / "ldm", "--unconditional")
 
