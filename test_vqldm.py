@@ -24,7 +24,7 @@ vqldm.parser_of = functools.cache(vqldm.parser_of)  # the dearest part of a shor
 state_of = functools.partial(torch.load, weights_only=True)  # a checkpoint's path -> its dict
 
 
-# ---- Helpers: tensors --------------------------------------------------------------------------
+# ---- Helpers -----------------------------------------------------------------------------------
 def randn(*shape, key=0):
     """Normal numbers that are the same in each run, whatever ran before."""
     return torch.randn(shape, generator=rng("test", key))
@@ -59,7 +59,6 @@ def bytes_of(images):
     return [x.numpy().tobytes() for x in images]
 
 
-# ---- Helpers: calls, commands, words -----------------------------------------------------------
 def recorded(patch, owner, name, before=lambda call: None):
     """-> a list that gains each call of owner.name: its arguments by name, and its result. before
     is called with the arguments alone."""
@@ -107,7 +106,6 @@ def refused(capsys):
     return call
 
 
-# ---- Helpers: where tests run ------------------------------------------------------------------
 def plainly(patch, bf16=False):
     """On the CPU, in float32 (or bf16) whatever it is fast at, without LPIPS and without pictures,
     which take most of a tiny run's time."""
@@ -144,7 +142,6 @@ def lpips(monkeypatch):
     return ORIGINAL.load_lpips(torch.device("cpu"))
 
 
-# ---- Helpers: a folder of images ---------------------------------------------------------------
 def picture(mode="RGB", left="red", right="blue", size=(40, 40)):
     """A PIL image whose halves have these colours."""
     im = Image.new(mode, size, left)
@@ -199,7 +196,6 @@ def read(tmp_path, load):
     return call
 
 
-# ---- Helpers: runs -----------------------------------------------------------------------------
 STAGES = {  # 12 steps each
     "vq": "train-vq --lpips-weight 0 --device cpu --size 32 --widths 8,8 --codes 16 "
     "--epochs 3 --data photos --gan-start .4".split(),
@@ -374,18 +370,6 @@ def test_nearest_code_is_that_of_a_float64_search():
     assert torch.equal(book.nearest(z_q), k)
 
 
-def test_each_loss_of_the_codebook_moves_its_own_side():
-    """And the gradient of what follows goes to z as it is, though the value is the code's."""
-    book, z = rough(vqldm.Codebook(5, 4), 1), randn(2, 4, 3, 3, key=1).requires_grad_()
-    z_q, k, codebook_loss, commit_loss = book(z)
-    assert torch.equal(k, book.nearest(z)) and torch.allclose(z_q, book.lookup(k), atol=1e-6)
-    for loss, moves_z, moves_e in ((z_q.sum(), 1, 0), (codebook_loss, 0, 1), (commit_loss, 1, 0)):
-        inputs = z, book.embedding.weight
-        found = torch.autograd.grad(loss, inputs, retain_graph=True, allow_unused=True)
-        assert [gradient is not None for gradient in found] == [moves_z, moves_e]
-    assert (grads(z_q.sum(), (z,))[0] == 1).all()
-
-
 def test_only_codes_without_a_win_restart_beside_encoder_outputs():
     """Anywhere among them, and no two alike: nearer than a tenth of the spread, as measured in each
     channel by its own, which is 1 in the first, 10 in the next, and so on."""
@@ -434,17 +418,6 @@ def test_discriminator_gives_a_logit_for_each_patch():
         assert seen.any(0).sum() == seen.any(1).sum() == sees
 
 
-def test_lam_divides_the_lengths_of_gradients_averaged_over_processes(monkeypatch):
-    """Not the means of lengths. Of rec mine is (3, 0), the other's (0, 4), so the mean has length
-    2.5. Of the GAN mine is (0, 1), the other's (0, 2)."""
-    last = torch.zeros(2, requires_grad=True)
-    for limit, want in ((1e4, 2.5 / (1.5 + 1e-4)), (0.5, 0.5)):
-        beside(monkeypatch, [0, 4.0], [0, 2.0])
-        lam = vqldm.adaptive_weight(3 * last[0], last[1], last, limit)
-        assert float(lam) == pytest.approx(want)
-        assert not lam.requires_grad  # it is a constant, through which no weight learns
-
-
 def test_lpips_is_frozen_and_sees_images_from_minus_1_to_1(lpips):
     assert "Dropout" in repr(lpips)
     assert not any(m.training for m in lpips.modules())
@@ -474,19 +447,6 @@ def test_a_folder_is_recorded_with_its_full_path(elsewhere, monkeypatch):
         assert vqldm.VQConfig(out=out).folder == folder
 
 
-def test_numbers_are_taken_within_their_bounds_alone():
-    """Python's ValueError becomes argparse's sentence. An unset variable gives an empty folder."""
-    whole, wholes, share, amount = vqldm.whole, vqldm.wholes, vqldm.within(0, 0.5), vqldm.amount
-    found = whole("007"), wholes("16, 32"), wholes("8"), share(".5"), amount("4e-4")
-    assert found == (7, (16, 32), (8,), 0.5, 4e-4)
-    wrong = {whole: "0 -3 1.5 abc", wholes: "16,0 16,x", share: "-0.1 .51 nan", vqldm.source: ""}
-    wrong[amount] = "-1 inf nan x"
-    for read, texts in wrong.items():
-        for text in ["", *texts.split()]:
-            with pytest.raises((vqldm.UserError, ValueError)):
-                print("should be refused:", text, read(text))
-
-
 # ---- 5. Device and chance ----------------------------------------------------------------------
 def test_device_auto_takes_the_gpu_if_there_is_one(monkeypatch, said):
     """meta stands in for a GPU that is not fast at bf16, as opposed to this processor."""
@@ -498,8 +458,6 @@ def test_device_auto_takes_the_gpu_if_there_is_one(monkeypatch, said):
         assert vqldm.pick_device("auto").type == taken
         find.assert_called_once_with(check_available=True)
         assert said() == f"device {taken} which multiplies in torch.{dtype}\n"
-    with pytest.raises(vqldm.UserError, match="--device abacus"):
-        vqldm.pick_device("abacus")
 
 
 def test_networks_lie_channels_last_but_not_on_a_macs_gpu():
@@ -515,18 +473,9 @@ def test_networks_lie_channels_last_but_not_on_a_macs_gpu():
 def test_random_numbers_follow_from_their_key_in_any_process():
     """Python's own hash would give others in each. If this number changes, so do all runs."""
     assert rng(0, "a").initial_seed() == 3057973756231466050
-    keys = [(seed, word, i) for seed in range(9) for word in ("turns", "step") for i in range(99)]
-    assert len({vqldm.digest(key) for key in keys}) == len(keys)
 
 
 # ---- 6. What both trainings share --------------------------------------------------------------
-def test_rates_rise_for_50_steps_and_fall_in_three_fifths():
-    cases = "0 0 .02, 24 0 .5, 49 .4 1, 1000 0 1, 99 .7 .5, 9 .994 .01, 1000 .999 .01, 49 2 .01"
-    for case in cases.split(","):
-        step, progress, factor = map(float, case.split())
-        assert vqldm.lr_factor(step, progress) == pytest.approx(factor), case
-
-
 def symmetries(x):
     """The eight of x (3,H,H), by NumPy."""
     return [np.rot90(y, k, (1, 2)) for y in (x, np.flip(x, 2)) for k in range(4)]
@@ -540,19 +489,6 @@ def test_augment_shows_an_image_in_the_squares_eight_symmetries():
     assert len(every.unique(dim=0)) == 8
     assert torch.equal(every[0], x[0])
     assert torch.equal(every[4], x[0].flip(2))
-
-
-def test_each_epoch_takes_every_row_in_an_order_of_its_own():
-    """Whatever the batch: one of 4 ends in the next epoch, one of 25 spans three or four."""
-    streams = []
-    for seed, batch in ((0, 4), (0, 25), (0, 5), (1, 20)):
-        steps = [vqldm.next_rows(10, step, batch, seed) for step in range(100 // batch)]
-        assert {len(rows) for rows in steps} == {batch}
-        streams.append(torch.cat(steps))
-    assert all(torch.equal(stream, streams[0]) for stream in streams[:3])
-    epochs = torch.stack([streams[0], streams[3]]).view(20, 10)
-    assert torch.equal(epochs.sort(1).values, torch.arange(10).expand(20, 10))
-    assert len(epochs.unique(dim=0)) == 20  # by chance, two are equal in one of 20,000 cases
 
 
 def test_a_step_follows_the_mean_gradient_clipped_and_finite(monkeypatch, said):
@@ -690,21 +626,19 @@ def plain_vq(cfg):
     return net, disc, restarts, {name: float(value.detach()) for name, value in log.items()}
 
 
-def settings_of(kind, folder):
-    """Of both stages. float32: with Muon and v, and D joins late, lest rounding decides near ties
-    of codes. bfloat16: with Adam, ε and balance. report: the report's system."""
+@pytest.fixture(scope="module", params=["float32", "bfloat16", "report"])
+def runs(request, tmp_path_factory):
+    """Both stages, trained by the program. float32: with Muon and v. D joins late, lest rounding
+    decides near ties of codes. bfloat16: with Adam, ε and balance. report: the report's system."""
+    kind, folder = request.param, tmp_path_factory.mktemp("runs")
     vq_cfg = vqldm.VQConfig(
-        out=str(folder / "vq"),
-        seed=6,
         **dict(size=32, n_images=46, widths=(4, 8), codes=512, batch_size=4, epochs=10),
-        **dict(lpips_weight=0.5, gan_start=0.75, gan_weight=0.4),
-        **dict(lr=5e-4, muon_lr=0.005, codes_lr=0.005, d_lr=2e-3),
+        **dict(lpips_weight=0.5, gan_start=0.75, gan_weight=0.4, seed=6),
+        **dict(lr=5e-4, muon_lr=0.005, codes_lr=0.005, d_lr=2e-3, out=str(folder / "vq")),
     )
     cfg = vqldm.LDMConfig(
-        vq=vq_cfg.out,
-        out=str(folder / "ldm"),
-        seed=5,
-        **dict(T=40, widths=(8, 12), ema=0.6, lr=1e-2, batch_size=2, steps=9, epochs=2),
+        **dict(T=40, widths=(8, 12), ema=0.6, lr=1e-2, batch_size=2, steps=9, epochs=2, seed=5),
+        **dict(vq=vq_cfg.out, out=str(folder / "ldm")),
     )
     if kind == "bfloat16":
         vq_cfg = vqldm.replace(vq_cfg, epochs=2, gan_start=0.3, muon_lr=0.0, codes_lr=0.05)
@@ -713,14 +647,6 @@ def settings_of(kind, folder):
         preset = vqldm.PRESETS["report"]
         vq_cfg = vqldm.replace(vq_cfg, **{**preset["vq"], "epochs": 5, "batch_size": 20})
         cfg = vqldm.replace(cfg, **{**preset["ldm"], "epochs": 1, "steps": 40})
-    return vq_cfg, cfg
-
-
-@pytest.fixture(scope="module", params=["float32", "bfloat16", "report"])
-def runs(request, tmp_path_factory):
-    """Both stages, trained by the program."""
-    kind = request.param
-    vq_cfg, cfg = settings_of(kind, tmp_path_factory.mktemp(kind))
     with pytest.MonkeyPatch.context() as patch:
         plainly(patch, bf16=kind == "bfloat16")
         patch.setattr(vqldm, "load_lpips", lambda device: blurred)
@@ -900,14 +826,10 @@ def test_reference_sampling_ends_with_the_papers_latents(runs, way):
 
 
 def test_a_strength_of_1_does_nothing_and_costs_no_call():
-    strong, weak, weaker = [Mock(return_value=torch.tensor(x)) for x in (5.0, 3.0, 1.0)]
-    z, t = randn(1, 3, 4, 4), torch.tensor([7])
-    assert vqldm.guided(strong)(z, t) == 5
-    assert vqldm.guided(strong, (weak, 1), (weaker, 1.0))(z, t) == 5
-    assert not weak.called and not weaker.called
-    assert vqldm.guided(strong, (weak, 1.5), (weaker, 2))(z, t) == 5 + 0.5 * 2 + 4
-    for net in (strong, weak, weaker):
-        net.assert_called_with(z, t)
+    strong, weak = [Mock(return_value=torch.tensor(x)) for x in (5.0, 3.0)]
+    assert vqldm.guided(strong, (weak, 1), (weak, 1.0))("z", "t") == 5 and not weak.called
+    assert vqldm.guided(strong, (weak, 1.5))("z", "t") == 5 + 0.5 * 2
+    weak.assert_called_once_with("z", "t")
 
 
 def test_latents_are_decoded_by_their_nearest_codes(runs):
@@ -1020,9 +942,9 @@ class Stop(Exception):
     """Raised to end a command at the place that a test is about."""
 
 
-def test_both_stages_use_the_turns_that_are_allowed(calm, tmp_path, monkeypatch, said):
+def test_both_stages_use_the_turns_that_are_allowed(calm, tmp_path, monkeypatch):
     """Stage 1 draws them, stage 2 encodes them, in fewer the more images there are, but not if a
-    class has no image to train on, of which it warns. (All eight are in the references.)"""
+    class has no image to train on. (All eight turns are in the references.)"""
     drawn, encode = recorded(monkeypatch, vqldm, "augment"), Mock(side_effect=Stop)
     for turns, want in (("mirror", {0, 4}), ("none", {0})):
         drawn.clear()
@@ -1042,7 +964,6 @@ def test_both_stages_use_the_turns_that_are_allowed(calm, tmp_path, monkeypatch,
     names.append("c")
     with pytest.raises(vqldm.UserError, match="a class has no image"):
         vqldm.train_ldm(vqldm.LDMConfig(vq="calm/vq"), torch.device("cpu"))
-    assert "WARNING no image to train on of the classes c\n" in said()
     with pytest.raises(Stop):
         train("ldm", tmp_path / "ldm", "--unconditional")
 
@@ -1063,8 +984,11 @@ def test_looks_measure_and_draw_the_same_images_each_time(calm):
 
 
 # ---- 12. Sampling and measuring ----------------------------------------------------------------
-def test_sample_writes_a_folder_that_can_be_read(copy_of, elsewhere, load, monkeypatch, said):
-    """All classes in turn, in lots of 64, or one, made as it was recorded, or as is typed."""
+def test_sample_writes_a_folder_that_can_be_read(
+    copy_of, elsewhere, load, monkeypatch, said, refused
+):
+    """All classes in turn, in lots of 64, or one, made as it was recorded, or as is typed. It ends
+    at its first image if the disk is full."""
     names = ["$mole, new", "É"]
     ldm = copy_of("ldm", config=dict(sampler="ddpm", guidance=1.7), classes=names)
     drawn = recorded(monkeypatch, vqldm, "draw_rows")
@@ -1087,19 +1011,10 @@ def test_sample_writes_a_folder_that_can_be_read(copy_of, elsewhere, load, monke
         grid = {names[k]: images[:64][torch.tensor(want[:64]) == k] for k in sorted({*want})}
         assert drawn[0].path == out / "grid.png" and same(drawn[0].rows, grid)
         assert f"std is {made[0].result[1].std():.2f}, healthy" in said()
-
-
-def test_sample_refuses_a_folder_in_use_and_unknown_classes(
-    copy_of, elsewhere, monkeypatch, refused
-):
-    """And it ends at its first image if the disk is full."""
-    words = ["sample", "--n", 3, "--ckpt", copy_of("ldm"), "--out"]
-    fill(Path("out"), "mine.bmp")
-    assert "--out" in refused(*words, "out")
-    assert re.search("--class wart: .*mole.*scar", refused(*words, "new", "--class", "wart"))
     full = Mock(side_effect=OSError(28, "No space left on device"))
     monkeypatch.setattr(Image.Image, "save", full)
-    assert "No space" in refused(*words, "new") and full.call_count == 1
+    assert "No space" in refused("sample", "--ckpt", ldm, "--n", 3, "--out", "new")
+    assert full.call_count == 1
 
 
 def test_features_are_means_over_places_of_lpips_last_map(lpips):
