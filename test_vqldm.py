@@ -621,8 +621,12 @@ def plain_vq(cfg):
                 log.update(lam=lam, d_loss=d_loss, d_real=real.mean(), d_fake=-adversarial)
     x = images[val]
     with torch.no_grad():
-        x_hat = net.decoder(book.lookup(book.nearest(net.encoder(x)))).clamp(-1, 1)
-    log.update(look_mse=F.mse_loss(x_hat, x), look_lpips=blurred(x_hat, x).mean())
+        k = book.nearest(net.encoder(x))
+        x_hat = net.decoder(book.lookup(k)).clamp(-1, 1)
+    mse, p = (x_hat - x).square().mean((1, 2, 3)), torch.bincount(k.flatten()) / k.numel()
+    log.update(look_mse=mse.mean(), look_psnr=(10 * (4 / mse).log10()).mean())
+    log.update(look_lpips=blurred(x_hat, x).mean(), codes=(p > 0).sum() / cfg.codes)
+    log.update(entropy=-torch.special.xlogy(p, p).sum())
     return net, disc, restarts, {name: float(value.detach()) for name, value in log.items()}
 
 
@@ -684,41 +688,9 @@ def test_reference_stage_1_ends_with_the_papers_weights_and_log(runs):
     assert 0 < restarts < 512 if runs.kind == "float32" else restarts == 512
     rows = runs.vq["log"]
     logged = {**[row for row in rows if "mse" in row][-1], **rows[-1]}
+    assert logged["look_codes_used_percent"] == pytest.approx(100 * log.pop("codes"), rel=0.02)
+    assert logged["look_perplexity"] == pytest.approx(math.exp(log.pop("entropy")), rel=0.02)
     assert {name: logged[name] for name in log} == pytest.approx(log, rel=1e-3)
-
-
-def rounding_vqgan():
-    """A VQGAN that rounds each pixel to the nearest of four greys."""
-    vqgan = vqldm.VQGAN(vqldm.VQConfig(widths=(8,), codes=4))
-    vqgan.encoder = vqgan.decoder = nn.Identity()
-    greys = torch.tensor([[-1], [-0.2], [0.23], [1.2]])
-    vqgan.codebook.embedding.weight.data = greys.expand(4, 3)
-    return vqgan
-
-
-def test_reconstructions_are_measured_by_numbers_worked_out_by_hand():
-    """Grey .404 is rounded to .23, and 1 to 1.2, so to 1. PSNR: 10 log10(2²/mse) of each image, in
-    [-1,1]. Perplexity: 2 codes, 3 : 1, make 4 / 3^¾. 96 images are several parts. LPIPS is given
-    each reconstruction and its image."""
-    grey, seen = 179 / 127.5 - 1, []
-    pixels = torch.tensor(72 * [179] + 24 * [255]).byte().view(-1, 1, 1, 1).expand(-1, 3, 16, 16)
-
-    def lpips(x_hat, x):
-        seen.extend(torch.stack([x_hat, x])[:, :, 0, 0, 0].T.tolist())
-        return 2 * (x.mean((1, 2, 3)) > 0.9)
-
-    measures, recon = vqldm.reconstruct(rounding_vqgan(), pixels, lpips)
-    mse = (grey - 0.23) ** 2
-    want = dict(
-        mse=0.75 * mse,
-        psnr=(3 * 10 * math.log10(4 / mse) + 10 * math.log10(4 / 1e-10)) / 4,
-        lpips=0.5,
-        perplexity=4 / 3**0.75,
-        codes_used_percent=50,
-    )
-    assert measures == pytest.approx(want, rel=1e-3)
-    assert seen == [pytest.approx(pair) for pair in 72 * [[0.23, grey]] + 24 * [[1, 1]]]
-    assert recon[:, 0, 0, 0].tolist() == 72 * [157] + 24 * [255]
 
 
 # ---- 8. Stage 2: diffusion ---------------------------------------------------------------------
@@ -981,6 +953,11 @@ def test_looks_measure_and_draw_the_same_images_each_time(calm):
         columns = zip(*[bytes_of(call.rows.values()) for call in drawn])
         *originals, made = [len({*column}) for column in columns]
         assert originals == [1] * (stage == "vq") and made > 5
+        if stage == "vq":  # of 18 images, which are several parts
+            x, x_hat = map(vqldm.to_float, drawn[-1].rows.values())
+            assert len(x) == 18 and F.mse_loss(x_hat, x) == pytest.approx(
+                looks[-1]["look_mse"], 0.01
+            )
 
 
 # ---- 12. Sampling and measuring ----------------------------------------------------------------
