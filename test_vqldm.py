@@ -252,12 +252,7 @@ def beside(patch, *others):
 
 
 # ---- 1. Blocks ---------------------------------------------------------------------------------
-def test_a_norm_takes_an_image_as_a_whole():
-    y = randn(2, 64, 4, 4)
-    assert torch.allclose(vqldm.Norm(64)(y), F.layer_norm(y, y.shape[1:]), atol=1e-5)
-
-
-def test_residual_branches_start_as_nothing():
+def test_blocks_start_as_nothing_and_norms_take_whole_images():
     """A ResBlock is its shortcut, an AttentionBlock the identity, and the UNet answers 0."""
     x, emb = randn(2, 8, 4, 4), randn(2, 16)
     alike, wider = vqldm.ResBlock(8, 8, 16), vqldm.ResBlock(8, 12)
@@ -265,6 +260,7 @@ def test_residual_branches_start_as_nothing():
     assert torch.equal(wider(x), wider.shortcut(x))
     assert torch.equal(vqldm.AttentionBlock(8)(x), x)
     assert not alike.emb(emb).any()  # emb neither scales nor shifts
+    assert torch.allclose(vqldm.Norm(8)(x), F.layer_norm(x, x.shape[1:]), atol=1e-5)
     assert not vqldm.UNet(8, (8, 12), 1)(x, torch.tensor([0, 5])).any()
 
 
@@ -335,11 +331,8 @@ def written_out(net, y, emb=None):
     return net.last(F.silu(net.norm(y)))
 
 
-BOTH_WAYS_UP = pytest.mark.parametrize("upsample", ["nearest", "transposed"])
-
-
 # ---- 2. Stage 1: the VQGAN ---------------------------------------------------------------------
-@BOTH_WAYS_UP
+@pytest.mark.parametrize("upsample", ["nearest", "transposed"])
 def test_encoder_and_decoder_are_the_blocks_of_the_paper(upsample):
     net = rough(vqldm.VQGAN(vqldm.VQConfig(widths=(8, 12), codes=5, upsample=upsample)))
     x, z = randn(2, 3, 16, 16), randn(2, 3, 4, 4)
@@ -418,16 +411,13 @@ def test_discriminator_gives_a_logit_for_each_patch():
         assert seen.any(0).sum() == seen.any(1).sum() == sees
 
 
-def test_lpips_is_frozen_and_sees_images_from_minus_1_to_1(lpips):
-    assert "Dropout" in repr(lpips)
-    assert not any(m.training for m in lpips.modules())
+def test_lpips_is_frozen_and_sees_images_from_minus_1_to_1(lpips, monkeypatch, said):
+    """Where it cannot be loaded, it is left out, with a warning."""
+    assert "Dropout" in repr(lpips) and not any(m.training for m in lpips.modules())
     assert not any(p.requires_grad for p in lpips.parameters())
     x, x_hat = randn(2, 2, 3, 64, 64).requires_grad_()
     assert not lpips(x, x).any()
     assert grads(lpips(x_hat, x).sum(), (x_hat,))[0].any()
-
-
-def test_lpips_that_cannot_be_loaded_is_left_out(monkeypatch, said):
     monkeypatch.setattr("lpips.LPIPS", Mock(side_effect=OSError("no internet")))
     assert ORIGINAL.load_lpips(torch.device("cpu")) is None
     assert re.search("WARNING LPIPS.*/checkpoints.*no internet", said())
@@ -458,16 +448,6 @@ def test_device_auto_takes_the_gpu_if_there_is_one(monkeypatch, said):
         assert vqldm.pick_device("auto").type == taken
         find.assert_called_once_with(check_available=True)
         assert said() == f"device {taken} which multiplies in torch.{dtype}\n"
-
-
-def test_networks_lie_channels_last_but_not_on_a_macs_gpu():
-    class Net(nn.Conv2d):
-        def to(self, device, **how):  # which is not here
-            return super().to(**how)
-
-    for device, layout in (("mps:0", torch.contiguous_format), ("cuda", torch.channels_last)):
-        weight = vqldm.place(Net(3, 8, 3), torch.device(device)).weight
-        assert weight.is_contiguous(memory_format=layout)
 
 
 def test_random_numbers_follow_from_their_key_in_any_process():
@@ -501,7 +481,6 @@ def test_a_step_follows_the_mean_gradient_clipped_and_finite(monkeypatch, said):
         (1, [0.4, 0.4], 0.5, [0.15, 0.2]),
         (1, [0.4, 0.4], 0.1, [0.03, 0.04]),
         (math.inf, [0.4, 0.4], 0.5, [0, 0]),
-        (-math.inf, [0.4, 0.4], 0.5, [0, 0]),
         (math.nan, [0.4, 0.4], 0.5, [0, 0]),
         (1, [math.nan, 0.4], 0.5, [0, 0]),
         (1, [0.4, 0.4], 1.0, [0.3, 0.4]),
@@ -694,24 +673,17 @@ def test_reference_stage_1_ends_with_the_papers_weights_and_log(runs):
 
 
 # ---- 8. Stage 2: diffusion ---------------------------------------------------------------------
-def root(t, T):
-    return math.cos((t / T + 0.008) / 1.008 * math.pi / 2)
-
-
-BETA = dict(
-    linear=lambda t, T: (1e-4 + 0.0199 * t / (T - 1)) * 1000 / T,
-    cosine=lambda t, T: 1 - (root(t + 1, T) / root(t, T)) ** 2,
-)
-
-
 def test_alpha_bar_is_the_product_and_ends_near_0():
     """For every T, with one rounding, from float64, as its only error. Level -1 has no noise."""
-    for T, schedule in itertools.product((50, 250, 1000), BETA):
-        alpha_bar = Diffusion(T, schedule).alpha_bar
-        want = np.cumprod([1 - min(BETA[schedule](t, T), 0.999) for t in range(T)])
-        np.testing.assert_allclose(alpha_bar.double(), [*want, 1], rtol=1.2e-7)
-        assert alpha_bar[-2] < 0.01
-        assert (alpha_bar[:-1].diff() < 0).all()
+    for T in (50, 250, 1000):
+        linear = np.linspace(1e-4, 0.02, T) * 1000 / T
+        root = np.cos((np.arange(T + 1) / T + 0.008) / 1.008 * np.pi / 2)
+        for schedule, beta in (("linear", linear), ("cosine", 1 - (root[1:] / root[:-1]) ** 2)):
+            alpha_bar = Diffusion(T, schedule).alpha_bar
+            want = np.cumprod(1 - beta.clip(max=0.999))
+            np.testing.assert_allclose(alpha_bar.double(), [*want, 1], rtol=1.2e-7)
+            assert alpha_bar[-2] < 0.01
+            assert (alpha_bar[:-1].diff() < 0).all()
     with pytest.raises(vqldm.UserError, match="--T"):
         Diffusion(1, "linear")
 
@@ -724,7 +696,7 @@ def test_pairs_are_exactly_S_steps_for_every_S():
 
 
 # ---- 9. Stage 2: the UNet ----------------------------------------------------------------------
-@BOTH_WAYS_UP
+@pytest.mark.parametrize("upsample", ["nearest", "transposed"])
 def test_unet_has_skips_and_hears_time_and_class(upsample):
     """emb is time, in sines of periods 2π to 2π·10,000 through two layers, plus the class. Who is
     not told the class hears one more than there are."""
@@ -749,8 +721,12 @@ WAYS = {
 }
 
 
-def plain_sample(runs, cfg, label, noise):
+def plain_sample(runs, cfg, label, gens):
     """ddim: eq. 12, σ = 0. ddpm: the mean of q(z_prev | z_t, z0), DDPM eq. 7, and σ² = β."""
+
+    def noise():
+        return torch.stack([torch.randn(3, 8, 8, generator=gen) for gen in gens])
+
     n_classes = len(runs.ldm["classes"])
     strong, young = [vqldm.UNet(3, runs.cfg.widths, n_classes, runs.cfg.upsample) for _ in range(2)]
     strong.load_state_dict(runs.ldm["ema"])
@@ -787,12 +763,7 @@ def test_reference_sampling_ends_with_the_papers_latents(runs, way):
 
     some = [33, 4, 9]
     gens = [rng(8, "sample", 7 * i) for i in some]
-    z = plain_sample(
-        runs,
-        cfg,
-        label[some],
-        lambda: torch.stack([torch.randn(3, 8, 8, generator=gen) for gen in gens]),
-    )
+    z = plain_sample(runs, cfg, label[some], gens)
     off = 2e-3 if runs.bf16 else 1e-4  # there batches of another size round apart
     assert torch.allclose(latents[some], z, rtol=off, atol=off * float(z.std()))
 
@@ -910,14 +881,10 @@ def test_latents_are_the_codes_scaled_by_those_trained_on(runs):
     assert torch.allclose(runs.model.to_latents(k[rows, turns]).double(), z0, atol=1e-4)
 
 
-class Stop(Exception):
-    """Raised to end a command at the place that a test is about."""
-
-
 def test_both_stages_use_the_turns_that_are_allowed(calm, tmp_path, monkeypatch):
-    """Stage 1 draws them, stage 2 encodes them, in fewer the more images there are, but not if a
-    class has no image to train on. (All eight turns are in the references.)"""
-    drawn, encode = recorded(monkeypatch, vqldm, "augment"), Mock(side_effect=Stop)
+    """Stage 1 draws them, and stage 2 encodes them, in fewer the more images there are. (All eight
+    turns are in the references.)"""
+    drawn, encode = recorded(monkeypatch, vqldm, "augment"), Mock(side_effect=ZeroDivisionError)
     for turns, want in (("mirror", {0, 4}), ("none", {0})):
         drawn.clear()
         train("vq", tmp_path / turns, "--turns", turns, "--epochs", 1)
@@ -927,17 +894,12 @@ def test_both_stages_use_the_turns_that_are_allowed(calm, tmp_path, monkeypatch)
     encoded |= {("calm/vq", 2500): range(8), ("calm/vq", 5000): range(4), ("calm/vq", 20_001): (0,)}
     for (vq, n), want in encoded.items():
         pixels, i = torch.zeros(1, 3, 32, 32).byte(), torch.arange(n)
-        ids, names = i[:, None].expand(n, 2), ["a", "b"]
-        images = vqldm.Images(pixels.expand(n, -1, -1, -1), i % 2, names, ids, i == 0)
+        pixels, ids = pixels.expand(n, -1, -1, -1), i[:, None].expand(n, 2)
+        images = vqldm.Images(pixels, i % 2, ["a", "b"], ids, i == 0)
         monkeypatch.setattr(vqldm, "read_images", lambda *a, images=images: images)
-        with pytest.raises(Stop):
+        with pytest.raises(ZeroDivisionError):
             train("ldm", tmp_path / "ldm", "--vq", vq)
         assert [*encode.call_args[0][2]] == [*want]
-    names.append("c")
-    with pytest.raises(vqldm.UserError, match="a class has no image"):
-        vqldm.train_ldm(vqldm.LDMConfig(vq="calm/vq"), torch.device("cpu"))
-    with pytest.raises(Stop):
-        train("ldm", tmp_path / "ldm", "--unconditional")
 
 
 def test_looks_measure_and_draw_the_same_images_each_time(calm):
@@ -948,7 +910,6 @@ def test_looks_measure_and_draw_the_same_images_each_time(calm):
         drawn = [call for call in calm.drawn if call.path.parent.name == stage]
         names = [f"{name}_step_{row['step']:06}.png" for row in looks]
         assert [call.path.name for call in drawn] == names and len(names) == 10
-        assert json.loads(Path(f"calm/{stage}/log.json").read_text()) == log
         assert looks[-1]["look_" + score] < looks[0]["look_" + score]
         columns = zip(*[bytes_of(call.rows.values()) for call in drawn])
         *originals, made = [len({*column}) for column in columns]
@@ -1055,11 +1016,10 @@ def hospital(calm, elsewhere, copy_of):
     (folder / "metadata.csv").write_text("\n".join(["file_name,patient_id", *rows]))
     Path("o/e").mkdir(parents=True)
     trained = torch.stack([vqldm.read_image(path.read_bytes(), 32) for path in trained])
-    return SimpleNamespace(ldm=copy_of("ldm", seen=torch.tensor(seen)), trained=trained)
-
-
-def are_green(images):
-    return (images[:, 1, 20, 20] > 130).tolist()
+    copy_of("ldm", seen=torch.tensor(seen))
+    return SimpleNamespace(
+        trained=trained, are_green=lambda images: (images[:, 1, 20, 20] > 130).tolist()
+    )
 
 
 def test_evaluate_measures_what_no_training_has_seen(hospital, lpips, monkeypatch, said):
@@ -1085,8 +1045,8 @@ def test_evaluate_measures_what_no_training_has_seen(hospital, lpips, monkeypatc
     recon, perfect = [call.result[1] for call in reconstruct]
     assert len(real) == len(other) == numbers["unseen_images"] == 6
     assert len({*bytes_of(real), *bytes_of(other)}) == 12
-    green = are_green(real)
-    assert {*green} == {True, False} and sum(green + are_green(other)) == 6
+    green = hospital.are_green(real)
+    assert {*green} == {True, False} and sum(green + hospital.are_green(other)) == 6
     assert made[0].label.tolist() == [int(green[i % 6]) for i in range(9)]
     assert made[0].settings.steps == 3
     # each distance is to the set that it names
@@ -1114,7 +1074,7 @@ def test_evaluate_measures_what_no_training_has_seen(hospital, lpips, monkeypatc
     assert Path("o/cache").is_dir()
 
 
-def test_evaluate_measures_one_class_or_all_images_as_one(hospital, monkeypatch, refused):
+def test_evaluate_measures_one_class_or_all_images_as_one(hospital, monkeypatch):
     """The same images at any seed. Without LPIPS there are no kernels, without training images no
     near copies."""
     shutil.rmtree("all/train")
@@ -1124,12 +1084,11 @@ def test_evaluate_measures_one_class_or_all_images_as_one(hospital, monkeypatch,
     for seed in (0, 7):
         words = f"evaluate --ckpt ldm --data all --class SCAR --n 4 --seed {seed}"
         assert cli(*words.split()) == 0
-        assert all(are_green(calls[-1].pixels)) and made[-1].label.tolist() == [1] * 4
+        assert all(hospital.are_green(calls[-1].pixels)) and made[-1].label.tolist() == [1] * 4
         assert torch.equal(calls[-1].pixels, calls[0].pixels) and len(calls[-1].pixels) == 3
     numbers = json.loads(Path("ldm/metrics.json").read_text())
     assert numbers["class_"] == "SCAR" and numbers["training_images_found"] == 0
     assert not [name for name in numbers if "kernel" in name or "near" in name]
-    assert "too few" in refused(*words.split(), "--n", 1)
     state = state_of("ldm/last.pt")
     state["config"]["unconditional"], state["classes"] = True, ["images"]
     for part in ("ema", "young"):
@@ -1153,7 +1112,7 @@ def test_drawn_images_follow_from_seed_and_number_alone(load, monkeypatch):
         assert torch.equal(here.pixels[i], vqldm.synthetic(i, 24, 1))
     assert len(torch.cat([here.pixels, zero.pixels]).unique(dim=0)) == 17
     assert torch.equal(draw(8, 0).pixels[:], zero.pixels[:8])
-    monkeypatch.setattr(vqldm, "decode_images", Mock(side_effect=Stop))
+    monkeypatch.setattr(vqldm, "decode_images", Mock(side_effect=ZeroDivisionError))
     assert torch.equal(draw(8, 1).pixels[:], here.pixels[:])  # it is read, not drawn
     monkeypatch.undo()
     monkeypatch.setattr(vqldm, "synthetic", lambda *a: 255 - ORIGINAL.synthetic(*a))
@@ -1198,11 +1157,9 @@ def test_rows_of_pictures_are_drawn_under_their_names(tmp_path):
 
 def test_curves_show_each_number_beside_that_of_held_out_images(tmp_path, monkeypatch):
     """Over steps, and logarithmic where all are above 0 and far apart."""
-    log = [
-        dict(step=7 * j * j, mse=9.0**-j, look_mse=8.0**-j, d_real=j - 1.0, d_fake=-1.0)
-        | dict(look_psnr=30.0 + j)
-        for j in range(3)
-    ]
+    names = "step mse look_mse d_real d_fake look_psnr".split()
+    values = [(7 * j * j, 9.0**-j, 8.0**-j, j - 1.0, -1.0, 30.0 + j) for j in range(3)]
+    log = [dict(zip(names, row)) for row in values]
     del log[1]["d_real"]
     saved = recorded(monkeypatch, vqldm.Figure, "savefig")
     ORIGINAL.draw_curves(tmp_path / "curves.png", log)
