@@ -2640,17 +2640,16 @@ def test_processes_of_torchrun_meet_after_each_took_the_gpu_of_its_number(monkey
 
 
 def test_looks_come_at_tenths_and_each_ten_minutes_by_the_first_process_and_are_saved(monkeypatch):
-    """Before they draw and after. So a power cut, or a picture that fails, costs no more."""
+    """Lest a power cut costs more than this."""
     run = vqldm.Run.__new__(vqldm.Run)
     run.step, run.steps, run.log, run.line, run.looked, saved = 0, 45, [], Mock(), 0, []
     run.cfg = vqldm.VQConfig()
-    run.save = lambda: saved.append((run.step, {"step": run.step, "look_b": run.step} in run.log))
+    run.save = lambda: saved.append(run.log[-1]["look_b"])
     monkeypatch.setattr("time.perf_counter", lambda: 1201 if run.step >= 12 else 600)
     for _ in range(45):
         if run.end_step({"a": torch.tensor(2.0)}):
             run.end_look({"b": run.step})
-    looks = [5, 9, 12, 14, 18, 23, 27, 32, 36, 41, 45]
-    assert saved == [(step, looked) for step in looks for looked in (False, True)]
+    assert saved == [5, 9, 12, 14, 18, 23, 27, 32, 36, 41, 45]
     assert [row["step"] for row in run.log if "a" in row] == [10, 20, 30, 40]
     monkeypatch.setattr(vqldm, "RANK", 1)
     run.step = 44
@@ -2722,7 +2721,7 @@ OWN = {  # words that only this command's help has for a flag
     "train-ldm": {
         "widths": "UNet",
         "batch-size": "latents",
-        "epochs": "randomly",
+        "epochs": "27 or",
         "vq": "train-vq",
     },
     "sample": {"n": "all classes", "sampler": "ddpm"},
