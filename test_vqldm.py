@@ -1305,7 +1305,6 @@ a name twice | image / 1 / 0 / 1 | refused | names 1 twice
 a file under two names | image / 1 / a/1.bmp | refused | names a/1.bmp twice
 two files for one name | image / 0 / 3 | refused | 3 may be any of ['b/3.bmp', 'c/3.bmp']
 a quote that never ends | isic_id,dx / 0,a / 1,"b / 2,c | refused | metadata.csv: cannot be read
-over csv's limit | isic_id,dx / 0,LONG | refused | metadata.csv: cannot be read
 another encoding | isic_id,dx / 0,LATIN | refused | metadata.csv: cannot be read
 no image of the folder | image / 9.bmp / 0.BMP / c | refused | or its metadata.csv names none
 only a head | image,dx | refused | no images are there"""
@@ -1317,7 +1316,7 @@ def test_metadata_csv_alone_tells_images_and_classes_or_is_refused(tmp_path, loa
         names = "0.bmp C.bmp a/1.bmp a/2.bmp" + " b/3.bmp c/3.bmp" * (classes == "refused")
         folder = fill(tmp_path / str(i), names)
         (folder / "other.csv").write_text("image,class\n0,other\n1,other")
-        content = re.sub(r"\s*/\s+", "\n", table).replace("LONG", "x" * 200_000).encode("utf-8-sig")
+        content = re.sub(r"\s*/\s+", "\n", table).encode("utf-8-sig")
         (folder / "metadata.csv").write_bytes(content.replace(b"LATIN", b"\xe9"))
         try:
             found, words = classes_of(load(folder)), said()
@@ -1339,12 +1338,11 @@ def test_columns_are_looked_for_in_their_order(tmp_path, load):
     folder = fill(tmp_path / "all", bmps(range(9)))
     for columns, head, row, groups in cases(ORDER):
         for first, second in itertools.pairwise(columns.split()):
-            table = [row.format(i, i % 2, i // 3) for i in range(9)]
-            table = "\n".join([head.format(first, second), *table])
-            (folder / "metadata.csv").write_text(table)
+            rows = [row.format(i, i % 2, i // 3) for i in range(9)]
+            (folder / "metadata.csv").write_text("\n".join([head.format(first, second), *rows]))
             images = load(folder)
-            assert classes_of(images) == [f"x{i}" for i in range(9)], table
-            assert len(images.ids[:, 1].unique()) == int(groups), table
+            assert classes_of(images) == [f"x{i}" for i in range(9)], first
+            assert len(images.ids[:, 1].unique()) == int(groups), first
 
 
 # ---- B. A folder of images: what is held out ---------------------------------------------------
@@ -1578,18 +1576,11 @@ def test_a_resume_without_what_it_began_with_is_refused(copy_of, monkeypatch, re
 
 
 # ---- C. Keeping a run: checkpoints -------------------------------------------------------------
-class Code:
-    """Pickled, this is an order to make a folder."""
-
-    def __reduce__(self):
-        return os.mkdir, ("trace",)
-
-
 BROKEN = {  # what last.pt holds, made from the dict in a whole one
     "empty": lambda s: b"",
     "text": lambda s: b"hello",
     "a list": lambda s: [1, 2],
-    "code": lambda s: dict(s, more=Code()),
+    "objects, which may run code": lambda s: dict(s, more=Path("x")),
     "foreign": lambda s: dict(weights=s["model"]),
     "alien": lambda s: dict(s, config=dict(s["config"], beyond=1)),
     "older": lambda s: dict(s, version=s["version"] - 1),
@@ -1599,7 +1590,7 @@ for name in ("version", "stage", "config"):
 
 
 def test_a_checkpoint_not_ours_or_not_whole_is_refused(calm, elsewhere, refused):
-    """And runs no code. One of the other stage is told to be it, and a whole one is taken."""
+    """One of the other stage is told to be it, and a whole one is taken."""
     for stage, other, words in (
         ("vq", "ldm", "train-vq --resume --out bad"),
         ("vq", "ldm", "train-ldm --out new --vq bad"),
@@ -1617,7 +1608,7 @@ def test_a_checkpoint_not_ours_or_not_whole_is_refused(calm, elsewhere, refused)
         assert "belongs to the other stage" in refused(*words.split())
         shutil.copy(whole, path)
         assert vqldm.load_checkpoint("bad", "--x", stage)["step"] == 12
-        assert not Path("trace").exists() and not Path("new").exists()
+        assert not Path("new").exists()
 
 
 def test_what_fails_harms_no_checkpoint(calm, copy_of, tmp_path, monkeypatch, refused, capsys):
@@ -1697,10 +1688,8 @@ class TwoProcesses:
         self.given = [None, None]
         beside(patch)
         patch.setattr(vqldm, "RANK", self)
-        patch.setattr(vqldm.dist, "all_reduce", self.all_reduce)
-        for owner, name in ((vqldm.dist, "init_process_group"), (vqldm, "signal")):
-            patch.setattr(owner, name, lambda *a: None)  # signal is for the main thread alone
-        patch.setattr(vqldm.dist, "destroy_process_group", lambda: None)
+        patch.setattr(vqldm, "dist", Mock(all_reduce=self.all_reduce))
+        patch.setattr(vqldm, "signal", Mock())  # it is for the main thread alone
         patch.setattr(torch.cuda, "is_available", lambda: False)
 
     def __index__(self):
@@ -1778,6 +1767,19 @@ def test_processes_of_torchrun_train_each_on_its_gpu(elsewhere, monkeypatch, ref
     assert "--batch-size" in refused(*words.split()) and not Path("new").exists()
 
 
+def test_bad_batches_are_skipped(calm, tmp_path, monkeypatch, said):
+    """No weight is spoiled, and the step is counted. D takes part in the last seven steps."""
+    bad, begun = {2, 4, 6, 7, 8, 9, 10}, recorded(monkeypatch, vqldm, "next_rows")
+
+    def spoiled(x, turns):
+        return ORIGINAL.augment(x, turns) * (math.nan if begun[-1].step in bad else 1)
+
+    monkeypatch.setattr(vqldm, "augment", spoiled)
+    state = train("vq", tmp_path)
+    assert said().count("is skipped") == 7 + 5 and state["step"] == 12
+    assert all(p.isfinite().all() for p in state["model"].values())
+
+
 # ---- D. Pictures -------------------------------------------------------------------------------
 def test_rows_of_pictures_are_drawn_under_their_names(tmp_path):
     """At most 16 of each, two pixels apart, 14 for a name, and an empty row is left out."""
@@ -1842,10 +1844,11 @@ train-vq | --epoch 3 & --batchsize=4 & 5 & --overwrite & --preset huge & --resum
   & --size 1.5 & --size 40 & --size 48 --widths 8,8,8,8,8 & --held-out .6 & --held-out -0.1
   & --turns upright & --epochs 0 & --epochs nan & --widths 16,x & --widths 16,0 & --lr nan & --lr -1
   & --batch-size -8 & --device cuda:77 & --device abacus & --lpips-weight x & --data= & --gan-weight
-  & --data nowhere & --data empty & --data free & --out free/a.bmp --n-images 20 & --out {vq}
-  & --resume --out {vq} --codes 9
+  & --data nowhere & --data empty & --data held & --data free & --out {vq}
+  & --out free/a.bmp --n-images 20 & --resume --out {vq} --codes 9
 train-ldm --vq {vq} | --vq nowhere & --vq {ldm} & --widths 8,8,8,8 & --target x0 & --ema 7 & --T 0
-  & --schedule quadratic & --guide told & --out {ldm} & --data split & --data few & --n-images 9
+  & --T 1 --schedule linear & --schedule quadratic & --guide told & --out {ldm} & --data split
+  & --data few & --n-images 9
 sample --ckpt {ldm} | --sampler dpm & --class wart & --guidance x & --steps 0 & --n 0 & --ckpt {vq}
   & --ckpt empty & --ckpt ~no-such-user/x & --data photos & --out {vq}
 evaluate --ckpt {ldm} | --ckpt nowhere & --ckpt {vq} & --n 0 & --n 1 & --data nowhere & --data empty
@@ -1853,9 +1856,10 @@ evaluate --ckpt {ldm} | --ckpt nowhere & --ckpt {vq} & --n 0 & --n 1 & --data no
 
 
 def test_every_mistake_is_one_sentence_and_nothing_is_written(calm, elsewhere, refused):
-    """Nor is a run overwritten. Folders have no image, too few to hold one out, or a class that is
-    held out alone."""
-    folders = {"empty": "", "free": "a.bmp", "few": "0.bmp 1.bmp", "split": "a/0.bmp val/b/3.bmp"}
+    """Nor is a run overwritten. Folders have no image, none to train on, too few to hold one out,
+    or a class that is held out alone."""
+    folders = {"empty": "", "free": "a.bmp", "held": "val/a.bmp", "few": "0.bmp 1.bmp"}
+    folders["split"] = "a/0.bmp val/b/3.bmp"
     for name, names in folders.items():
         fill(Path(name), names)
     runs = {stage: calm.folder / "calm" / stage for stage in STAGES}
