@@ -1023,7 +1023,7 @@ def hospital(calm, elsewhere, copy_of):
 
 def test_evaluate_measures_what_no_training_has_seen(hospital, lpips, monkeypatch, said):
     """kernel: samples. perfect: other images through stage 1. recon: these, real: other images.
-    Near copies, at half the median of unseen ones, are three of nine samples, and what was re-saved."""
+    Near copies, at half the median of unseen ones, are three of nine samples, and one unseen."""
     make = vqldm.LatentDiffusion.make
 
     def copies(self, settings, ids, label):
