@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""What vqldm.py promises, as tests, in the order of the program. A test's name is the promise. Its
-docstring says why, or how chance is excluded. The strongest are the references. They write both
-trainings and the samplers out once more, as plainly as possible, and the program must end with the
-same numbers. No network, GPU or data is needed."""
+"""What vqldm.py promises, as tests, in its order. A test's name is the promise, and its docstring
+says why, or how chance is excluded. The strongest are the references: they write both trainings and
+the samplers out once more, plainly, and the program must end with the same numbers. No network, GPU
+or data is needed."""
 
 import copy, functools, hashlib, inspect, io, itertools, json, math, os, re, runpy, shutil
 import signal, sys
@@ -415,7 +415,16 @@ def test_discriminator_gives_a_logit_for_each_patch():
         assert seen.any(0).sum() == seen.any(1).sum() == sees
 
 
-def test_lpips_is_frozen_and_sees_images_from_minus_1_to_1(lpips, monkeypatch, said):
+def test_lam_divides_the_lengths_of_gradients_averaged_over_processes(monkeypatch):
+    """Not the means of lengths. Of rec mine is (3, 0), the other's (0, 4), so the mean has length
+    2.5. Of the GAN mine is (0, 1), the other's (0, 2). lam is a constant."""
+    last = torch.zeros(2, requires_grad=True)
+    beside(monkeypatch, [0, 4.0], [0, 2.0])
+    lam = vqldm.adaptive_weight(3 * last[0], last[1], last, 1e4)
+    assert float(lam) == pytest.approx(2.5 / (1.5 + 1e-4)) and not lam.requires_grad
+
+
+def test_lpips_is_frozen_and_can_be_left_out(lpips, monkeypatch, said):
     """Where it cannot be loaded, it is left out, with a warning."""
     assert "Dropout" in repr(lpips) and not any(m.training for m in lpips.modules())
     assert not any(p.requires_grad for p in lpips.parameters())
@@ -433,12 +442,8 @@ def test_a_folder_is_recorded_with_its_full_path(elsewhere, monkeypatch):
         monkeypatch.setenv(name, str(elsewhere))
     assert vqldm.source("new") == vqldm.source("~/new") == os.path.realpath("new")
     assert vqldm.source("synthetic") == "synthetic"
-    for out, folder in (
-        ("~/x", elsewhere / "x"),
-        ("~no-such-user/x", Path("~no-such-user/x")),
-        ("", Path("runs/vq")),
-    ):
-        assert vqldm.VQConfig(out=out).folder == folder
+    assert vqldm.VQConfig(out="~/x").folder == elsewhere / "x"
+    assert vqldm.VQConfig(out="~no-such-user/x").folder == Path("~no-such-user/x")
 
 
 # ---- 5. Device and chance ----------------------------------------------------------------------
@@ -684,10 +689,9 @@ def test_alpha_bar_is_the_product_and_ends_near_0():
         root = np.cos((np.arange(T + 1) / T + 0.008) / 1.008 * np.pi / 2)
         for schedule, beta in (("linear", linear), ("cosine", 1 - (root[1:] / root[:-1]) ** 2)):
             alpha_bar = Diffusion(T, schedule).alpha_bar
-            want = np.cumprod(1 - beta.clip(max=0.999))
-            np.testing.assert_allclose(alpha_bar.double(), [*want, 1], rtol=1.2e-7)
-            assert alpha_bar[-2] < 0.01
-            assert (alpha_bar[:-1].diff() < 0).all()
+            want = [*np.cumprod(1 - beta.clip(max=0.999)), 1]
+            np.testing.assert_allclose(alpha_bar.double(), want, rtol=1.2e-7)
+            assert alpha_bar[-2] < 0.01 and (alpha_bar[:-1].diff() < 0).all()
     with pytest.raises(vqldm.UserError, match="--T"):
         Diffusion(1, "linear")
 
@@ -783,9 +787,8 @@ def test_latents_are_decoded_by_their_nearest_codes(runs):
     model = runs.model
     pictures, z0 = model.make(vqldm.SampleConfig(steps=2), range(4), torch.zeros(4).long())
     mean, std = runs.ldm["scale"].view(2, 3, 1, 1)
-    with torch.no_grad():
-        k = model.vqgan.codebook.nearest(z0 * std + mean)
-        x = model.vqgan.decoder(model.vqgan.codebook.lookup(k))
+    k = model.vqgan.codebook.nearest(z0 * std + mean)
+    x = model.vqgan.decoder(model.vqgan.codebook.lookup(k))
     assert torch.equal(pictures, ((x.clamp(-1, 1) + 1) * 127.5).round().byte())
     assert torch.equal(pictures, model.decode(z0))
 
@@ -796,8 +799,7 @@ def plain_codes(vq_cfg, vqgan):
     images, k = drawn(vq_cfg)[0], []
     for turn in range(8):
         turned = vqldm.augment(images, [turn] * len(images))
-        with torch.no_grad():
-            k.append(vqgan.codebook.nearest(vqgan.encoder(turned)))
+        k.append(vqgan.codebook.nearest(vqgan.encoder(turned)))
     return torch.stack(k, 1)
 
 
@@ -809,9 +811,10 @@ def losses_of(cfg, net, z0, t, eps, label):
     return (out - goal).square().flatten(1).mean(1)
 
 
-def plain_ldm(cfg, vq_cfg, vqgan, scale):
+def plain_ldm(runs):
     """Stage 2 -> UNet, its mean, the mean's younger self, held-out losses of UNet and mean, and
     the loss that the log should tell last."""
+    cfg, vq_cfg, vqgan, scale = runs.cfg, runs.vq_cfg, runs.model.vqgan, runs.ldm["scale"]
     _, train, val = drawn(vq_cfg)
     seed, B = cfg.seed, cfg.batch_size
     codes = vqgan.codebook.embedding.weight[plain_codes(vq_cfg, vqgan)]
@@ -852,9 +855,7 @@ def plain_ldm(cfg, vq_cfg, vqgan, scale):
 def test_reference_stage_2_ends_with_the_weights_of_algorithm_1(runs):
     """And with its mean, with the mean as it was after a fifth of the run, and with their losses,
     on held-out images the mean's. latent_std is of 16 samples in at most 25 steps."""
-    net, ema, young, raw, held, loss = plain_ldm(
-        runs.cfg, runs.vq_cfg, runs.model.vqgan, runs.ldm["scale"]
-    )
+    net, ema, young, raw, held, loss = plain_ldm(runs)
     for part, want in (("model", net), ("ema", ema), ("young", young)):
         assert_same(runs.ldm[part], want)
     assert all(p.grad.any() for p in net.parameters())
@@ -952,8 +953,7 @@ def test_sample_writes_a_folder_that_can_be_read(
         assert f"std is {made[0].result[1].std():.2f}, healthy" in said()
     full = Mock(side_effect=OSError(28, "No space left on device"))
     monkeypatch.setattr(Image.Image, "save", full)
-    assert "No space" in refused("sample", "--ckpt", ldm, "--n", 3, "--out", "new")
-    assert full.call_count == 1
+    assert "No space" in refused("sample", "--ckpt", ldm, "--out", "new") and full.call_count == 1
 
 
 def test_features_are_means_over_places_of_lpips_last_map(lpips):
@@ -1080,8 +1080,7 @@ def test_evaluate_measures_one_class_or_all_images_as_one(hospital, monkeypatch)
     calls = recorded(monkeypatch, vqldm, "reconstruct")
     made = recorded(monkeypatch, vqldm.LatentDiffusion, "make")
     for seed in (0, 7):
-        words = f"evaluate --ckpt ldm --data all --class SCAR --n 4 --seed {seed}"
-        assert cli(*words.split()) == 0
+        assert cli(*f"evaluate --ckpt ldm --data all --class SCAR --n 4 --seed {seed}".split()) == 0
         assert all(hospital.are_green(calls[-1].pixels)) and made[-1].label.tolist() == [1] * 4
         assert torch.equal(calls[-1].pixels, calls[0].pixels) and len(calls[-1].pixels) == 3
     numbers = json.loads(Path("ldm/metrics.json").read_text())
