@@ -692,8 +692,6 @@ def test_alpha_bar_is_the_product_and_ends_near_0():
             want = [*np.cumprod(1 - beta.clip(max=0.999)), 1]
             np.testing.assert_allclose(alpha_bar.double(), want, rtol=1.2e-7)
             assert alpha_bar[-2] < 0.01 and (alpha_bar[:-1].diff() < 0).all()
-    with pytest.raises(vqldm.UserError, match="--T"):
-        Diffusion(1, "linear")
 
 
 def test_pairs_are_exactly_S_steps_for_every_S():
