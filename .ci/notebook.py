@@ -1,6 +1,6 @@
-"""The notebook: was it executed from top to bottom, and does it work as students use it? It is run in
-its short form, with all solutions, with wrong and other right answers, each chapter once more after
-the whole, with no bet answered, with nothing answered, as the core alone, and with an Interrupt."""
+"""The notebook: was it executed from top to bottom, and does it work as students use it? Its short
+form is run with all solutions, with wrong and other right answers, each chapter once more after the
+whole, with no bet answered, with nothing answered, as the core alone, and with an Interrupt."""
 
 import ast
 import contextlib
