@@ -1185,8 +1185,8 @@ def test_images_are_read_and_all_else_is_passed_over(tmp_path, load, said, monke
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("no image")
     (folder / "album.jpg").mkdir()
-    for name, target in [("me", "."), ("a/up", "..")] if os.name != "nt" else []:
-        (folder / name).symlink_to(target)
+    if os.name != "nt":
+        (folder / "a/up").symlink_to("..")
     (folder / "cut.jpg").write_bytes((folder / "cut.jpg").read_bytes()[:-300])
     Image.new("F", (9, 9)).save(folder / "floats.tiff")  # they would be black
     Image.fromarray(np.zeros((9, 9), np.uint16)).save(folder / "deep.png")
