@@ -1283,15 +1283,15 @@ def cases(text):
 # what is proved | table, with / for a new line | classes of 0, C, a/1 and a/2 | what is told
 TABLES = r"""
 the first that is filled in any row | isic_id, diagnosis_3, diagnosis_1,dx / 0,,Benign,a / 1, ,Bad
-  / 2,NA,,b / C,,Bad | Benign Bad Bad unknown | classes by diagnosis_1 - split by {'image': 4}
+  / 2,NA,,b / C,,Bad | Benign Bad Bad unknown | by diagnosis_1 - images split by {'image': 4}
 the folder, if none is filled | image,dx / 0, / C,N/A / 1,none / 2,Unknown | images images a a
   | classes by folder
 titles are exact | image,Diagnosis,color / 0,x,y / C,x / 1,x / 2,x | images images a a | folder
 what is named is used | image,dx,patient_id / 0,mole,P / a/1,,P / 1.bmp,,P / 9,x, / 2,scar,NaN
-  | mole unknown scar | 2 rows have no file, 1 files no row & by {'patient_id': 2, 'image': 1}
+  | mole unknown scar | 2 rows without a file, 1 files & by {'patient_id': 2, 'image': 1}
   & 3 images in 2 groups
 a name is a path, a name in a folder, or a stem | file_name,image,class / C,0,a / 0.bmp,,b
-  / a/1.bmp,,c / 2.bmp,,d | b a c d | 0 rows have no file, 0 files no row
+  / a/1.bmp,,c / 2.bmp,,d | b a c d | 0 rows without a file, 0 files without a row
 quotes and commas | image,"class" / 0,"a, ""b"" c" / C,b / 1,c / 2,d | a,~"b"~c b c d | by class
 patients, else lesions | image,lesion_id,patient_id / 0,L,P / C,M,P / 1,L, / 2,L,NA | images images
   a a | split by {'patient_id': 2, 'lesion_id': 2} & 4 images in 2 groups
@@ -1302,7 +1302,7 @@ nothing in it | | refused | none of the columns & only []
 a name twice | image / 1 / 0 / 1 | refused | names 1 twice
 a file under two names | image / 1 / a/1.bmp | refused | names a/1.bmp twice
 two files for one name | image / 0 / 3 | refused | 3 may be any of ['3.bmp', 'b/3.bmp']
-a whole path has one file | image,class / 3.bmp,a / b/3.bmp,b | a b | 0 rows have no file
+a whole path has one file | image,class / 3.bmp,a / b/3.bmp,b | a b | 0 rows without a file
 a quote that never ends | isic_id,dx / 0,a / 1,"b / 2,c | refused | metadata.csv: cannot be read
 another encoding | isic_id,dx / 0,LATIN | refused | metadata.csv: cannot be read
 no image of the folder | image / 9.bmp / 0.BMP / c | refused | or its metadata.csv names none
