@@ -1977,14 +1977,15 @@ def test_every_command_in_readme_and_notes_can_be_typed(elsewhere, monkeypatch, 
 
 
 def test_the_python_of_readme_and_notes_runs(copy_of, elsewhere, monkeypatch, said):
-    """README's runs, or is of the program. Of NOTES' the first writes folders of images for other
-    metrics, the second trains a classifier. The rest are Python at least."""
+    """README's runs, or is of the program, and seeds nothing. NOTES' compile, and two run."""
     fill(Path("runs"))
     copy_of("ldm", classes=["mole", "nevus-like"]).rename("runs/ldm")
     (excerpt, example), there = blocks("python", README), {}
     code = [re.sub(" *#.*", "", text) for text in (excerpt, SOURCE)]
     assert re.sub("^\n+", "", code[0]) in re.sub("\n+", "\n", code[1])
+    torch.manual_seed(7)
     exec(example, there)
+    assert torch.initial_seed() == 7  # to load a model must not seed the caller's numbers
     assert there["images"].shape == there["recon"].shape == (4, 3, 32, 32)
     for block in blocks("python", NOTES):
         compile(block, "NOTES", "exec")
@@ -1992,8 +1993,7 @@ def test_the_python_of_readme_and_notes_runs(copy_of, elsewhere, monkeypatch, sa
     exec(folders.replace("300", "3"), there)
     for name in ("real", "recon", "samples"):
         assert len([*Path("folders", name).glob("*.png")]) == len(there[name]) == 3
-    unseen = there["images"].ids[there["unseen"], 0]
-    assert not torch.isin(unseen, there["seen"]).any()
+    assert not torch.isin(there["images"].ids[there["unseen"], 0], there["seen"]).any()
     monkeypatch.setattr(vqldm, "features", lambda net, x: F.avg_pool2d(x.double(), 8).flatten(1))
     monkeypatch.setattr(sys, "argv", "useful.py runs/ldm 4 nevus-like".split())
     exec(useful, {})
