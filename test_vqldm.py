@@ -1287,7 +1287,7 @@ the first that is filled in any row | isic_id, diagnosis_3, diagnosis_1,dx / 0,,
 the folder, if none is filled | image,dx / 0, / C,N/A / 1,none / 2,Unknown | images images a a
   | classes by folder
 titles are exact | image,Diagnosis,color / 0,x,y / C,x / 1,x / 2,x | images images a a | folder
-what is named is used | image,dx ,patient_id / 0,mole,P / a/1,,P / 1.bmp,,P / 9,x, / 2,scar,NaN
+what is named is used | image ,dx ,patient_id / 0,mole,P / a/1,,P / 1.bmp,,P / 9,x, / 2,scar,NaN
   | mole unknown scar | 2 rows without a file, 1 files & by {'patient_id': 2, 'image': 1}
   & 3 images in 2 groups
 a name is a path, a name in a folder, or a stem | file_name,image,class / C,0,a / 0.bmp,,b
