@@ -759,7 +759,7 @@ def plain_sample(runs, cfg, label, gens):
 
 @pytest.mark.parametrize("way", ["ddim", "ddpm", "recorded"])
 def test_reference_sampling_ends_with_the_papers_latents(runs, way):
-    """Of the running mean, led away from its younger self, and if there are classes from itself
+    """Of the running mean, led away from its younger self, and, if there are classes, from itself
     untold the class. Each image has noise of its own, in whatever batch it is. recorded: as the
     training says, so the report's in all T steps and unguided."""
     how = WAYS.get(way) or {name: runs.ldm["config"][name] for name in WAYS["ddim"]}
