@@ -884,8 +884,7 @@ def test_latents_are_the_codes_scaled_by_those_trained_on(runs):
 
 
 def test_both_stages_use_the_turns_that_are_allowed(calm, tmp_path, monkeypatch):
-    """Stage 1 draws them, and stage 2 encodes them, in fewer the more images there are. (All eight
-    turns are in the references.)"""
+    """Stage 1 draws them, and stage 2 encodes them, in fewer the more images there are."""
     drawn, encode = recorded(monkeypatch, vqldm, "augment"), Mock(side_effect=ZeroDivisionError)
     for turns, want in (("mirror", {0, 4}), ("none", {0})):
         drawn.clear()
@@ -1071,8 +1070,7 @@ def test_evaluate_measures_what_no_training_has_seen(hospital, lpips, monkeypatc
 
 
 def test_evaluate_measures_one_class_or_all_images_as_one(hospital, monkeypatch):
-    """The same images at any seed. Without LPIPS there are no kernels, without training images no
-    near copies."""
+    """The same at any seed. Without LPIPS no kernels, without training images no near copies."""
     shutil.rmtree("all/train")
     Path("all/metadata.csv").unlink()
     calls = recorded(monkeypatch, vqldm, "reconstruct")
@@ -1107,7 +1105,7 @@ def test_drawn_images_follow_from_seed_and_number_alone(load, monkeypatch):
         assert torch.equal(here.pixels[i], vqldm.synthetic(i, 24, 1))
     assert len(torch.cat([here.pixels, zero.pixels]).unique(dim=0)) == 17
     assert torch.equal(draw(8, 0).pixels[:], zero.pixels[:8])
-    monkeypatch.setattr(vqldm, "decode_images", Mock(side_effect=ZeroDivisionError))
+    monkeypatch.setattr(vqldm, "write_whole", Mock(side_effect=ZeroDivisionError))
     assert torch.equal(draw(8, 1).pixels[:], here.pixels[:])  # it is read, not drawn
     monkeypatch.undo()
     monkeypatch.setattr(vqldm, "synthetic", lambda *a: 255 - ORIGINAL.synthetic(*a))
@@ -1204,8 +1202,7 @@ def test_images_are_read_and_all_else_is_passed_over(tmp_path, load, said, monke
 
 
 def test_the_cache_sees_all_that_changes_images(tmp_path, load, monkeypatch):
-    """One stamp of their files, another folder, class, size, code or Pillow. It is used if nothing
-    changed, and refused if it is cut."""
+    """A stamp, folder, class, size, code or Pillow. It is used if none has, and refused if cut."""
     folder, stat = fill(tmp_path / "all", "a/1.bmp b/1.bmp"), Path.stat
     decoded = recorded(monkeypatch, vqldm, "decode_images")
 
@@ -1232,6 +1229,9 @@ def test_the_cache_sees_all_that_changes_images(tmp_path, load, monkeypatch):
     now()
     monkeypatch.setattr(vqldm, "read_image", lambda *a: torch.zeros(3, 16, 16).byte())
     assert not now().pixels[:].any()
+    for part in (None, vqldm.decode_images, vqldm.Images):
+        monkeypatch.setattr(inspect, "getsource", lambda one, part=part: str((one, one is part)))
+        now()
     for path in (tmp_path / "cache").iterdir():
         path.write_bytes(path.read_bytes()[:-50])
     with pytest.raises(vqldm.UserError, match="cache.*is damaged, delete it"):
