@@ -1946,7 +1946,7 @@ def test_typed_beats_recorded_beats_preset_beats_default(copy_of, elsewhere, set
 HERE = Path(vqldm.__file__).parent
 README, NOTES, SOURCE = [
     (HERE / name).read_text(encoding="utf8")
-    for name in ("README.md", ".github/NOTES.md", "vqldm.py")
+    for name in ("README.md", "docs/NOTES.md", "vqldm.py")
 ]
 
 
