@@ -172,10 +172,9 @@ def bmps(numbers):
     return [f"{i}.bmp" for i in numbers]
 
 
-def numbered(images, rows=None):
+def numbered(images):
     """Which images of fill they are, by the red of the left half."""
-    rows = range(len(images.labels)) if rows is None else rows
-    return [int(images.pixels[row][0, 8, 3]) for row in rows]
+    return images.pixels[:, 0, 8, 3].tolist()
 
 
 def classes_of(images):
@@ -463,75 +462,43 @@ def test_random_numbers_follow_from_their_key_in_any_process():
 
 
 # ---- 6. What both trainings share --------------------------------------------------------------
-def test_a_share_of_groups_is_held_out_whole(tmp_path, load, monkeypatch):
-    """Of patients, else lesions, else contents, by the digits of their number, so alike in any
-    process, whatever the order of rows and other files, and a larger share contains the smaller.
-    At 0 it is only folders. Each of 300 photographs has a copy, and some of these move or leave."""
-    monkeypatch.setattr(vqldm, "read_image", lambda *a: torch.zeros(3, 2, 2).byte())
-    group = {i: f"P{i // 2},L{i // 3}" if i < 110 else f",L{i // 3}" for i in range(222)}
-    files = {f"{folder}{i:03}.bmp": i for i in range(300) for folder in ("", "copies/")}
-    changed = {name: i for name, i in reversed(files.items()) if i % 10 != 7 or "/" in name}
-    changed = {name.replace("s/", "s/new" * (i % 10 == 6)): i for name, i in changed.items()}
-    sides, shares = [], (0, 0.1, 0.2, 0.25, 0.5)
-    for numbers in ({**files, "val/x.bmp": 999}, {"val/x.bmp": 999, **changed}):
-        folder, rows = fill(tmp_path / str(len(numbers))), ["file_name,patient_id,lesion_id"]
-        for name, i in numbers.items():
-            (folder / name).parent.mkdir(exist_ok=True)
-            (folder / name).write_bytes(b"%d" % i)
-            rows.append(f"{name},{group.get(i, ',')}")
-        (folder / "metadata.csv").write_text("\n".join(rows))
-        images, number = load(folder), [numbers[name] for name in sorted(numbers)]
-        for share in shares:
-            _, val, _ = vqldm.split(images, share)
-            sides.append({number[row] for row in val})
-            assert sum(i in sides[-1] for i in number) == len(val)  # all copies are on one side
-    assert sides[0] == {999} and sides[:5] == sides[5:]
-    i = torch.arange(10_000)
-    every = vqldm.Images(i, i % 1, ["a"], i[:, None].expand(-1, 2), i == 9999)  # and a folder
-    for share, smaller, larger in zip(shares[1:], sides, sides[1:]):
-        assert smaller < larger and len(vqldm.split(every, share)[1]) == 1 + 10_000 * share
-        for start, stop, size in ((0, 110, 2), (111, 222, 3), (222, 300, 1)):
-            assert abs(len(larger & {*range(start, stop)}) / (stop - start) - share) < 0.15
-            for i in range(start, stop, size):
-                assert len({j in larger for j in range(i, i + size)}) == 1
+def of_ids(content, group, test=False):
+    """Images with these checksums, of the classes a and b in turn."""
+    i = torch.arange(len(content))
+    ids = torch.stack([torch.as_tensor(content), torch.as_tensor(group)], 1)
+    return vqldm.Images(i, i % 2, ["a", "b"], ids, torch.as_tensor(test).bool().expand(len(i)))
 
 
-def change_folder(folder, change):
-    """What may happen to a folder of 30 images between two runs. A new image is always held out."""
-    if "lesions" in change:
-        rows = "".join(f"{i},{i % 9}\n" for i in range(99))
-        (folder / "metadata.csv").write_text("isic_id,lesion_id\nnew,99\n" + rows)
-    if "more" in change:
-        fill(folder / "val", bmps(range(30, 37)), first=30)
-    if "test set" in change:
-        (folder / "test").mkdir()
-        for name in bmps(range(0, 30, 3)):
-            (folder / name).rename(folder / "test" / name)
-    if "copies" in change:
-        shutil.copytree(folder, folder / "val" / "b")
-    fill(folder, "val/new.bmp", (200, 0, 0))
+def test_seen_are_a_content_a_group_and_all_images_of_that_group():
+    images = of_ids([1, 2, 3, 4, 5, 1, 6], [10, 10, 30, 30, 50, 60, 60])
+    known = images.known(torch.tensor([1, 30, 99]))
+    assert known.tolist() == [True, True, True, True, False, True, True]
 
 
-def test_nothing_that_was_ever_trained_on_is_held_out(tmp_path, load):
-    """Neither trained images, nor their copies, nor other photographs of their lesions, however
-    the folder changes. And it is remembered, though its files are gone."""
-    for change in ("lesions", "more of these lesions", "a test set", "copies"):
-        folder, n = fill(tmp_path / change, bmps(range(30))), 9 if "lesions" in change else 999
-        first = load(folder)
-        train, _, seen = vqldm.split(first, 0.1)
-        trained = numbered(first, train)
-        change_folder(folder, change)
-        after = load(folder)
-        again, val, seen_after = vqldm.split(after, 0.1, seen)
-        known = numbered(after, after.known(seen).nonzero().flatten())
-        assert {*trained} <= {*known} and {i % n for i in known} == {i % n for i in trained}
-        held = {*numbered(after, val)}
-        assert 200 in held and not {i % n for i in held - {200}} & {i % n for i in trained}, change
-        assert torch.isin(after.ids[again], seen_after).all()
-        for path in [path for i in trained[:9] for path in folder.rglob(f"{i}.bmp")]:
-            path.unlink()
-        for before in (seen, seen_after):
-            assert torch.isin(before, vqldm.split(load(folder), 0.1, before)[2]).all()
+def test_a_share_of_groups_is_held_out_whole():
+    """By the last four digits of their number, so that a larger share contains the smaller. Of the
+    folders val and test all is held out, and of all the rest, at 0, nothing."""
+    group = 3 * torch.arange(20_000).repeat(2)  # all digits are there
+    images = of_ids(torch.arange(40_000) + 100_000, group, group == 3 * 9999)
+    for share in (0, 0.0001, 0.1, 0.25, 0.5):
+        train, val, seen = vqldm.split(images, share)
+        held = (group % 10_000 < 10_000 * share) | images.test
+        assert torch.equal(val.sort().values, held.nonzero()[:, 0]), share
+        assert torch.equal(train, (~held).nonzero()[:, 0])
+        assert torch.equal(seen, images.ids[train].unique())
+        assert share == 0 or not torch.equal(val, val.sort().values)  # they are mixed
+
+
+def test_nothing_that_was_ever_trained_on_is_held_out():
+    """Neither in a folder test, nor as a copy, nor by its group. And it is never forgotten."""
+    first = of_ids([1, 2, 3], [1001, 1001, 3000])
+    with pytest.raises(vqldm.UserError, match="too few groups"):  # none is held out
+        vqldm.split(first, 0.1)
+    seen = torch.tensor([1, 1001, 3000, 77])
+    again = of_ids([2, 3, 1, 4, 5, 6], [1001, 3000, 4, 4, 5, 6000], [1, 1, 1, 1, 1, 0])
+    train, val, seen_after = vqldm.split(again, 0.1, seen)
+    assert train.tolist() == [5] and val.tolist() == [4]
+    assert seen_after.tolist() == [1, 6, 77, 1001, 3000, 6000]
 
 
 def test_what_either_stage_saw_is_never_measured_and_never_forgotten(calm, tmp_path, monkeypatch):
@@ -1399,7 +1366,7 @@ def test_images_are_read_and_all_else_is_passed_over(tmp_path, load, said, monke
     bad = "cut.jpg deep.png floats.tiff giant.png text.jpg x.png".split()
     assert re.findall(r"WARNING skipped (\S+) \w+\(", said()) == bad and not ghostscript.called
     assert classes_of(images) == ["images"] * 8 + ["a", "b", "images"]
-    assert len(images.pixels[:].unique(dim=0)) == 11 and numbered(images, [8, 9, 10]) == [8, 9, 10]
+    assert len(images.pixels[:].unique(dim=0)) == 11 and numbered(images)[8:] == [8, 9, 10]
 
 
 @pytest.fixture()
@@ -1467,31 +1434,34 @@ def test_what_cannot_be_read_now_ends_the_run(tmp_path, load, monkeypatch, refus
 # ---- B. A folder of images: classes and groups -------------------------------------------------
 def test_folders_tell_the_class_and_what_is_held_out(tmp_path, load):
     """The class is the innermost folder that is no part of a set. latest, which ends in test, is
-    one. In val or test all are held out, in a mixture of classes, elsewhere a tenth."""
+    one. In val or test all are held out."""
     want = {"a.bmp": ("images", False), "testing/a.bmp": ("images", True)}
     for part in "Test testing VALID val validation training Train".split():
         for kind in ("basal cell carcinoma", "latest", "runs"):
             place = f"{part}/x/{kind}" if "i" in part else f"{kind}/{part}"
-            held = part not in ("training", "Train")
-            want |= {f"{place}/{i}.bmp": (kind, held) for i in range(4)}
+            want[f"{place}/1.bmp"] = kind, part not in ("training", "Train")
     names = sorted(want)
-    for i in range(0, len(names), 30):
-        fill(tmp_path / "Skin/test", names[i : i + 30], (i, 0, 9))
-    images = load(tmp_path / "Skin/test")
-    assert classes_of(images) == [want[name][0] for name in names]
-    train, val, seen = vqldm.split(images, 0.1)
-    for i, name in enumerate(names):
-        drawn_by_lot = images.ids[i, 1] % 10_000 < 1000
-        assert (i in val) == (want[name][1] or drawn_by_lot) == (i not in train)
-    counts = images.labels[val[:20]].bincount(minlength=4)
-    assert (counts[[0, 2, 3]] > 2).all()  # in the order of names they would be of one class
-    assert torch.equal(seen, images.ids[train].unique())
+    images = load(fill(tmp_path / "Skin/test", names))
+    assert [*zip(classes_of(images), images.test.tolist())] == [want[name] for name in names]
 
 
 def cases(text):
     """-> the cells of each case of a table in text. A line that begins with a blank goes on."""
     found = re.split(r"\n(?=\S)", text.strip())
     return [[cell.strip() for cell in case.split("|")] for case in found]
+
+
+def test_a_group_is_a_patient_else_a_lesion_else_all_copies_of_an_image(tmp_path, load):
+    """Known by their words, and images by their content, wherever they are."""
+    names = "0.bmp 1.bmp 2.bmp copies/2.bmp copies/3.bmp".split()
+    folder = fill(tmp_path / "all", names)
+    shutil.copy(folder / "2.bmp", folder / "copies")
+    rows = [f"{name},{ids}" for name, ids in zip(names, ("P,L", ",L", ",", ",", "P,"))]
+    (folder / "metadata.csv").write_text("\n".join(["image,patient_id,lesion_id", *rows]))
+    content = [hashlib.sha256((folder / name).read_bytes()).digest() for name in names]
+    keys = ("patient_id", "P"), ("lesion_id", "L"), content[2], content[2], ("patient_id", "P")
+    want = [[vqldm.digest(one), vqldm.digest(key)] for one, key in zip(content, keys)]
+    assert load(folder).ids.tolist() == want
 
 
 # what is proved | table, with / for a new line | classes of 0, C, a/1 and a/2 | what is told
