@@ -57,7 +57,7 @@ def bytes_of(images):
 
 
 def recorded(patch, owner, name, before=lambda call: None):
-    """-> a list of the calls of owner.name: arguments by name, and result. First is before(call)."""
+    """-> a list of the calls of owner.name: arguments by name, and result. First, before(call)."""
     function, calls = getattr(owner, name), []
     signature = inspect.signature(function)
 
@@ -1677,7 +1677,7 @@ def test_a_checkpoint_of_a_gpu_can_be_read_without_one(calm, tmp_path, monkeypat
 
 
 def test_of_two_starts_in_one_folder_the_second_fails(calm, tmp_path, monkeypatch, refused):
-    """Though it looked there before the other's first save. (torchrun's processes are one start.)"""
+    """Though it looked there before the other's first save. (torchrun begins one.)"""
     vq, out = tmp_path / "vq", fill(tmp_path / "samples")
 
     def meanwhile(name, other):
