@@ -1437,8 +1437,8 @@ def test_a_group_is_a_patient_else_a_lesion_else_all_copies_of_an_image(tmp_path
 TABLES = r"""
 the first that is filled in any row | isic_id, diagnosis_3, diagnosis_1,dx / 0,,Benign,a / 1, ,Bad
   / 2,NA,,b / C,,Bad | Benign Bad Bad unknown | by diagnosis_1 - images split by {'image': 4}
-the first counts, wherever it stands | image,label,isic_id,dx / 9,x,0,a / 9,x,C,b / 9,x,1,c
-  / 9,x,2,d | a b c d | by dx
+the first counts, wherever it stands | image,diagnosis_1,isic_id,diagnosis_3 / 9,x,0,a / 9,x,C,b
+  / 9,x,1,c / 9,x,2,d | a b c d | by diagnosis_3
 the folder, if none is filled | image,dx / 0, / C,N/A / 1,none / 2,Unknown | images images a a
   | classes by folder
 titles are exact | image,Diagnosis,color / 0,x,y / C,x / 1,x / 2,x | images images a a | folder
@@ -1623,7 +1623,7 @@ for name in ("version", "stage", "config"):
 def test_a_checkpoint_not_ours_or_not_whole_is_refused(calm, tmp_path, how):
     content, path = BROKEN[how](state_of("calm/ldm/last.pt")), tmp_path / "last.pt"
     path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
-    told = "is of version 7, and 8 is needed" if how == "older" else "is no checkpoint"
+    told = "is of version 7, train it anew" if how == "older" else "is no checkpoint"
     with pytest.raises(vqldm.UserError, match=f"^--x .*last.pt: {told}"):
         vqldm.load_checkpoint(tmp_path, "--x", "ldm")
 
@@ -1988,7 +1988,7 @@ def blocks(kind, text):
 
 def test_every_command_in_readme_and_notes_can_be_typed(elsewhere, monkeypatch, settings_of):
     """Without a comment, which zsh, the shell of a Mac, takes as an argument. And each flag and
-    column that README names is one."""
+    column that README names is one, and columns are in their order."""
     known = {"vq": {"settings": vqldm.VQConfig()}, "ldm": {"settings": vqldm.LDMConfig()}}
     monkeypatch.setattr(vqldm, "load_checkpoint", lambda where, flag, stage: known[stage])
     lines = "".join(blocks("sh", README + NOTES))
@@ -2008,7 +2008,7 @@ def test_every_command_in_readme_and_notes_can_be_typed(elsewhere, monkeypatch, 
     (table,) = re.findall(r"^\| column \|.*\n((?:\|.*\n)+)", README, re.M)
     rows = [re.findall("`(.*?)`", row.split("|")[1]) for row in table.splitlines()[1:]]
     for row, names in zip(rows, (vqldm.NAME, vqldm.CLASS, vqldm.GROUP), strict=True):
-        assert row and {*row} <= {*names}
+        assert row and row == [name for name in names if name in row]
 
 
 def test_the_python_of_readme_and_docs_runs(copy_of, elsewhere, monkeypatch, said):
