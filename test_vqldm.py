@@ -904,7 +904,7 @@ def plain_ldm(runs):
     k = torch.stack([vqgan.codebook.nearest(vqgan.encoder(x)) for x in turned], 1)
     codes = vqgan.codebook.embedding.weight[k]  # (n,8,h,w,d)
     std, mean = torch.std_mean(codes[train].double().flatten(0, -2), 0, correction=0)
-    assert torch.allclose(runs.ldm["scale"].double(), torch.stack([mean, std]), rtol=1e-5)
+    assert torch.allclose(runs.ldm["scale"].double(), torch.stack([mean, std]), 1e-3, 1e-4)
     latents = ((codes - mean) / std).float().movedim(-1, 2).detach()  # (n,8,d,h,w)
     n_classes = 1 if cfg.unconditional else 4
     labels = torch.arange(len(latents)) % n_classes
