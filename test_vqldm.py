@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """What vqldm.py promises, as tests, in its order. A test's name is the promise, and its docstring
 says why, or how chance is excluded. The strongest are the references: they write both trainings and
-the samplers out once more, plainly, and the program must end with the same numbers. Whatever a Mock
-or plainly switches off has one test that it is called, and with what. Whatever has a cap has a case
-on each side of it. No network, GPU or data is needed."""
+the samplers out once more, plainly, and the program must end with the same numbers. Two rules: what
+a Mock or plainly switches off gets one test that it is called, and with what. What has a cap gets a
+case on each side of it. No network, GPU or data is needed."""
 
 import copy, functools, hashlib, inspect, io, itertools, json, math, os, re, runpy, shlex
 import shutil, signal, sys
