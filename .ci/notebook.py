@@ -232,6 +232,8 @@ def core():  # somebody who leaves out all of home
 
 
 SECOND = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # as a kernel does
 second = Second("train-vq --preset tiny --n-images 60 --epochs 2 --lpips-weight 0 --out vq",
                 "train-ldm --preset tiny --vq vq --epochs 1 --widths 8,16 --out ldm0")
 try:
