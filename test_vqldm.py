@@ -382,11 +382,12 @@ def test_discriminator_gives_a_logit_for_each_patch():
 
 def test_lam_divides_the_lengths_of_gradients_averaged_over_processes(monkeypatch):
     """Not the means of lengths. Of rec mine is (3, 0), the other's (0, 4), so the mean has length
-    2.5. Of the GAN mine is (0, 1), the other's (0, 2). lam is a constant."""
+    2.5. Of the GAN mine is (0, 1), the other's (0, 2). wanted and lam are constants."""
     last = torch.zeros(2, requires_grad=True)
     beside(monkeypatch, [0, 4.0], [0, 2.0])
-    lam = vqldm.adaptive_weight(3 * last[0], last[1], last, 1e4)
-    assert float(lam) == pytest.approx(2.5 / (1.5 + 1e-4)) and not lam.requires_grad
+    wanted, lam = vqldm.adaptive_weight(3 * last[0], last[1], last, 0.25)
+    assert float(wanted) == pytest.approx(2.5 / (1.5 + 1e-4)) and lam == 0.25
+    assert not wanted.requires_grad and not lam.requires_grad
 
 
 def test_lpips_is_frozen_and_can_be_left_out(lpips, monkeypatch, said):
@@ -641,8 +642,8 @@ def plain_vq(cfg):
         if gan_on:
             real, adversarial = disc(x), -disc(x_hat).mean()
             of = functools.partial(torch.autograd.grad, inputs=last, retain_graph=True)
-            lam = of(rec)[0].norm() / (of(adversarial)[0].norm() + 1e-4)
-            lam = lam.clamp(max=cfg.lam_max)
+            wanted = of(rec)[0].norm() / (of(adversarial)[0].norm() + 1e-4)
+            lam = wanted.clamp(max=cfg.lam_max)
             loss = loss + cfg.gan_weight * lam * adversarial
         step_along(net, loss, rates, factor)
         book.wins += torch.bincount(k.flatten(), minlength=cfg.codes)
@@ -654,14 +655,15 @@ def plain_vq(cfg):
         if i % 10 == 9:
             log.update(mse=mse, lpips=lpips, codebook=codebook)
             if gan_on:
-                log.update(lam=lam, d_loss=d_loss, d_real=real.mean(), d_fake=-adversarial)
+                log.update(d_loss=d_loss, d_real=real.mean(), d_fake=-adversarial)
+                log.update(lam=lam, lam_wanted=wanted)
     x = images[val]
     with torch.no_grad():
         k = book.nearest(net.encoder(x))
         x_hat = net.decoder(book.lookup(k)).clamp(-1, 1)
     mse, p = (x_hat - x).square().mean((1, 2, 3)), torch.bincount(k.flatten()) / k.numel()
-    log.update(look_mse=mse.mean(), look_psnr=(10 * (4 / mse).log10()).mean())
-    log.update(look_lpips=blurred(x_hat, x).mean(), codes=(p > 0).sum() / cfg.codes)
+    log.update(val_mse=mse.mean(), val_psnr=(10 * (4 / mse).log10()).mean())
+    log.update(val_lpips=blurred(x_hat, x).mean(), codes=(p > 0).sum() / cfg.codes)
     log.update(entropy=-torch.special.xlogy(p, p).sum())
     return net, disc, restarts, {name: float(value.detach()) for name, value in log.items()}
 
@@ -693,7 +695,7 @@ def runs(request, tmp_path_factory):
     vq = vqldm.load_checkpoint(vq_cfg.out, "", "vq")
     ldm = vqldm.load_checkpoint(cfg.out, "", "ldm")
     model = vqldm.restore_ldm(ldm, torch.device("cpu"))
-    held = losses[-1].result  # the last look's, of each held-out image
+    held = losses[-1].result  # the last validation's, of each held-out image
     return SimpleNamespace(**locals(), bf16=kind == "report")
 
 
@@ -716,8 +718,8 @@ def test_reference_stage_1_ends_with_the_papers_weights_and_log(runs):
     assert 0 < restarts < 512 if runs.kind == "float32" else restarts == 512
     rows = runs.vq["log"]
     logged = {**[row for row in rows if "mse" in row][-1], **rows[-1]}
-    assert logged["look_codes_used_percent"] == pytest.approx(100 * log.pop("codes"), rel=0.02)
-    assert logged["look_perplexity"] == pytest.approx(math.exp(log.pop("entropy")), rel=0.02)
+    assert logged["val_codes_used_percent"] == pytest.approx(100 * log.pop("codes"), rel=0.02)
+    assert logged["val_perplexity"] == pytest.approx(math.exp(log.pop("entropy")), rel=0.02)
     assert {name: logged[name] for name in log} == pytest.approx(log, rel=1e-3)
 
 
@@ -742,29 +744,32 @@ def test_images_are_turned_as_allowed(calm, tmp_path, monkeypatch):
         assert {int(turn) for call in shown for turn in call.turns} == want
 
 
-def test_looks_of_stage_1_are_at_the_same_held_out_images(calm):
+def test_validations_of_stage_1_use_the_same_held_out_images(calm):
     """Under their step, with less error at the end. They are 18, which are several parts."""
-    looks = [row for row in state_of("calm/vq/last.pt")["log"] if "look_mse" in row]
+    validations = [row for row in state_of("calm/vq/last.pt")["log"] if "val_mse" in row]
     drawn = [call for call in calm.drawn if "recon" in call.path.name]
-    names = [f"calm/vq/recon_step_{row['step']:06}.png" for row in looks]
+    names = [f"calm/vq/recon_step_{row['step']:06}.png" for row in validations]
     assert [call.path.as_posix() for call in drawn] == names and len(names) == 10
-    assert looks[-1]["look_mse"] < looks[0]["look_mse"]
+    assert validations[-1]["val_mse"] < validations[0]["val_mse"]
     originals, made = [{*bytes_of(x)} for x in zip(*[call.rows.values() for call in drawn])]
     assert len(originals) == 1 and len(made) > 5
     x, x_hat = map(vqldm.to_float, drawn[-1].rows.values())
-    assert len(x) == 18 and F.mse_loss(x_hat, x) == pytest.approx(looks[-1]["look_mse"], 0.01)
+    assert len(x) == 18 and F.mse_loss(x_hat, x) == pytest.approx(validations[-1]["val_mse"], 0.01)
 
 
-def test_a_look_is_at_256_images_at_most(calm, tmp_path, monkeypatch):
+def test_a_validation_uses_256_images_at_most(calm, tmp_path, monkeypatch):
     def many(*a):
         train, val, seen = ORIGINAL.split(*a)
         return train, val.repeat(40), seen
 
     monkeypatch.setattr(vqldm, "split", many)
-    looks = recorded(monkeypatch, vqldm, "reconstruct"), recorded(monkeypatch, Diffusion, "loss")
+    validations = (
+        recorded(monkeypatch, vqldm, "reconstruct"),
+        recorded(monkeypatch, Diffusion, "loss"),
+    )
     for stage in STAGES:
         train(stage, tmp_path / stage, "--epochs", 0.01)
-    assert len(looks[0][-1].pixels) == len(looks[1][-1].z0) == 256
+    assert len(validations[0][-1].pixels) == len(validations[1][-1].z0) == 256
 
 
 # ---- 8. Stage 2: diffusion ---------------------------------------------------------------------
@@ -838,7 +843,7 @@ def plain_sample(runs, cfg, label, gens):
     strong.load_state_dict(runs.ldm["ema"])
     young.load_state_dict(runs.ldm["young"])
     untold = torch.full_like(label, n_classes)
-    w, c = cfg.guidance, cfg.class_guidance if n_classes > 1 else 1
+    w, c = cfg.autoguidance, cfg.class_guidance if n_classes > 1 else 1
     z = noise()
     for t, prev in runs.model.diffusion.pairs(cfg.steps):
         a, p = runs.model.diffusion.alpha_bar[[t, prev]]
@@ -864,8 +869,8 @@ def test_reference_sampling_ends_with_the_papers_latents(runs, way, monkeypatch)
     plainly(monkeypatch)  # in bf16, batches of another size round apart
     how = {field.name: runs.ldm["config"][field.name] for field in fields(vqldm.Sampling)}
     if way != "recorded":
-        sampler, *guidance = way.split()
-        how = dict(zip(how, (sampler, 7, *map(float, guidance))))
+        sampler, *guidances = way.split()
+        how = dict(zip(how, (sampler, 7, *map(float, guidances))))
     cfg = vqldm.SampleConfig(**how, seed=8)
     ids = torch.arange(0, 7 * 36, 7)  # as torch's integers, which are the same as Python's
     label = torch.tensor([2, 0, 1]).repeat(12) % len(runs.ldm["classes"])
@@ -949,12 +954,12 @@ def test_reference_stage_2_ends_with_the_weights_of_algorithm_1(runs):
     assert all(p.grad.any() for p in net.parameters())
     rows = runs.ldm["log"]
     assert [row["loss"] for row in rows if "loss" in row][-1] == pytest.approx(loss, 1e-3)
-    assert rows[-1]["look_loss"] == pytest.approx(float(held.mean()), rel=2e-4)
+    assert rows[-1]["val_loss"] == pytest.approx(float(held.mean()), rel=2e-4)
     assert torch.allclose(runs.held, held, rtol=1e-3)
     assert not torch.allclose(runs.held, raw, rtol=1e-3)
     short = vqldm.replace(runs.cfg, sampler="ddim", steps=min(runs.cfg.steps, 25))
     _, z0 = runs.model.make(short, range(16), torch.arange(16) % len(runs.model.classes))
-    assert rows[-1]["look_latent_std"] == pytest.approx(float(z0.std()), rel=1e-3)
+    assert rows[-1]["val_latent_std"] == pytest.approx(float(z0.std()), rel=1e-3)
 
 
 def test_images_are_encoded_in_turns_that_are_fewer_the_more_there_are(calm, copy_of, monkeypatch):
@@ -975,9 +980,9 @@ def test_images_are_encoded_in_turns_that_are_fewer_the_more_there_are(calm, cop
         shutil.rmtree(vq)
 
 
-def test_looks_of_stage_2_draw_16_samples(calm):
+def test_validations_of_stage_2_draw_16_samples(calm):
     drawn = [call for call in calm.drawn if "samples" in call.path.name]
-    steps = [row["step"] for row in state_of("calm/ldm/last.pt")["log"] if "look_loss" in row]
+    steps = [row["step"] for row in state_of("calm/ldm/last.pt")["log"] if "val_loss" in row]
     assert [call.path.name for call in drawn] == [f"samples_step_{i:06}.png" for i in steps]
     pictures = [x for call in drawn for x in call.rows.values()]
     assert len({*bytes_of(pictures)}) > 5 and {len(x) for x in pictures} == {16}
@@ -1004,15 +1009,17 @@ def test_sample_writes_a_folder_that_can_be_read(copy_of, elsewhere, load, monke
     """All classes in turn, in lots of 64, or one, made as it was recorded, or as is typed."""
     made = recorded(monkeypatch, vqldm.LatentDiffusion, "make")
     names = ["$mole, new", "É"]
-    ldm = copy_of("ldm", config=dict(sampler="ddpm", guidance=1.7), classes=names)
+    ldm = copy_of("ldm", config=dict(sampler="ddpm", autoguidance=1.7), classes=names)
     drawn = recorded(monkeypatch, vqldm, "draw_rows")
-    typed = "--sampler ddim --steps 2 --guidance 4 --class é --n 5 --out one/class"
+    typed = "--sampler ddim --steps 2 --autoguidance 4 --class é --n 5 --out one/class"
     cases = ("--n 70 --out all", ("ddpm", 3, 1.7), 35 * [0, 1]), (typed, ("ddim", 2, 4), 5 * [1])
     for words, way, want in cases:
         made.clear(), drawn.clear()
         assert cli("sample", "--ckpt", ldm, *words.split()) == 0
         out, images = Path(words.split()[-1]), torch.cat([call.result[0] for call in made])
-        hows = [(how.sampler, how.steps, how.guidance) for how in [call.settings for call in made]]
+        hows = [
+            (how.sampler, how.steps, how.autoguidance) for how in (call.settings for call in made)
+        ]
         assert {*hows} == {way}
         assert [int(i) for call in made for i in call.ids] == [*range(len(want))]
         assert [k for call in made for k in call.label.tolist()] == want
@@ -1123,7 +1130,7 @@ def test_evaluate_measures_two_halves_of_what_no_training_has_seen(hospital, mea
     green = hospital.are_green(m.real)
     assert {*green} == {True, False} and sum(green + hospital.are_green(m.other)) == 6
     assert m.made[0].label.tolist() == [int(green[i % 6]) for i in range(9)]
-    want = dict(ckpt="ldm", data=os.path.abspath("all"), n=9, steps=3, guidance=1.5, class_="")
+    want = dict(ckpt="ldm", data=os.path.abspath("all"), n=9, steps=3, autoguidance=1.5, class_="")
     want |= dict(latent_std=float(m.z0.std()), mse=m.reconstruct[0].result[0]["mse"], step=12)
     assert {name: m.numbers[name] for name in want} == pytest.approx(want)
     assert m.made[0].settings.steps == 3 and Path("o/cache").is_dir()
@@ -1529,14 +1536,14 @@ def test_a_finished_run_stays_as_it_is_or_grows(calm, copy_of, tmp_path, monkeyp
         recorded(monkeypatch, os, name, lambda call, name=name: order.append(name))
     for epochs, steps, data in ((3, 0, "photos"), (3.5, 2, photos)):
         bars.clear()
-        words = "train-ldm --resume --guidance 2 --out".split()
+        words = "train-ldm --resume --autoguidance 2 --out".split()
         assert cli(*words, out, "--epochs", epochs, "--data", data) == 0
         old, new = state_of("calm/ldm/last.pt"), state_of(out / "last.pt")
         assert new["step"] == 12 + steps
         assert same(new["ema"], old["ema"]) == (steps == 0)
         assert [call.total for call in bars if call.name == "training"] == [steps]
         changed = {name for name in old["config"] if old["config"][name] != new["config"][name]}
-        assert changed - {"epochs"} == {"resume", "guidance", "out", "data"}
+        assert changed - {"epochs"} == {"resume", "autoguidance", "out", "data"}
         assert new["config"]["data"] == os.path.abspath(data)
     assert (out / "metrics.json").read_text() == "somebody's"
     assert len(order) > 4 and order == ["fsync", "replace"] * (len(order) // 2)
@@ -1548,8 +1555,8 @@ def test_a_run_ends_with_what_to_look_at_and_type(calm, tmp_path, monkeypatch, s
     out, preset = tmp_path / "a run", ["--preset", preset] if preset else []
     drawn, curves = [recorded(monkeypatch, vqldm, name) for name in ("draw_rows", "draw_curves")]
     train(stage, out, *preset, "--epochs", 0.01)
-    *_, steps, look, pictures, command = said().splitlines()
-    assert (steps, look[:10]) == ("steps to go: 1 of 1", "100% look:")
+    *_, steps, validation, pictures, command = said().splitlines()
+    assert (steps, validation[:9]) == ("steps to go: 1 of 1", "100% val:")
     assert [pictures] == [f"look at {a.path} and {b.path}" for a, b in zip(drawn, curves)]
     words = ["train-ldm", *preset, "--vq"] if stage == "vq" else ["sample", "--ckpt"]
     assert shlex.split(command) == ["next:", "python", "vqldm.py", *words, str(out)]
@@ -1571,7 +1578,7 @@ def another(field, value):
 def test_a_resume_changes_only_what_it_can(copy_of, refused):
     """It may move, grow, and sample otherwise. Each other setting is refused with what it was."""
     may_change = {"resume", "out", "device", "data", "epochs"}
-    may_change |= {"sampler", "steps", "guidance", "class_guidance"}
+    may_change |= {"sampler", "steps", "autoguidance", "class_guidance"}
     for stage, cls in (("vq", vqldm.VQConfig), ("ldm", vqldm.LDMConfig)):
         out = copy_of(stage)
         config = state_of(out / "last.pt")["config"]
@@ -1683,7 +1690,7 @@ def test_of_two_starts_in_one_folder_the_second_fails(calm, tmp_path, monkeypatc
     vqldm.settle(vqldm.VQConfig, {"out": str(vq)})  # which must not raise
 
 
-def test_looks_come_at_tenths_and_each_ten_minutes(tmp_path, monkeypatch):
+def test_validations_come_at_tenths_and_each_ten_minutes(tmp_path, monkeypatch):
     """Each is saved before its curves are drawn. The bar shows the losses that are logged."""
     saved, clock, line = [], Mock(return_value=600), MagicMock()
     monkeypatch.setattr("time.perf_counter", clock)
@@ -1693,20 +1700,20 @@ def test_looks_come_at_tenths_and_each_ten_minutes(tmp_path, monkeypatch):
 
     def drawn(path, log):
         assert path == tmp_path / "curves.png" and log is run.log
-        saved.append(state_of(tmp_path / "last.pt")["log"][-1]["look_b"])
+        saved.append(state_of(tmp_path / "last.pt")["log"][-1]["val_b"])
 
     monkeypatch.setattr(vqldm, "draw_curves", drawn)
     for step in run:
         clock.return_value = 600 if step < 11 else 1201
         if run.end_step({"a": torch.tensor(2.0)}):
-            run.end_look({"b": run.step})
+            run.end_validation({"b": run.step})
     assert saved == [5, 9, 12, 14, 18, 23, 27, 32, 36, 41, 45]
     assert [row["step"] for row in run.log if "a" in row] == [10, 20, 30, 40]
     assert [call.args for call in line.set_postfix.call_args_list] == 4 * [({"a": 2.0},)]
     assert line.update.call_count == 45
 
 
-def test_a_look_is_saved_before_it_is_drawn(calm, tmp_path, monkeypatch, refused):
+def test_a_validation_is_saved_before_it_is_drawn(calm, tmp_path, monkeypatch, refused):
     """Lest a full disk costs more. 8 of the 30 images are a step."""
     monkeypatch.setattr(vqldm, "draw_rows", Mock(side_effect=[None, OSError(28, "No space")]))
     assert "No space" in refused(*STAGES["vq"], "--epochs", 2.5, "--out", tmp_path)
@@ -1755,7 +1762,7 @@ class TwoProcesses:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_two_processes_end_with_the_weights_of_one(calm, tmp_path, monkeypatch, said, stage):
-    """Only the first speaks, looks and saves. (No Muon, which enlarges rounding.)"""
+    """Only the first speaks, validates and saves. (No Muon, which enlarges rounding.)"""
     words = "--epochs 1 --balance".split()
     if stage == "vq":
         words = "--muon-lr 0 --gan-start 0 --lam-max 1e4 --d-lr .001 --data synthetic --n-images 90"
@@ -1766,7 +1773,7 @@ def test_two_processes_end_with_the_weights_of_one(calm, tmp_path, monkeypatch, 
     recorded(monkeypatch, vqldm, "write_whole", lambda call: saved_by.append(two.mine.rank))
     assert two.run([*STAGES[stage], *words, "--out", tmp_path / "two"]) == [0, 0]
     assert {*saved_by} == {0} and vqldm.dist.destroy_process_group.call_count == 2
-    heads = [re.sub(r"look:.*|/(one|two)", "", told).splitlines() for told in (told_by_one, said())]
+    heads = [re.sub(r"val:.*|/(one|two)", "", told).splitlines() for told in (told_by_one, said())]
     assert heads[0] == heads[1] and len(heads[0]) > 6
     state = state_of(tmp_path / "two/last.pt")
     for part in {"model", "disc", "ema", "young"} & one.keys():
@@ -1823,13 +1830,13 @@ def test_rows_of_pictures_are_drawn_under_their_names(tmp_path, side, times):
 
 def test_curves_show_each_number_beside_that_of_held_out_images(tmp_path, monkeypatch):
     """Over steps, and logarithmic where all are above 0 and far apart."""
-    names = "step mse look_mse d_real d_fake look_psnr".split()
+    names = "step mse val_mse d_real d_fake val_psnr".split()
     values = [(7 * j * j, 9.0**-j, 8.0**-j, j - 1.0, -1.0, 30.0 + j) for j in range(3)]
     log = [dict(zip(names, row)) for row in values]
     del log[1]["d_real"]
     saved = recorded(monkeypatch, vqldm.Figure, "savefig")
     ORIGINAL.draw_curves(tmp_path / "curves.png", log)
-    panels = {"mse look_mse": "log", "look_psnr": "linear", "d_real d_fake": "linear"}
+    panels = {"val_psnr": "linear", "val_mse mse": "log", "d_real d_fake": "linear"}
     for (panel, scale), ax in zip(panels.items(), saved[0].self.axes, strict=True):
         points = {line.get_label(): line.get_xydata().tolist() for line in ax.get_lines()}
         assert ax.get_yscale() == scale and ax.get_legend()
@@ -1873,8 +1880,8 @@ train-vq | --epoch 3 & --batchsize=4 & 5 & --overwrite & --preset huge & --resum
 train-ldm --vq {vq} | --vq nowhere & --vq {ldm} & --widths 8,8,8,8 & --target x0 & --ema 7 & --T 0
   & --T 1 --schedule linear & --schedule quadratic & --guide told & --out {ldm} & --data split
   & --data few & --n-images 9
-sample --ckpt {ldm} | --sampler dpm & --class wart & --guidance x & --steps 0 & --n 0 & --ckpt {vq}
-  & --ckpt empty & --ckpt ~no-such-user/x & --data photos & --out {vq}
+sample --ckpt {ldm} | --sampler dpm & --class wart & --autoguidance x & --steps 0 & --n 0
+  & --ckpt {vq} & --ckpt empty & --ckpt ~no-such-user/x & --data photos & --out {vq}
 evaluate --ckpt {ldm} | --ckpt nowhere & --ckpt {vq} & --n 0 & --n 1 & --data nowhere & --data empty
   & --data free & --class wart & --images empty & --resume"""
 
@@ -1948,10 +1955,10 @@ train-ldm --out new --preset tiny | T 200 & steps 50 & unconditional False & cod
 train-ldm --out new --preset report | unconditional True & target eps & sampler ddpm & steps 1000
 train-vq --resume --out vq | codes 16 & epochs 3.0 & preset tiny & out vq & resume True
 train-vq --resume --out vq --preset tiny --epochs 7 --codes 16 | codes 16 & epochs 7.0
-train-ldm --resume --out ldm --steps 9 | steps 9 & T 3 & widths (8,) & guidance 1.5
+train-ldm --resume --out ldm --steps 9 | steps 9 & T 3 & widths (8,) & autoguidance 1.5
 sample --ckpt ldm --class é | steps 3 & class_ é & n 64 & sampler ddim & seed 0
 sample --ckpt ldm/last.pt --steps 9 --seed 4 | steps 9 & seed 4 & class_guidance 1.5
-evaluate --ckpt ldm --guidance 2 | guidance 2.0 & steps 3 & n 500 & data"""
+evaluate --ckpt ldm --autoguidance 2 | autoguidance 2.0 & steps 3 & n 500 & data"""
 
 
 def test_typed_beats_recorded_beats_preset_beats_default(copy_of, elsewhere, settings_of):

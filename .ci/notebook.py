@@ -240,8 +240,8 @@ try:
     print("STARTED", flush=True)
     time.sleep(60)
 except KeyboardInterrupt:
-    second.wait(0, "100% look")
-    second.wait(1, "100% look")
+    second.wait(0, "100% val")
+    second.wait(1, "100% val")
     Second.process.kill()
     print("READY", second.ready(1))"""
 
@@ -262,7 +262,7 @@ def interrupted():  # as Jupyter does it: SIGINT to all of the kernel's group
     time.sleep(5)  # until stage 1 is under way
     os.killpg(child.pid, signal.SIGINT)
     said = child.stdout.read()
-    done = said.count("100% look") == 2 and "READY True" in said
+    done = said.count("100% val") == 2 and "READY True" in said
     need(done, "the second process trains on after an Interrupt", said)
 
 
