@@ -1,56 +1,91 @@
-"""python docs/useful.py RUN N CLASS [CLASS ...]: do N samples of each of these classes help a
-classifier? The control is as many duplicates of real photographs. What they do as well is no merit
-of samples."""
+"""Do samples help a classifier?
+
+    python docs/useful.py RUN N CLASS [CLASS ...]
+
+RUN is a run of train-ldm. A linear classifier learns from the photographs that RUN was trained
+on, once from these alone, once with N samples of each CLASS added, and once with as many
+duplicates of photographs added. It is tested on photographs that RUN has never seen. If
+duplicates help as much as samples, it was not the samples that helped."""
 import sys
 from dataclasses import replace
 from pathlib import Path
+
 import torch
 import torch.nn.functional as F
+
 sys.path.insert(0, str(Path(__file__).parent.parent))       # where vqldm.py lies
 import vqldm
 
-run, n, rare = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
-state = vqldm.load_checkpoint(run, "RUN", "ldm")
-model = vqldm.load(run)
-lpips = vqldm.load_lpips(model.device)
-cfg = replace(model.vqgan.cfg, data=model.cfg.data or model.vqgan.cfg.data)
-images = vqldm.read_images(cfg, state["folder"].parent / "cache")
-known = images.known(state["seen"])     # trained on, by either stage
-label = images.labels
-x = vqldm.features(lpips, images.pixels).float()
 
-def fit(x, label):                      # -> a linear classifier for which all classes weigh alike
+def fit(x, label, n_classes):
+    """Features (n,512) and labels -> a linear classifier in which all classes have equal weight."""
     mean, std = x.mean(0), x.std(0) + 1e-6
-    w = torch.zeros(x.shape[1] + 1, len(images.classes), requires_grad=True)
-    weight = 1 / torch.bincount(label, minlength=len(images.classes)).clamp(min=1)
+    w = torch.zeros(x.shape[1] + 1, n_classes, requires_grad=True)
+    weight = 1 / torch.bincount(label, minlength=n_classes).clamp(min=1)
     optimizer = torch.optim.LBFGS([w], max_iter=200)
+
     def scores(x):
         return F.pad((x - mean) / std, (0, 1), value=1.0) @ w
+
     def loss():
         optimizer.zero_grad()
         value = F.cross_entropy(scores(x), label, weight) + 0.01 * w.square().sum()
         value.backward()
         return value
+
     optimizer.step(loss)
     return lambda x: scores(x).argmax(1)
 
-def recalls(classify, x, label):        # the share of each class that is found
-    return {images.classes[c]: round(100 * float((classify(x[label == c]) == c).float().mean()), 1)
+
+def found(classify, x, label, classes):
+    """-> {class: percentage of its images that the classifier finds}"""
+    return {classes[c]: round(100 * float((classify(x[label == c]) == c).float().mean()), 1)
             for c in label.unique()}
 
-def report(name, classify):
-    found = recalls(classify, x[~known], label[~known])
-    print(name, "balanced accuracy", round(sum(found.values()) / len(found), 1), found)
 
-alone = fit(x[known], label[known])
-report("photographs alone", alone)
-made = torch.tensor([model.classes.index(name) for name in rare]).repeat_interleave(n)
-for draw in range(3):
-    ids = range(draw * len(made), (draw + 1) * len(made))
-    samples = vqldm.features(lpips, model.make(model.cfg, ids, made)[0]).float()
-    # for each sample a photograph of its class that was trained on
-    gen = torch.Generator().manual_seed(draw)
-    twins = torch.cat([(known & (label == c)).float().multinomial(1, generator=gen) for c in made])
-    print("samples recognised", recalls(alone, samples, made))
-    for name, more in {"with samples": samples, "with as many duplicates": x[twins]}.items():
-        report(name, fit(torch.cat([x[known], more]), torch.cat([label[known], made])))
+def main(run, n, *rare):
+    state = vqldm.load_checkpoint(run, "RUN", "ldm")
+    model = vqldm.restore_ldm(state, vqldm.pick_device("auto"))
+    for name in rare:
+        vqldm.require(name in model.classes, f"CLASS {name}: choose from {model.classes}")
+    lpips = vqldm.load_lpips(model.device)
+    vqldm.require(lpips, "the classifier uses LPIPS's network, see the WARNING")
+    cfg = replace(model.vqgan.cfg, data=model.cfg.data or model.vqgan.cfg.data)
+    images = vqldm.read_images(cfg, state["folder"].parent / "cache")
+    vqldm.require(images.classes == model.classes, "RUN: its classes are not those of its images")
+
+    known = images.known(state["seen"])     # either stage was trained on these
+    label = images.labels
+    x = vqldm.features(lpips, images.pixels).float()
+    accuracies = {}
+
+    def report(name, classify):
+        shares = found(classify, x[~known], label[~known], images.classes)
+        accuracies.setdefault(name, []).append(sum(shares.values()) / len(shares))
+        print(name, "balanced accuracy", round(accuracies[name][-1], 1), shares)
+
+    alone = fit(x[known], label[known], len(images.classes))
+    report("photographs alone", alone)
+    made = torch.tensor([model.classes.index(name) for name in rare])
+    made = made.repeat_interleave(int(n))                               # the samples' labels
+    for draw in range(3):
+        ids = range(draw * len(made), (draw + 1) * len(made))
+        samples = vqldm.features(lpips, model.make(model.cfg, ids, made)[0]).float()
+        print("samples recognised", found(alone, samples, made, images.classes))
+        # For each sample, a photograph of its class that was trained on.
+        gen = torch.Generator().manual_seed(draw)
+        twins = torch.cat([(known & (label == c)).float().multinomial(1, generator=gen)
+                           for c in made])
+        for name, more in {"with samples": samples, "with as many duplicates": x[twins]}.items():
+            all_x, all_labels = torch.cat([x[known], more]), torch.cat([label[known], made])
+            report(name, fit(all_x, all_labels, len(images.classes)))
+    print("balanced accuracy, mean of all draws:",
+          {name: round(sum(values) / len(values), 1) for name, values in accuracies.items()})
+
+
+try:
+    vqldm.require(len(sys.argv) > 3 and sys.argv[2].isdigit(),
+                  "type python docs/useful.py RUN N CLASS, such as runs/my-ldm 200 dermatofibroma")
+    main(*sys.argv[1:])
+except vqldm.UserError as e:
+    vqldm.leave(e)
