@@ -14,7 +14,6 @@ from dataclasses import fields
 from pathlib import Path
 from threading import Barrier, Event, local
 from types import SimpleNamespace
-from typing import get_args
 from unittest.mock import MagicMock, Mock
 
 import numpy as np
@@ -58,8 +57,7 @@ def bytes_of(images):
 
 
 def recorded(patch, owner, name, before=lambda call: None):
-    """Record all calls of owner.name in the list that is returned. Each has its arguments by name,
-    and its result. `before` is called first."""
+    """Record the calls of owner.name -> a list. Each has its arguments by name, and its result."""
     function, calls = getattr(owner, name), []
 
     def call_and_record(*a, **how):
@@ -173,16 +171,13 @@ def load(tmp_path):
 @pytest.fixture()
 def read(tmp_path, load):
     """A function that saves a PIL image under a name and reads it -> integers (3,16,16)."""
-
-    def call(im, name, **how):
-        im.save(fill(tmp_path / name) / name, **how)
-        return load(tmp_path / name).pixels[0].int()
-
-    return call
+    return lambda im, name, **how: (
+        im.save(fill(tmp_path / name) / name, **how) or load(tmp_path / name).pixels[0].int()
+    )
 
 
 STAGES = {  # how the fixture `trained` trains: 12 steps of each stage
-    "vq": "train-vq --lpips-weight 0 --size 32 --widths 8,8 --codes 16 --epochs 3 "
+    "vq": "train-vq --lpips-weight 0 --size 32 --widths 8,8 --z-dim 4 --codes 16 --epochs 3 "
     "--data photos --gan-start .4".split(),
     "ldm": "train-ldm --vq trained/vq --T 3 --steps 3 --widths 8 --batch-size 8 --epochs 3".split(),
 }
@@ -192,22 +187,23 @@ STAGES = {  # how the fixture `trained` trains: 12 steps of each stage
 def trained(tmp_path_factory):
     """A folder with photos of the classes mole and scar (24 and 12 in train, 8 and 4 in val), and
     with both stages, trained on them in trained/vq and trained/ldm. The result has its path, what
-    each stage printed, and all calls of draw_rows."""
+    each stage printed, the validations in its log, and all calls of draw_rows."""
     folder = tmp_path_factory.mktemp("both stages")
     for part, n, colour in (("train", 36, (203, 119, 90)), ("val", 12, (90, 120, 200))):
         kinds = itertools.cycle(("mole", "mole", "scar"))
         names = [f"{part}/{kind}/{i}.bmp" for i, kind in zip(range(n), kinds)]
         fill(folder / "photos", names, colour)
-    printed = {}
+    printed, validations = {}, {}
     with pytest.MonkeyPatch.context() as patch:
         use_plain_cpu(patch)
         drawn = recorded(patch, vqldm, "draw_rows")
         patch.chdir(folder)
         for stage in STAGES:
             with redirect_stdout(io.StringIO()) as out:
-                train(stage, Path("trained", stage))
+                log = train(stage, Path("trained", stage))["log"]
             printed[stage] = out.getvalue()
-    return SimpleNamespace(folder=folder, drawn=drawn, printed=printed)
+            validations[stage] = [row for row in log if "val_" in str(row)]
+    return SimpleNamespace(folder=folder, drawn=drawn, printed=printed, validations=validations)
 
 
 def train(stage, out, *words):
@@ -252,17 +248,15 @@ def test_new_blocks_add_nothing():
     is the identity. A new UNet answers 0."""
     x, emb = randn(2, 8, 4, 4), randn(2, 16)
     narrow, wider = vqldm.ResBlock(8, 8, 16), vqldm.ResBlock(8, 12)
-    assert torch.equal(narrow(x, emb), x)
+    assert torch.equal(narrow(x, emb), x) and not narrow.emb(emb).any()
     assert torch.equal(wider(x), wider.shortcut(x))
     assert torch.equal(vqldm.AttentionBlock(8)(x), x)
-    assert not narrow.emb(emb).any()
     assert not vqldm.UNet(8, (8, 12), 1)(x, torch.tensor([0, 5])).any()
 
 
 @pytest.mark.parametrize("has_bf16", [False, True])
 def test_bf16_is_used_only_where_it_is_fast(monkeypatch, has_bf16):
-    """It is fast on a CPU or an NVIDIA GPU that has it. A GPU without it would emulate it slowly,
-    and a Mac's GPU is left out."""
+    """That is on a CPU or an NVIDIA GPU that has it, and does not only emulate it."""
     use_plain_cpu(monkeypatch, has_bf16)
     emulated = "torch.cuda.is_bf16_supported"
     monkeypatch.setattr(emulated, lambda including_emulation=True: has_bf16 or including_emulation)
@@ -273,8 +267,7 @@ def test_bf16_is_used_only_where_it_is_fast(monkeypatch, has_bf16):
 
 
 def res(block, x, emb):
-    """A ResBlock written out. emb scales and shifts the output of the second norm, which is called
-    AdaGN (Dhariwal & Nichol 2021)."""
+    """A ResBlock written out. emb scales and shifts what the second norm puts out (AdaGN)."""
     y = block.norm2(block.conv1(F.silu(block.norm1(x))))
     if emb is not None:
         scale, shift = block.emb(F.silu(emb))[:, :, None, None].chunk(2, 1)
@@ -289,13 +282,6 @@ def attention(block, x):
     torchs.load_state_dict(dict(zip(torchs.state_dict(), weights, strict=True)))
     y = block.norm(x).flatten(2).transpose(1, 2)  # (B,N,C)
     return x + torchs(y, y, y)[0].transpose(1, 2).view_as(x)
-
-
-def test_attention_gives_what_torchs_own_module_gives():
-    """The grid is not square, so that rows and columns cannot be confused."""
-    block, x = randomised(vqldm.AttentionBlock(8)), randn(2, 8, 3, 5)
-    assert (block(x) - x).abs().max() > 0.1
-    assert torch.allclose(block(x), attention(block, x), atol=1e-5)
 
 
 def written_out(net, y, emb=None):
@@ -320,8 +306,9 @@ def written_out(net, y, emb=None):
 # is part of the reference of section 7.
 @pytest.mark.parametrize("upsample", ["nearest", "transposed"])
 def test_encoder_and_decoder_are_made_of_the_papers_blocks(upsample):
+    """On grids that are not square, in which rows and columns cannot be confused."""
     net = randomised(vqldm.VQGAN(vqldm.VQConfig(widths=(8, 12), codes=5, upsample=upsample)))
-    x, z = randn(2, 3, 16, 16), randn(2, 3, 4, 4)
+    x, z = randn(2, 3, 16, 24), randn(2, 3, 4, 6)
     for part, y, out in ((net.encoder, x, z), (net.decoder, z, x)):
         assert torch.allclose(part(y), written_out(part, y), atol=1e-3)
         assert part(y).shape == out.shape
@@ -363,8 +350,7 @@ def test_codes_without_a_win_restart_beside_outputs_of_the_encoder():
     far, chosen = torch.cdist(new / outputs.std(0), outputs / outputs.std(0)).min(1)
     assert far.max() < 0.1
     assert chosen.min() < 10 and chosen.max() > 61  # of 72 outputs
-    assert len(new.unique(dim=0)) == len(new)
-    assert not book.wins.any()
+    assert len(new.unique(dim=0)) == len(new) and not book.wins.any()
     book.restart_unused(randn(1, 4, 1, 1), rng(0))
     assert book.embedding.weight.isfinite().all()
 
@@ -473,12 +459,9 @@ def test_the_first_process_alone_draws_bars_on_a_terminal_and_speaks_above_them(
     for is_terminal, rank in ((True, 0), (True, 1), (False, 0)):
         screen = io.StringIO()
         screen.isatty = lambda is_terminal=is_terminal: is_terminal
-        for owner, name, value in (
-            (sys, "stdout", screen),
-            (sys, "stderr", screen),
-            (vqldm, "RANK", rank),
-        ):
-            monkeypatch.setattr(owner, name, value)
+        for name in ("sys.stdout", "sys.stderr"):
+            monkeypatch.setattr(name, screen)
+        monkeypatch.setattr(vqldm, "RANK", rank)
         for _ in vqldm.bar(range(7), "encoding"):
             vqldm.say("half", "way")
         shown = screen.getvalue()
@@ -513,14 +496,6 @@ def images_with_ids(content, group, test=False):
     return vqldm.Images(i, i % 2, ["a", "b"], ids, torch.as_tensor(test).bool().expand(len(i)))
 
 
-def test_an_image_is_known_if_any_of_its_group_has_been_seen():
-    """Seen are image 1, group 30, and image 99, which is not here. Image 1 is in the groups 10 and
-    60, so these are known as a whole, like group 30."""
-    images = images_with_ids([1, 2, 3, 4, 5, 1, 6], [10, 10, 30, 30, 50, 60, 60])
-    known = images.known(torch.tensor([1, 30, 99]))
-    assert known.tolist() == [True, True, True, True, False, True, True]
-
-
 def test_a_share_of_the_groups_is_held_out_as_a_whole():
     """The last four digits of a group's number decide, so a larger share contains a smaller one.
     Images in folders called val or test are held out at any share."""
@@ -535,14 +510,15 @@ def test_a_share_of_the_groups_is_held_out_as_a_whole():
         assert share == 0 or not torch.equal(val, val.sort().values)  # their order is random
 
 
-def test_what_was_ever_trained_on_is_not_held_out_and_not_forgotten():
-    """In a folder called test lie a new image of a known group, a known group, a known image, an
-    image whose group is trained on, and one that is new. Only the last one is held out."""
-    seen = torch.tensor([1, 1001, 3000, 77])
-    images = images_with_ids([2, 3, 1, 4, 5, 6], [1001, 3000, 4, 4, 5, 6000], [1, 1, 1, 1, 1, 0])
-    train, val, seen_after = vqldm.split(images, 0.1, seen)
-    assert train.tolist() == [5] and val.tolist() == [4]
-    assert seen_after.tolist() == [1, 6, 77, 1001, 3000, 6000]
+def test_what_was_ever_trained_on_is_not_held_out_and_not_forgotten(printed):
+    """Image 1 and group 1001 have been seen. Image 1 is in the groups 4 and 8, so these are known,
+    too. All but image 6 lie in a folder called test, but only image 5 can be held out. No
+    image of class a is left to train on, so there is a warning."""
+    content, group = [2, 3, 1, 4, 5, 6, 1], [1001, 8, 4, 4, 5, 6000, 8]
+    images = images_with_ids(content, group, [1, 1, 1, 1, 1, 0, 1])
+    train, val, seen = vqldm.split(images, 0.1, torch.tensor([1, 1001, 77]))
+    assert (train.tolist(), val.tolist(), seen.tolist()) == ([5], [4], [1, 6, 77, 1001, 6000])
+    assert "WARNING no image to train on of the classes a\n" in printed()
 
 
 def test_all_commands_agree_on_what_is_unseen(trained, tmp_path, monkeypatch):
@@ -568,13 +544,10 @@ def test_all_commands_agree_on_what_is_unseen(trained, tmp_path, monkeypatch):
     assert torch.equal(grown["scale"], second["scale"])
 
 
-@pytest.mark.parametrize("n, batch_size", [(10, 4), (3, 10)])  # shorter or longer than an epoch
-def test_batches_are_an_endless_stream_of_shuffled_epochs(n, batch_size):
-    batches = [vqldm.next_rows(n, step, batch_size, 0) for step in range(2 * n)]
-    epochs = torch.cat(batches).view(2 * batch_size, n)
-    assert torch.equal(epochs.sort().values, torch.arange(n).expand(2 * batch_size, n))
-    assert len(epochs.unique(dim=0)) > 3  # they differ from each other
-    assert not torch.equal(batches[0], vqldm.next_rows(n, 0, batch_size, 1))  # and by seed
+def test_a_batch_may_span_several_epochs():
+    """The reference of section 7 has the usual case, in which a batch is shorter than an epoch."""
+    epochs = torch.cat([vqldm.next_rows(3, step, 10, 0) for step in range(6)]).view(20, 3)
+    assert torch.equal(epochs.sort().values, torch.arange(3).expand(20, 3))
 
 
 def test_the_order_of_an_epoch_is_drawn_only_once(trained, tmp_path, monkeypatch):
@@ -667,18 +640,13 @@ def step_along(net, loss, rates, factor):
 
 
 def rates_of_vqgan(net, cfg):
-    """Muon moves the kernels inside, if it has a rate. Adam moves the rest, and the codes at a rate
-    of their own."""
-    codes, kernels, rest = [], [], []
-    for name, p in net.named_parameters():
-        if "embedding" in name:
-            codes.append(p)
-        elif cfg.muon_lr and p.dim() == 4 and not re.search("first|last", name):
-            kernels.append(p)
-        else:
-            rest.append(p)
-    muon = vqldm.Muon(kernels, 0.0)
-    return {adam(rest): cfg.lr, adam(codes): cfg.codes_lr, muon: cfg.muon_lr}
+    """Muon, if it has a rate, moves the kernels inside. Adam moves the rest, and the codes."""
+    ends = {*net.encoder.first.parameters(), *net.encoder.last.parameters()}
+    ends |= {*net.decoder.first.parameters(), *net.decoder.last.parameters()}
+    kernels = [p for p in net.parameters() if cfg.muon_lr and p.dim() == 4 and p not in ends]
+    code = net.codebook.embedding.weight
+    rest = [p for p in net.parameters() if p is not code and p not in {*kernels}]
+    return {adam(rest): cfg.lr, adam([code]): cfg.codes_lr, vqldm.Muon(kernels, 0.0): cfg.muon_lr}
 
 
 def error_of_means(x_hat, x):
@@ -688,8 +656,7 @@ def error_of_means(x_hat, x):
 
 
 def plain_vq(cfg):
-    """Stage 1 written out -> VQGAN, discriminator, how many codes restarted last, and what the log
-    should say at the end."""
+    """Stage 1 written out -> VQGAN, discriminator, number of the last restarts, the log's end."""
     images, train, val = drawn_images(cfg)
     torch.manual_seed(cfg.seed)
     net, disc = vqldm.VQGAN(cfg), vqldm.PatchDiscriminator(cfg.widths)
@@ -822,20 +789,17 @@ def test_both_stages_turn_images_only_as_allowed(trained, tmp_path, monkeypatch,
         assert {int(turn) for call in shown for turn in call.turns} == want
 
 
-def validations_of(stage):
-    """-> the rows of the log of `trained` that were written by validations."""
-    return [row for row in state_of(f"trained/{stage}/last.pt")["log"] if "val_" in str(row)]
-
-
 def test_each_validation_of_stage_1_draws_the_same_images_and_what_became_of_them(trained):
-    """There are 18, which are several batches. The error falls, and the pictures show it."""
-    log, drawn = validations_of("vq"), [call for call in trained.drawn if "recon" in call.path.name]
+    """There are 18, which are several batches. What is drawn has the error that is logged."""
+    log, drawn = (
+        trained.validations["vq"],
+        [call for call in trained.drawn if "recon" in call.path.name],
+    )
     names = [f"trained/vq/recon_step_{row['step']:06}.png" for row in log]
     assert [str(call.path) for call in drawn] == names and len(names) == 10
     assert len({*bytes_of([call.rows["original"] for call in drawn])}) == 1
     x, x_hat = [vqldm.to_float(drawn[-1].rows[name]) for name in ("original", "reconstruction")]
     assert len(x) == 18 and F.mse_loss(x_hat, x) == pytest.approx(log[-1]["val_mse"], 0.01)
-    assert log[-1]["val_mse"] < log[0]["val_mse"]
 
 
 def test_a_validation_uses_256_images_at_most(trained, tmp_path, monkeypatch):
@@ -895,14 +859,6 @@ def test_the_unet_has_skips_and_depends_on_time_and_class(upsample):
     assert ("ConvTranspose2d" in repr(net)) == (upsample == "transposed")
 
 
-def test_without_a_label_the_unet_takes_the_number_that_follows_the_classes():
-    """The classes are 0, 1 and 2, and 3 stands for an unknown one, which is none of these."""
-    net, z, t = randomised(vqldm.UNet(3, (8, 12), 3)), randn(4, 3, 8, 8), torch.full((4,), 50)
-    unknown = net(z, t)
-    assert torch.equal(unknown, net(z, t, torch.full((4,), 3)))
-    assert (unknown - net(z, t, torch.arange(4))).abs().amax((1, 2, 3))[:3].min() > 1e-3
-
-
 @pytest.mark.parametrize("bf16", [False, True])
 def test_networks_compute_in_bf16_inside_and_answer_in_float32(monkeypatch, bf16):
     """The decoder's last layer stays in float32, because lam is computed from its gradients."""
@@ -925,8 +881,7 @@ def test_networks_compute_in_bf16_inside_and_answer_in_float32(monkeypatch, bf16
 
 # ---- 10. From noise to images ------------------------------------------------------------------
 def plain_sample(runs, cfg, label, gens):
-    """Sampling written out. ddim is eq. 12 of DDIM with σ = 0. ddpm takes the mean of
-    q(z_prev | z_t, z0), DDPM eq. 7, and σ² = β."""
+    """Sampling written out. ddim is DDIM's eq. 12 with σ = 0. ddpm is DDPM's eq. 7 with σ² = β."""
 
     def noise():
         return torch.stack([torch.randn(3, 8, 8, generator=gen) for gen in gens])
@@ -963,13 +918,18 @@ DDPM = dict(sampler="ddpm", steps=7, autoguidance=1.0, class_guidance=2.5)
 def test_reference_sampling_ends_with_the_programs_latents(runs, how, monkeypatch):
     """Autoguidance leads away from young, and class guidance away from an unknown class, if there
     are several classes. The noise of an image depends on its id alone, not on its batch: here the
-    program makes batches of 32 and 4, and the reference one of 3."""
+    program makes batches of 32 and 4, and the reference one of 3. A guidance of 1 costs no call."""
     use_plain_cpu(monkeypatch)  # in bf16, rounding would depend on the size of the batch
     how = {**{name: runs.ldm["config"][name] for name in vqldm.SAMPLING}, **how}
     cfg = vqldm.SampleConfig(**how, seed=8)
+    strong, young = [
+        recorded(monkeypatch, net, "forward") for net in (runs.model.ema, runs.model.young)
+    ]
     ids = torch.arange(0, 7 * 36, 7)  # torch's integers must do as well as Python's
     label = torch.tensor([2, 0, 1]).repeat(12) % len(runs.ldm["classes"])
     pictures, latents = runs.model.make(cfg, ids, label)
+    assert len(young) == (2 * cfg.steps if cfg.autoguidance != 1 else 0)
+    assert len(strong) == 2 * cfg.steps * (1 + (len(runs.ldm["classes"]) > 1))
     some = [33, 4, 9]
     z = plain_sample(runs, cfg, label[some], [rng(8, "sample", 7 * i) for i in some])
     assert torch.allclose(latents[some], z, rtol=1e-4, atol=1e-4 * float(z.std()))
@@ -977,12 +937,6 @@ def test_reference_sampling_ends_with_the_programs_latents(runs, how, monkeypatc
     vqgan = runs.model.vqgan
     x = vqgan.decode(vqgan.codebook.nearest(latents[:4] * std + mean)).clamp(-1, 1)
     assert (pictures[:4] - ((x + 1) * 127.5)).abs().max() < 0.51  # pictures are rounded
-
-
-def test_guidance_exaggerates_the_difference_and_costs_nothing_at_1():
-    strong, weak = Mock(return_value=5), Mock(return_value=3)
-    assert vqldm.guided(strong, (weak, 1), (weak, 1.0))("z", "t") == 5 and not weak.called
-    assert vqldm.guided(strong, (weak, 1.5))("z", "t") == 6 and weak.call_count == 1
 
 
 # ---- 11. Stage 2: training ---------------------------------------------------------------------
@@ -1068,23 +1022,16 @@ def test_the_more_images_the_fewer_turns_are_encoded(trained, tmp_path, monkeypa
     assert [*encode.call_args.args[2]] == [*want]
 
 
-def test_codes_can_have_another_length(trained, tmp_path):
-    train("vq", tmp_path / "vq", *"--z-dim 4 --epochs .01".split())
-    state = train("ldm", tmp_path / "ldm", "--vq", tmp_path / "vq", "--epochs", 0.01)
-    assert state["scale"].shape == (2, 4) and state["model"]["last.weight"].shape[0] == 4
-
-
 def test_each_validation_of_stage_2_draws_16_different_samples(trained):
     drawn = [call for call in trained.drawn if "samples" in call.path.name]
-    names = [f"trained/ldm/samples_step_{row['step']:06}.png" for row in validations_of("ldm")]
+    names = [f"trained/ldm/samples_step_{row['step']:06}.png" for row in trained.validations["ldm"]]
     assert [str(call.path) for call in drawn] == names and len(names) == 10
     assert all(len({*bytes_of(call.rows["samples"])}) == 16 for call in drawn[-3:])
     assert len({*bytes_of([call.rows["samples"] for call in drawn])}) > 5  # it learns
 
 
 def test_stage_2_can_have_images_of_its_own(trained, tmp_path, monkeypatch, printed):
-    """It learns their classes, and knows what stage 1 has seen, such as seen.bmp here. evaluate
-    takes its images, too."""
+    """It learns their classes. Stage 1 has seen seen.bmp. evaluate takes these images, too."""
     own, ldm = fill(tmp_path / "own", "a/0.bmp a/1.bmp b/2.bmp val/a/3.bmp"), tmp_path / "ldm"
     shutil.copy(next(Path("photos/train/mole").iterdir()), own / "val/a/seen.bmp")
     fill(own, [f"val/{c}/{i}.bmp" for c in "ab" for i in range(4)], (99, 9, 9))
@@ -1095,12 +1042,6 @@ def test_stage_2_can_have_images_of_its_own(trained, tmp_path, monkeypatch, prin
     assert cli("evaluate", "--ckpt", ldm, "--n", 2) == 0
     assert [call.cfg.data for call in read] == [str(own)] * 2
     assert "to measure on: 9 unseen images" in printed()
-
-
-def test_stage_1_names_classes_without_an_image_to_train_on(trained, tmp_path, printed):
-    own = fill(tmp_path / "own", "a/0.bmp a/1.bmp b/2.bmp val/wart/3.bmp")
-    train("vq", tmp_path / "vq", "--epochs", 0.01, "--data", own)
-    assert "WARNING no image to train on of the classes wart\n" in printed()
 
 
 # ---- 12. Sampling and measuring ----------------------------------------------------------------
@@ -1122,13 +1063,11 @@ def test_sample_makes_a_folder_that_can_be_read(ldm, load, monkeypatch, words, h
     """It has images of all classes in turn, or of one. They are made as was recorded or typed, 64
     at a time. metadata.csv names their classes, and whatever ends the command, the rows so far are
     in it: it is read from the disk before images are made."""
-    made, tables, table = [], [], Path("new/metadata.csv")
-    made = recorded(
-        *(monkeypatch, vqldm.LatentDiffusion, "make"),
-        before=lambda call: tables.append(table.read_text().splitlines()),
-    )
+    table, read = Path("new/metadata.csv"), []
+    now = vqldm.LatentDiffusion, "make", lambda call: read.append(table.read_text().splitlines())
+    made = recorded(monkeypatch, *now)
     assert cli("sample", "--ckpt", ldm, "--out", "new", *words.split()) == 0
-    assert tables == [table.read_text().splitlines()[:n] for n in (1, 65)][: len(made)]
+    assert read == [table.read_text().splitlines()[:n] for n in (1, 65)][: len(made)]
     for call in made:
         assert [getattr(call.settings, field.name) for field in fields(vqldm.Sampling)] == how
     assert [int(i) for call in made for i in call.ids] == [*range(len(want))]
@@ -1166,8 +1105,7 @@ def test_features_are_the_means_of_the_last_map_of_lpips(lpips, side):
 
 
 def test_kernel_distance_is_the_unbiased_sum_over_pairs():
-    """No image is paired with itself, nor with its own reconstruction, which has the same place in
-    the other set."""
+    """No image is paired with itself, nor with the one that has its place in the other set."""
     a, b = randn(5, 3).double(), randn(5, 3, key=1).double() + 1
     aa, bb, ab = [
         np.mean([float((u[i] @ v[j] / 3 + 1) ** 3) for i, j in itertools.permutations(range(5), 2)])
@@ -1196,9 +1134,9 @@ def test_the_nearest_training_image_is_found_in_all_symmetries(n, rows):
 def seen_and_unseen(trained, empty_folder, copy_of):
     """A copy of stage 2 in the folder ldm, and 52 photographs in the folder all. The model has seen
     36 of them. Of the others, two show patient P, who is known, and two show warts, a class that
-    the model does not have. So 12 are unseen: six moles, and six scars, which are greener. One of
-    these moles is a training image, saved again with another pixel. The result has the pixels of
-    the 36 images, and a function that tells which images are green."""
+    the model does not have. So 12 are unseen: six moles, of which one is a training image, saved
+    again with another pixel, and six scars, which are greener. The result has the pixels of the 36
+    images, and a function that tells which images are green."""
     folder = shutil.copytree(trained.folder / "photos/train", empty_folder / "all/train").parent
     seen = sorted(folder.rglob("*.bmp"))
     checksums = [vqldm.digest(hashlib.sha256(path.read_bytes()).digest()) for path in seen]
@@ -1218,8 +1156,7 @@ def seen_and_unseen(trained, empty_folder, copy_of):
 
 @pytest.fixture()
 def evaluation(seen_and_unseen, lpips, monkeypatch, printed):
-    """What evaluate has measured, printed and drawn. It made nine samples, of which three were
-    replaced by turned training images."""
+    """What evaluate says of nine samples, of which three are really turned training images."""
     make = vqldm.LatentDiffusion.make
 
     def make_with_copies(self, settings, ids, label):
@@ -1259,8 +1196,8 @@ def test_evaluate_writes_its_settings_and_measures(evaluation):
     e = evaluation
     want = dict(ckpt="ldm", data=os.path.abspath("all"), n=9, steps=3, autoguidance=1.5, class_="")
     want |= {**e.measures, "latent_std": float(e.latents.std()), "step": 12}
-    sets = dict(kernel=e.samples[:6], kernel_perfect=e.perfect)
-    for name, images in {**sets, "kernel_recon": e.recon, "kernel_real": e.other}.items():
+    sets = {"kernel": e.samples[:6], "kernel_perfect": e.perfect, "kernel_recon": e.recon}
+    for name, images in {**sets, "kernel_real": e.other}.items():
         a, b = [e.features[one.numpy().tobytes()] for one in (e.real, images)]
         want[name] = vqldm.kernel_distance(a, b)
     assert {name: e.numbers[name] for name in want} == pytest.approx(want)
@@ -1306,9 +1243,8 @@ def test_evaluate_draws_each_set_under_its_name_and_the_worst_copies_first(evalu
 
 
 def test_evaluate_takes_n_unseen_images_and_at_most_1000_for_copies(seen_and_unseen, monkeypatch):
-    """Of 1,200 unseen images here 600 have the distance 1 from training images and 600 the distance
-    100. So among the first 1,000 the median is 1, and samples are near copies below .5. The picture
-    shows up to 16 pairs."""
+    """Of 1,200 unseen images 600 have the distance 1 from training images, and 600 have 100. So the
+    median of the first 1,000 is 1, and samples below .5 are near copies. 16 pairs are drawn."""
     i, unseen_images = torch.arange(1000), vqldm.unseen_images
     far = {20: i[:20] / 10, 1000: torch.where(i < 600, 1.0, 100.0)}  # for so many pictures
     monkeypatch.setattr(vqldm, "nearest_trained", lambda x, trained: (far[len(x)], i[: len(x)] * 0))
@@ -1376,10 +1312,7 @@ def test_a_drawn_image_follows_from_its_number_and_seed_alone(load):
 def test_images_are_drawn_anew_only_if_their_colours_or_code_change(load, monkeypatch):
     """Otherwise they come from the cache, where their pixels stay until they are needed. The same
     ones are always held out, because an image is marked by its seed and number, not its pixels."""
-    maps, written = (
-        recorded(monkeypatch, torch, "load"),
-        recorded(monkeypatch, vqldm, "write_whole"),
-    )
+    written, maps = recorded(monkeypatch, torch, "save"), recorded(monkeypatch, torch, "load")
     grey = dict.fromkeys(vqldm.LESIONS, ("808080 " * 4, 0, 0))
     changes = dict(SKIN="ffffff " * 5, LESIONS=grey, synthetic=lambda *a: 255 - old(*a))
     old, images = vqldm.synthetic, [load("synthetic", n_images=4) for _ in range(2)]
@@ -1394,34 +1327,20 @@ def test_images_are_drawn_anew_only_if_their_colours_or_code_change(load, monkey
 
 def test_drawn_classes_take_turns_and_can_be_told_apart(load):
     """In each pair of classes, some colour in the middle of an image differs in its mean or scatter
-    by more than four standard errors (Welch's t). Vascular lesions are the reddest."""
+    by more than four standard errors (Welch's t). Colours and grain are those of which README and
+    NOTES speak. Whoever changes them puts the new numbers here, and measures anew."""
     images = load("synthetic", size=24, n_images=160)
     assert images.classes == sorted(vqldm.LESIONS) and not images.test.any()
     assert images.labels.tolist() == [0, 1, 2, 3] * 40
-    middle = images.pixels[..., 6:18, 6:18].float().flatten(2).view(40, 4, 3, -1)
+    pixels, inside = images.pixels[:].float(), images.pixels[..., 6:18, 6:18].float()
+    middle = inside.flatten(2).view(40, 4, 3, -1)
     scores = torch.cat([middle.mean(3), middle.std(3)], 2)  # (40 images, 4 classes, 6)
     for a, b in itertools.combinations(scores.unbind(1), 2):
         error = ((a.var(0) + b.var(0)) / 40).sqrt()
         assert ((a.mean(0) - b.mean(0)).abs() / error).max() > 4
-    red, green, _ = middle.mean((0, 3)).T
-    assert (red - green).argmax() == list(vqldm.LESIONS).index("vascular-like")
-
-
-def test_drawn_images_have_the_colours_and_the_grain_of_today(load):
-    """All that README and NOTES say of drawn images was measured on these. Whoever draws them
-    otherwise puts the new numbers here, and measures anew."""
-    pixels = load("synthetic", size=24, n_images=160).pixels.float()
     assert torch.allclose(pixels.mean((0, 2, 3)), torch.tensor([207.72, 157.50, 145.74]), atol=0.5)
-    grain = pixels[..., 6:18, 6:18].diff(dim=3).abs().mean()
+    grain = float(inside.diff(dim=3).abs().mean())
     assert grain == pytest.approx(16.15, abs=0.2)  # 15.4 if lesions are smooth, 15.3 without hairs
-
-
-def test_borders_are_as_ragged_as_their_class(monkeypatch):
-    def grey(ragged):  # a lesion of one colour, in which only the border depends on ragged
-        monkeypatch.setattr(vqldm, "LESIONS", {"": ("808080 " * 4, ragged, 0)})
-        return vqldm.synthetic(0, 64)
-
-    assert (grey(0.04) != grey(0.2)).float().mean() > 0.02
 
 
 # ---- B. A folder of images: reading ------------------------------------------------------------
@@ -1452,8 +1371,7 @@ def test_a_jpeg_is_read_at_its_right_size_and_turned_as_its_camera_says(read):
 
 @pytest.mark.filterwarnings("error")  # PIL warns of a palette with transparency
 def test_transparent_pixels_are_white_whatever_colour_lies_below(read):
-    """The left half is transparent, and green or grey lies below. The right half is blue, or has
-    the grey value 29."""
+    """Below the transparent left half lies green or grey. The right half is blue, or grey (29)."""
     lime, grey, alpha = two_halves(left="lime"), two_halves("L", 150, 29), two_halves("L", 0, 255)
     rgba, indexed = Image.merge("RGBA", [*lime.split(), alpha]), lime.quantize()
     key = dict(transparency=indexed.getpixel((0, 0)))
@@ -1478,9 +1396,8 @@ def test_images_of_all_formats_and_modes_are_read_in_the_order_of_their_names(tm
 
 def test_what_is_no_image_is_not_opened_or_skipped(tmp_path, load, printed, monkeypatch):
     """Hidden files and other formats are not opened, and links to folders are not followed. There
-    is a WARNING of an image that ends too early, of numbers that would all be black, of an image so
-    large that PIL calls it a bomb, and of PostScript under another name, for which PIL would start
-    Ghostscript."""
+    is a WARNING of an image that ends too early, of two that would be black, of one so large that
+    PIL calls it a bomb, and of PostScript called x.png, for which PIL would start Ghostscript."""
     folder = fill(tmp_path / "photos", "a/1.png cut.jpg", size=(200, 200))
     rest = "a.txt .git/x.png b.heic c.HEIF d.avif e.jp2 f.mpo g.jxl .hidden.png a/.b/c/1.png png"
     for name in [*rest.split(), "c/text.jpg"]:
@@ -1519,8 +1436,7 @@ def test_what_the_program_drew_is_no_image_of_a_folder(tmp_path):
 
 @pytest.fixture()
 def decoded_anew(load, monkeypatch):
-    """A function that reads a folder twice -> Images. They must be decoded the first time, and come
-    from the cache the second time."""
+    """A function that reads a folder twice -> Images. Only the first time they may be decoded."""
     decoded = recorded(monkeypatch, vqldm, "decode_images")
 
     def call(folder, **how):
@@ -1582,9 +1498,8 @@ def test_what_cannot_be_read_just_now_ends_the_run(tmp_path, load, monkeypatch, 
 
 # ---- B. A folder of images: classes and groups -------------------------------------------------
 def test_folders_tell_the_class_and_what_is_held_out(tmp_path, load):
-    """The class is the innermost folder whose name is not that of a part, such as train or val. A
-    folder `latest` is a class, although its name ends in test. What lies above the folder itself
-    does not count."""
+    """The class is the innermost folder that is not called train, val or so (`latest` is a class,
+    although it ends in test). Folders above the one that is read do not count."""
     want = {"a.bmp": ("images", False), "testing/a.bmp": ("images", True)}
     for part in "Test testing VALID val validation training Train".split():
         for kind in ("basal cell carcinoma", "latest", "runs"):
@@ -1596,8 +1511,7 @@ def test_folders_tell_the_class_and_what_is_held_out(tmp_path, load):
 
 
 def test_a_group_is_a_patient_else_a_lesion_else_all_copies_of_an_image(tmp_path, load, printed):
-    """Patients and lesions are known by what the table calls them. Images are known by their
-    content, wherever they lie."""
+    """Patients and lesions are known by their names in the table, and images by their content."""
     names = "0.bmp 1.bmp 2.bmp copies/2.bmp copies/3.bmp".split()
     folder = fill(tmp_path / "all", names)
     shutil.copy(folder / "2.bmp", folder / "copies")
@@ -1700,8 +1614,7 @@ def with_table(tmp_path, load):
 
 @pytest.mark.parametrize("table, classes, told", TABLES.values(), ids=TABLES)
 def test_metadata_csv_tells_classes_and_groups(with_table, printed, table, classes, told):
-    assert classes_of(with_table(table)) == classes
-    assert told in printed()
+    assert classes_of(with_table(table)) == classes and told in printed()
 
 
 @pytest.mark.parametrize("table, told", REFUSED_TABLES)
@@ -1736,7 +1649,7 @@ def test_a_training_prints_its_images_what_it_logs_and_what_comes_next(trained, 
     validations = [
         f"{row['step'] / 12:4.0%} val: "
         + " ".join(f"{name[4:]} {value:.4g}" for name, value in row.items() if name != "step")
-        for row in validations_of(stage)
+        for row in trained.validations[stage]
     ]
     kind, following = ("recon", "train-ldm --vq") if stage == "vq" else ("samples", "sample --ckpt")
     assert trained.printed[stage].splitlines() == [
@@ -1763,12 +1676,10 @@ STOPS = [("vq", 0, INT), ("vq", 5, TERM), ("vq", 11, INT), ("ldm", 2, INT), ("ld
 
 
 @pytest.mark.parametrize("stage, stop, number", STOPS)
-def test_a_run_that_was_stopped_and_resumed_ends_like_any_other(
-    trained, tmp_path, monkeypatch, printed, stage, stop, number
-):
+def test_a_resumed_run_ends_the_same(trained, tmp_path, monkeypatch, printed, stage, stop, number):
     """Bit for bit. A signal in step `stop` ends the run after that step. A second Ctrl-C would end
-    it at once, and afterwards both signals do again what they did before. To resume, the folder may
-    be moved, and that of stage 1 may be gone."""
+    it at once. Afterwards both do what they did before. The folder may then be moved, and that of
+    stage 1 may be gone."""
     usual, second = handlers(), []
     out, vq = tmp_path / "a run", shutil.copytree("trained/vq", tmp_path / "vq")
 
@@ -1828,36 +1739,20 @@ def test_the_next_command_can_be_typed_as_it_is_printed(copy_of, tmp_path, print
     assert vqldm.parser_of("train-ldm", vqldm.LDMConfig).parse_args(words[1:]).vq == str(out)
 
 
-def another(field, value):
-    """-> a value of a setting, as it can be typed, that is not this one. Flags need none."""
-    if field.type is bool:
-        return []
-    if get_args(field.type):
-        return [next(one for one in get_args(field.type) if one != value)]
-    if isinstance(value, (int, float)):
-        return [value // 2 or 1 if isinstance(value, int) else value / 2 or 1]
-    return ["9,9,9"] if isinstance(value, tuple) else ["elsewhere"]
-
-
 def test_a_resume_can_change_only_a_few_settings(copy_of, refused):
-    """It can move the run or its data, train longer, and sample otherwise. Each other setting is
-    refused with the value that it had."""
+    """Where the run and its data are, its length, and sampling. The sentence names old values."""
     may_change = {"resume", "out", "device", "data", "epochs"}
     may_change |= {"sampler", "steps", "autoguidance", "class_guidance"}
     for stage, cls in (("vq", vqldm.VQConfig), ("ldm", vqldm.LDMConfig)):
-        out = copy_of(stage)
-        config = state_of(out / "last.pt")["config"]
+        config = state_of((out := copy_of(stage)) / "last.pt")["config"]
         assert config.keys() == {field.name for field in fields(cls)}
-        for field in fields(cls):
-            value = config[field.name]
-            flag = [f"--{field.name.replace('_', '-')}", *another(field, value)]
-            if field.name not in may_change:
-                words = f"train-{stage}", "--resume", "--out", out, *flag
-                assert f": {field.name} was {value}\n" in refused(*words)
-            elif field.name not in ("resume", "out"):
-                typed = vars(vqldm.parser_of(f"train-{stage}", cls).parse_args(map(str, flag)))
-                cfg, _ = vqldm.settle(cls, {**typed, "resume": True, "out": str(out)})
-                assert getattr(cfg, field.name) == typed[field.name] != value
+        for name, value in config.items():
+            typed = {"resume": True, "out": str(out), name: "another"}
+            if name in may_change - {"resume", "out"}:
+                assert getattr(vqldm.settle(cls, typed)[0], name) == "another"
+            elif name not in may_change:
+                with pytest.raises(vqldm.UserError, match=f": {name} was {re.escape(str(value))}$"):
+                    vqldm.settle(cls, typed)
     words = f"train-vq --resume --codes 9 --size 32 --seed 1 --lr .002 --out {out.parent / 'vq'}"
     assert ": codes was 16, lr was 0.001, seed was 0\n" in refused(*words.split())
 
@@ -1905,8 +1800,7 @@ def test_two_processes_can_write_one_file_at_the_same_time(tmp_path, monkeypatch
     """The second begins and ends while the first one writes. What ends last stays."""
     x, second = tmp_path / "x", [["the second's"]]
     monkeypatch.setattr(os, "getpid", Mock(side_effect=[1, 2]))
-    write = vqldm.write_whole
-    recorded(monkeypatch, torch, "save", lambda call: second and write(x, second.pop()))
+    recorded(monkeypatch, torch, "save", lambda call: second and vqldm.write_whole(x, second.pop()))
     vqldm.write_whole(x, ["the first's"])
     assert state_of(x) == ["the first's"] and [*tmp_path.iterdir()] == [x]
 
@@ -1956,17 +1850,13 @@ def test_a_checkpoint_of_a_gpu_can_be_read_without_one(trained, tmp_path, monkey
 def test_of_two_runs_in_one_folder_the_second_fails(trained, tmp_path, monkeypatch, refused):
     """Even if it looked there before the first one had saved anything. But the second process of
     torchrun does not take what the first one has begun for another run."""
-    vq, out = tmp_path / "vq", fill(tmp_path / "samples")
-
-    def meanwhile(name, other):
-        monkeypatch.setattr(vqldm, name, lambda *a: (other(), getattr(ORIGINAL, name)(*a))[1])
-
-    meanwhile("read_images", lambda: shutil.copytree("trained/vq", vq))
+    vq, table = tmp_path / "vq", fill(tmp_path / "samples") / "metadata.csv"
+    recorded(monkeypatch, vqldm, "read_images", lambda call: shutil.copytree("trained/vq", vq))
     assert "another run" in refused(*STAGES["vq"], "--out", vq)
     assert (vq / "last.pt").read_bytes() == Path("trained/vq/last.pt").read_bytes()
-    meanwhile("restore_ldm", lambda: (out / "metadata.csv").write_text("the other's"))
-    assert "another run" in refused("sample", "--ckpt", "trained/ldm", "--out", out)
-    assert [one.read_text() for one in out.iterdir()] == ["the other's"]
+    recorded(monkeypatch, vqldm, "restore_ldm", lambda call: table.write_text("the other's"))
+    assert "another run" in refused("sample", "--ckpt", "trained/ldm", "--out", table.parent)
+    assert table.read_text() == "the other's" and [*table.parent.iterdir()] == [table]
     monkeypatch.setattr(vqldm, "RANK", 1)
     vqldm.settle(vqldm.VQConfig, {"out": str(vq)})  # raises nothing
 
@@ -1979,17 +1869,15 @@ def test_a_validation_comes_at_each_tenth_and_after_ten_minutes(tmp_path, monkey
     monkeypatch.setattr(vqldm, "bar", lambda *how: bars.append(how) or line)
     line.__enter__.return_value = line
     run = vqldm.Run(vqldm.VQConfig(out=str(tmp_path), batch_size=1, epochs=45), 1, {}, None)
-
-    def drawn(path, log):
-        assert path == tmp_path / "curves.png" and log is run.log
-        saved.append(state_of(tmp_path / "last.pt")["log"][-1]["val_b"])
-
-    monkeypatch.setattr(vqldm, "draw_curves", drawn)
+    last = tmp_path / "last.pt"
+    drawn = recorded(monkeypatch, vqldm, "draw_curves", lambda call: saved.append(state_of(last)))
     for step in run:
         clock.return_value = 600 if step < 11 else 1201
         if run.end_step({"a": torch.tensor(float(step))}):
             run.end_validation({"b": run.step})
-    assert saved == [5, 9, 12, 14, 18, 23, 27, 32, 36, 41, 45]
+    steps = [5, 9, 12, 14, 18, 23, 27, 32, 36, 41, 45]
+    assert [state["log"][-1] for state in saved] == [{"step": i, "val_b": i} for i in steps]
+    assert all(call.path == tmp_path / "curves.png" and call.rows is run.log for call in drawn)
     tens = [{"a": 9.0}, {"a": 19.0}, {"a": 29.0}, {"a": 39.0}]
     assert [row for row in run.log if "a" in row] == [{"step": 1 + row["a"], **row} for row in tens]
     assert bars == [(None, "training", 45)] and line.update.call_count == 45
@@ -2006,9 +1894,8 @@ def test_a_validation_is_saved_before_it_is_drawn(trained, tmp_path, monkeypatch
 # ---- C. Keeping a run: several processes -------------------------------------------------------
 class TwoProcesses:
     """Two threads that stand in for two processes of torchrun. The second one starts when the first
-    waits for it in its first all_reduce. By then the first one has made its networks, for which
-    both need the one random generator that torch has for all threads. This object also takes the
-    place of RANK, and equals the number of the thread's process."""
+    has made its networks and waits in its first all_reduce, because torch's random generator is the
+    same for both. This object takes the place of RANK, and equals the number of the process."""
 
     def __init__(self, patch):
         self.mine, self.meeting, self.waits = local(), Barrier(2), Event()
@@ -2032,16 +1919,15 @@ class TwoProcesses:
         x.copy_(self.given[0] + self.given[1])
         self.meeting.wait(60)
 
+    def process(self, rank, words):
+        self.mine.rank = rank
+        assert rank == 0 or self.waits.wait(60)
+        return cli(*words)
+
     def run(self, words):
         """Run a command in both, and return their exit statuses."""
-
-        def process(rank):
-            self.mine.rank = rank
-            assert rank == 0 or self.waits.wait(60)
-            return cli(*words)
-
         with ThreadPoolExecutor() as pool:
-            return [*pool.map(process, (0, 1))]
+            return [*pool.map(self.process, (0, 1), (words, words))]
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -2052,15 +1938,12 @@ def test_two_processes_end_with_the_weights_of_one(trained, tmp_path, monkeypatc
         words = "--muon-lr 0 --gan-start 0 --lam-max 1e4 --d-lr .001 --data synthetic --n-images 90"
         words = f"{words} --epochs 1 --batch-size 20".split()
     one = train(stage, tmp_path / "one", *words)
-    told_by_one = printed()
-    two, saved_by = TwoProcesses(monkeypatch), []
+    told, two, saved_by = [printed()], TwoProcesses(monkeypatch), []
     recorded(monkeypatch, vqldm, "write_whole", lambda call: saved_by.append(two.mine.rank))
     assert two.run([*STAGES[stage], *words, "--out", tmp_path / "two"]) == [0, 0]
     assert {*saved_by} == {0} and vqldm.dist.destroy_process_group.call_count == 2
-    heads = [
-        re.sub(r"val:.*|/(one|two)", "", told).splitlines() for told in (told_by_one, printed())
-    ]
-    assert heads[0] == heads[1] and len(heads[0]) > 6
+    a, b = [re.sub(r"val:.*|/(one|two)", "", text).splitlines() for text in (*told, printed())]
+    assert a == b and len(a) > 6
     state = state_of(tmp_path / "two/last.pt")
     for part in {"model", "disc", "ema", "young"} & one.keys():
         for name, a in one[part].items():
@@ -2069,8 +1952,7 @@ def test_two_processes_end_with_the_weights_of_one(trained, tmp_path, monkeypatc
 
 
 def test_a_process_of_torchrun_takes_its_gpu_before_it_meets_the_others(monkeypatch):
-    """It is number 3 on its machine, and so takes GPU 3. Nothing is trained here: what it would ask
-    of torch is written down."""
+    """As number 3 on its machine it takes GPU 3. What it asks of torch is written down here."""
     asked = []
     beside(monkeypatch)
     monkeypatch.setenv("LOCAL_RANK", "3")
@@ -2122,19 +2004,16 @@ def test_rows_of_pictures_are_drawn_under_their_names(tmp_path, side, times):
 
 
 def test_curves_show_each_number_beside_that_of_held_out_images(tmp_path, monkeypatch):
-    """Each panel names its lines. It is logarithmic where all values are positive and far apart.
-    The lowest axis is called step."""
+    """Panels name their lines, and are logarithmic where all values are positive and far apart."""
     names = "step mse val_mse d_real d_fake lam lam_wanted val_psnr".split()
     values = [(7 * j * j, 9.0**-j, 8.0**-j, j - 1.0, -1.0, 4.0, 5.0**j, 30.0 + j) for j in range(3)]
     log = [dict(zip(names, row)) for row in values]
     del log[1]["d_real"]
     saved = recorded(monkeypatch, vqldm.Figure, "savefig")
     ORIGINAL.draw_curves(tmp_path / "curves.png", log)
-    axes, panels = (
-        saved[0].self.axes,
-        ["val_psnr", "val_mse mse", "lam_wanted lam", "d_real d_fake"],
-    )
-    for panel, scale, ax in zip(panels, ("linear", "log", "log", "linear"), axes, strict=True):
+    axes, scales = saved[0].self.axes, ["linear", "log", "log", "linear"]
+    panels = "val_psnr", "val_mse mse", "lam_wanted lam", "d_real d_fake"
+    for panel, scale, ax in zip(panels, scales, axes, strict=True):
         points = {line.get_label(): line.get_xydata().tolist() for line in ax.get_lines()}
         for name in panel.split():
             assert points.pop(name) == [[row["step"], row[name]] for row in log if name in row]
@@ -2171,10 +2050,8 @@ def test_muon_keeps_the_directions_of_the_mean_gradient_and_evens_out_their_stre
 FOLDERS = {"empty": "", "one": "a.bmp", "b-in-val": "a/0.bmp val/b/3.bmp"}
 MISTAKES = [  # a command, and what the sentence says that refuses it
     ("train", "train: is none of the commands train-vq, train-ldm, sample, evaluate"),
-    ("train-vq 5", "5"),
     ("train-vq --epoch 3", "--epoch"),
     ("train-vq --preset huge", "--preset"),
-    ("train-vq --size", "--size"),
     ("train-vq --size 1.5", "--size"),
     ("train-vq --size 40", "--size: must be a multiple of 16 above 16"),
     ("train-vq --size 16", "--size: must be a multiple of 16 above 16"),
@@ -2184,7 +2061,6 @@ MISTAKES = [  # a command, and what the sentence says that refuses it
     ("train-vq --seed -9223372036854775809", "--seed: must be from"),
     ("train-vq --held-out .6", "--held-out: must be from 0 to 0.5"),
     ("train-vq --epochs 0", "--epochs: must be from"),
-    ("train-vq --widths 16,x", "--widths"),
     ("train-vq --widths 16,0", "--widths"),
     ("train-vq --lr nan", "--lr: must be from"),
     ("train-vq --lr -1", "--lr: must be from"),
@@ -2198,34 +2074,26 @@ MISTAKES = [  # a command, and what the sentence says that refuses it
     ("train-vq --resume", "--resume runs/vq/last.pt: no checkpoint is there. Run train-vq first"),
     ("train-vq --resume --out trained/vq --codes 9", "--resume goes on with the recorded settings"),
     ("train-ldm", "--vq runs/vq: no checkpoint is there. Run train-vq first"),
-    (
-        "train-ldm --resume",
-        "--resume runs/ldm/last.pt: no checkpoint is there. Run train-ldm first",
-    ),
+    ("train-ldm --resume", "--resume runs/ldm/last.pt: no checkpoint is there. Run train-ldm"),
     ("train-ldm --vq trained/ldm", "--vq trained/ldm: belongs to the other stage"),
     ("train-ldm --vq trained/vq --widths 8,8,8,8", "--widths: too many halvings"),
     ("train-ldm --vq trained/vq --ema 7", "--ema: must be from 0 to 1"),
     ("train-ldm --vq trained/vq --T 1 --schedule linear", "--T: too few levels to end in noise"),
-    ("train-ldm --vq trained/vq --guidance 2", "--guidance"),
     ("train-ldm --vq trained/vq --data b-in-val", "--data: a class has no image to train on"),
     ("sample", "--ckpt runs/ldm: no checkpoint is there. Run train-ldm first"),
     ("sample --ckpt ~no-such-user/x", "--ckpt ~no-such-user/x: no checkpoint is there"),
     ("sample --ckpt trained/ldm --guidance 7.5", "--guidance"),
     ("sample --ckpt trained/ldm --n 0", "--n: must be from"),
-    ("sample --ckpt trained/ldm --data photos", "--data"),
     ("sample --ckpt trained/ldm --class wart", "--class wart: choose one of ['mole', 'scar']"),
     ("sample --ckpt trained/ldm --out one", "--out one: is not empty; name a new folder"),
-    ("evaluate --ckpt trained/vq", "--ckpt trained/vq: belongs to the other stage"),
     ("evaluate --ckpt trained/ldm --n 1", "--n, --class, --data: too few unseen"),
     ("evaluate --ckpt trained/ldm --data one", "--data: too few unseen ['mole', 'scar']"),
-    ("evaluate --ckpt trained/ldm --resume", "--resume"),
 ]
 
 
 @pytest.mark.parametrize("command, told", MISTAKES)
 def test_a_mistake_ends_in_one_sentence(trained, empty_folder, monkeypatch, refused, command, told):
-    """Nothing is written but a cache of images, and no run is lost. Drawing images would take long,
-    so it must not begin."""
+    """Nothing is written but a cache of images, and no run is lost. No image is drawn."""
     monkeypatch.setattr(vqldm, "synthetic", lambda *a: 1 / 0)
     for name, names in FOLDERS.items():
         fill(Path(name), names)
@@ -2243,8 +2111,7 @@ def test_a_mistake_ends_in_one_sentence(trained, empty_folder, monkeypatch, refu
 
 @pytest.mark.parametrize("command", vqldm.COMMANDS)
 def test_help_shows_each_setting_with_its_comment_and_its_default(command, monkeypatch):
-    """The comment stands beside the setting, in the first of the base classes that has it. The
-    default is shown as it can be typed."""
+    """The comment stands beside the setting in the code. The default can be typed as it stands."""
     monkeypatch.setenv("COLUMNS", "300")
     cls, _ = vqldm.COMMANDS[command]
     shown = re.sub(r"\n {10,}", "  ", vqldm.parser_of(command, cls).format_help())
@@ -2272,9 +2139,12 @@ def test_help_without_a_command_is_one_screen_on_any_console(monkeypatch, consol
             runpy.run_path(vqldm.__file__, run_name="__main__")
         out.seek(0)
         told = out.read()
-        for command, (cls, _) in vqldm.COMMANDS.items() if len(words) < 2 else ():
+        if len(words) == 2:
+            assert "--codes" in told
+            continue
+        assert "README.md" in told and len(told.splitlines()) <= 24
+        for command, (cls, _) in vqldm.COMMANDS.items():
             assert re.search(rf"python vqldm.py {command} +{re.escape(cls.__doc__)}\n", told)
-        assert "README.md" in told and len(told.splitlines()) <= 24 or "--codes" in told
 
 
 @pytest.fixture()
@@ -2296,7 +2166,6 @@ SETTINGS = [  # what is typed, and some settings that the command then has
     ("train-vq --resume --out vq", dict(codes=16, epochs=3.0, preset="tiny", resume=True)),
     ("train-vq --resume --out vq --preset tiny --epochs 7", dict(codes=16, epochs=7.0)),
     ("train-ldm --resume --out ldm --steps 9", dict(steps=9, T=3, widths=(8,), autoguidance=1.5)),
-    ("sample --ckpt ldm --class é", dict(steps=3, class_="é", n=64, sampler="ddim", seed=0)),
     ("sample --ckpt ldm/last.pt --steps 9 --seed 4", dict(steps=9, seed=4, class_guidance=1.5)),
     ("evaluate --ckpt ldm --autoguidance 2", dict(autoguidance=2.0, steps=3, n=500, data="")),
 ]
@@ -2353,16 +2222,14 @@ def test_these_are_the_presets(empty_folder, settings_of, command):
 
 # ---- README and NOTES --------------------------------------------------------------------------
 HERE = Path(vqldm.__file__).parent
-PAGES = "README.md", "docs/NOTES.md", "vqldm.py"
-README, NOTES, SOURCE = [(HERE / name).read_text(encoding="utf8") for name in PAGES]
+README, NOTES = [
+    (HERE / name).read_text(encoding="utf8") for name in ("README.md", "docs/NOTES.md")
+]
 
 
 def section(page, heading):
-    """-> the text below the heading that matches, up to the next heading."""
-    parts = re.split(r"^##+ (.*)\n", page, flags=re.M)
-    found = [text for title, text in zip(parts[1::2], parts[2::2]) if re.search(heading, title)]
-    assert len(found) == 1, f"{len(found)} headings match {heading}"
-    return found[0]
+    """-> the text below a heading, up to the next one."""
+    return re.search(rf"^##+ {heading}\n(.*?)(?=^##+ |\Z)", page, re.M | re.S)[1]
 
 
 def blocks(kind, text):
@@ -2370,13 +2237,11 @@ def blocks(kind, text):
     return re.findall(rf"^```{kind}\n(.*?)^```", text, re.M | re.S)
 
 
-def run_block(page, heading, there, **changes):
-    """Run the Python below a heading, in which words can be replaced, with these variables."""
+def run_block(page, heading, there, old="", new=""):
+    """Run the Python below a heading, in which a word can be replaced, with these variables."""
     (code,) = blocks("python", section(page, heading))
-    for old, new in changes.items():
-        assert old in code
-        code = code.replace(old, new)
-    exec(compile(code, heading, "exec"), there)
+    assert old in code
+    exec(compile(code.replace(old, new) if old else code, heading, "exec"), there)
 
 
 SHELL = "".join(blocks("sh", README + NOTES))
@@ -2418,7 +2283,7 @@ def test_the_defaults_that_notes_names_are_the_defaults(settings_of):
 
 def test_readmes_excerpt_is_of_the_program():
     """Comments and empty lines may differ."""
-    texts = *blocks("python", section(README, "How it works")), SOURCE
+    texts = *blocks("python", section(README, "How it works")), inspect.getsource(vqldm)
     excerpt, code = [re.sub("\n+", "\n", re.sub(" *#.*", "", text)) for text in texts]
     assert excerpt.strip("\n") in code and len(excerpt) > 99
 
@@ -2428,7 +2293,7 @@ def example(copy_of, empty_folder):
     """The variables of README's example, which has run beside a folder runs/ldm."""
     copy_of("ldm", classes=["mole", "nevus-like"]).rename(fill(Path("runs")) / "ldm")
     torch.manual_seed(7)
-    run_block(README, "Python", there := {})
+    run_block(README, "From Python", there := {})
     return there
 
 
@@ -2439,7 +2304,7 @@ def test_readmes_example_runs_and_seeds_nothing(example):
 
 
 def test_folders_for_other_metrics_hold_what_no_training_has_seen(example):
-    run_block(NOTES, "[Mm]etrics", example, **{"300": "3"})
+    run_block(NOTES, "Other metrics", example, "300", "3")
     for name in ("real", "recon", "samples"):
         assert len([*Path("folders", name).glob("*.png")]) == len(example[name]) == 3
     assert not torch.isin(example["images"].ids[example["unseen"], 0], example["seen"]).any()
@@ -2448,22 +2313,20 @@ def test_folders_for_other_metrics_hold_what_no_training_has_seen(example):
 def test_a_table_with_a_column_for_each_class_becomes_metadata_csv(empty_folder):
     fill(Path("photos"))
     Path("labels.csv").write_text("image;MEL;NV;BCC\n0;0.0;1.0;0.0")
-    run_block(NOTES, "[Tt]ables", {})
+    run_block(NOTES, "Other tables", {})
     assert Path("photos/metadata.csv").read_text() == "class,image,MEL,NV,BCC\nNV,0,0.0,1.0,0.0\n"
 
 
 def test_letters_draws_a_folder_for_each_class(empty_folder):
-    path = HERE / "docs/letters.py"
-    code = path.read_text(encoding="utf8")
-    assert "(512)" in code  # so many images of each letter, of which two will do
-    exec(compile(code.replace("(512)", "(2)"), str(path), "exec"), {"__file__": str(path)})
+    """With two images of each letter, and not 512."""
+    code = (HERE / "docs/letters.py").read_text(encoding="utf8")
+    assert "(512)" in code
+    exec(compile(code.replace("(512)", "(2)"), "letters.py", "exec"), {})
     classes = sorted(c for c, *_ in vqldm.find_images(Path("letters")).values())
     assert classes == sorted(2 * "ABEFGKPR")
 
 
-def test_useful_compares_samples_with_duplicates_or_says_what_is_wrong(
-    copy_of, empty_folder, monkeypatch, capsys
-):
+def test_useful_answers_or_says_what_is_wrong(copy_of, empty_folder, monkeypatch, capsys):
     """Here means of 8×8 pixels are the features. In the last case the folder of images has lost a
     class since the training, and gained another."""
     ldm = copy_of("ldm")
@@ -2480,5 +2343,5 @@ def test_useful_compares_samples_with_duplicates_or_says_what_is_wrong(
         monkeypatch.setattr(sys, "argv", ["useful.py", *words.split()])
         with suppress(SystemExit) if "scar" in words else pytest.raises(SystemExit, match="^2$"):
             runpy.run_path(str(HERE / "docs/useful.py"), run_name="__main__")
-        said = capsys.readouterr()
-        assert told in (said.out if "scar" in words else said.err)
+        out, error = capsys.readouterr()
+        assert told in (error or out)
