@@ -1,6 +1,7 @@
 """The notebook: was it executed from top to bottom, and does it work as students use it? Its short
 form is run with all solutions, with wrong and other right answers, each chapter once more after the
-whole, with no bet answered, with nothing answered, as the core alone, and with an Interrupt."""
+whole, with no bet answered, with nothing answered, as the core alone, in IPython, with an Interrupt
+and in a kernel that is killed."""
 
 import ast
 import contextlib
@@ -17,14 +18,15 @@ import unittest.mock
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-CELLS = json.loads((HERE.parent / "tutorial.ipynb").read_text(encoding="utf8"))["cells"]
+ROOT = HERE.parent
+CELLS = json.loads((ROOT / "tutorial.ipynb").read_text(encoding="utf8"))["cells"]
 SOURCES = ["".join(cell["source"]) for cell in CELLS]
 CODE = [i for i, cell in enumerate(CELLS) if cell["cell_type"] == "code"]
 TEXT = (HERE / "answers.txt").read_text(encoding="utf8")
 ANSWERS = re.findall(r"^--- (\w+) (\w+)(?:: ([^\n]*))?\n(.*?)(?=^---|\Z)", TEXT, re.M | re.S)
 BET = re.compile(r'^bet\("(.*)", \.\.\.\)', re.M)
 FOLD = "<details><summary>After the run</summary>"
-PAGE, BAD = {"__name__": "page"}, []
+PAGE, BAD = {"__name__": "__main__"}, []  # what the cells see as their globals, and what failed
 
 
 def solved(i):  # a cell, or the solution that stands below it
@@ -37,7 +39,7 @@ def run(code):  # -> what it prints, or the line of a refusal
     out = io.StringIO()
     try:
         with contextlib.redirect_stdout(out):
-            exec(compile(code, "page", "exec"), PAGE)
+            exec(compile(code, "a cell", "exec"), PAGE)
     except Exception as e:
         if not hasattr(e, "_render_traceback_"):
             return f"an error: {e!r}"
@@ -62,6 +64,8 @@ def executed():  # as it is saved
     links = re.findall(r"\]\(#(.*?)\)", text)  # Jupyter names its headings like this
     heads = {head.replace(" ", "-") for head in re.findall(r"^#+ (.*)$", text, re.M)}
     need(len(links) > 15 and set(links) <= heads, "its links lead somewhere", *set(links) - heads)
+    first = SOURCES[CODE[0]].splitlines()
+    need(len(first) < 7 and not any(";" in line for line in first), "a short first cell")
 
 
 def whole():
@@ -95,9 +99,9 @@ def answers():
         kinds = sorted(kind for kind, of, *_ in ANSWERS if of == name)
         need(kinds[:1] == ["right"] and kinds.count("wrong") > 1, "answers of both kinds:", name)
     said = run("def predict(diffusion, out, z_t, t):\n    return out.nothing\nuse(predict)")
-    need(said.startswith("an error: AttributeError"), "a bug is no wrong answer:", said)
+    need("predict stops" in said and "has no attribute 'nothing'" in said, "a bug:", said)
     run(right["predict"])
-    for letters in ("BAE", "b, a, e", ["B", "A", "E"], "BAD", "ABE", "BA"):
+    for letters in ("BAE", "b, a, e", ["B", "A", "E"], "first B, then A, E", "BAD", "ABE", "BA"):
         said = run(f"check('faults', {letters!r})")
         need(said.startswith("✓") == (letters not in ("BAD", "ABE", "BA")), letters, said.strip())
     for name, words in (("'update_ema'", "does all that"), ("'no_such'", "no function")):
@@ -107,7 +111,7 @@ def answers():
     need("✓" in said, "the function itself:", said.strip())
     for wrong in ("def add_noises(): ...\nuse(add_noises)", "use(...)", "use(7)"):
         said = run(wrong)
-        need("the name is that of none" in said, "no function of the page:", repr(wrong))
+        need("wants one of the page's functions" in said, "not of the page:", repr(wrong))
 
 
 def again():  # each chapter alone, after the whole
@@ -118,18 +122,26 @@ def again():  # each chapter alone, after the whole
         need(not any(line.startswith(("not yet", "an error")) for line in said), "again:", name)
 
 
+def first_cell_again():  # loses nothing
+    second, folder, calls = PAGE["Second"].process, os.getcwd(), run("yours()")
+    said = run(SOURCES[CODE[0]])
+    kept = second is PAGE["Second"].process and folder == os.getcwd() and calls == run("yours()")
+    need(not said and kept and calls.count("calls") > 13, "the first cell again:", calls.strip())
+
+
 def stopped():  # each ends in one line
     said = run("run('train-ldm --vq nowhere --out none')")
-    need(said.startswith("not yet: --vq nowhere: no checkpoint is there"), said)
+    need(said.startswith("not yet: --vq nowhere: no checkpoint is there. Train it"), said)
     with unittest.mock.patch.object(PAGE["vqldm"], "main", side_effect=KeyboardInterrupt):
         said = run("run('train-ldm --vq vq --out none')")
     need(said.startswith("not yet: interrupted"), said)
     need(run("vqldm.load('none')").startswith("not yet: "), "a missing model")
-    (first,) = [i for i in CODE if "second.lives(1)" in SOURCES[i]]
-    PAGE["OPEN"] = False
+    (first,) = [i for i in CODE if "second.done(1)" in SOURCES[i]]
+    sys.modules["page"].OPEN = False
     for code, words in (("time.sleep(99)", "is still training"), ("exit('full')", "said: full")):
-        code = f"import time\n{code}"
-        run(f"Second.CODE = {code!r}\nsecond = Second('--out none')\ntime.sleep(2)")
+        run(f"Second.CODE = 'import time; ' + {code!r}\nsecond = Second('--out none')")
+        if "exit" in code:
+            PAGE["Second"].process.wait()
         said = run(SOURCES[first])
         need(words in said, said.strip())
     run("Second.process.kill()")
@@ -148,7 +160,10 @@ def names_in(code, context):  # of variables and functions that are written (Sto
 
 
 def bets():
-    told, places = PAGE["ANSWERS"], [i for i in CODE if BET.search(SOURCES[i])]
+    told, veil = sys.modules["page"].ANSWERS, sys.modules["checks"].veil
+    places = [i for i in CODE if BET.search(SOURCES[i])]
+    clear = Path(sys.modules["page"].__file__).read_text(encoding="utf8")
+    need(not any(f'"{veil(answer)}"' in clear for answer in told.values()), "no answer in clear")
     for i in places:
         (question,) = BET.findall(SOURCES[i])
         above, _, below = BET.split(SOURCES[i])
@@ -170,9 +185,8 @@ def bets():
     need(set(told) <= asked, "every answer has its question", *set(told) - asked)
     fresh_page()  # of somebody who never guesses
     for i in CODE:
-        if i == CODE[1]:
-            PAGE["OPEN"] = False
         said = run(solved(i))
+        sys.modules["page"].OPEN = False
         stopped = said.startswith("not yet: first put your guess")
         if stopped != (i in places) or "an error" in said:
             need(False, "with no bet answered, cell", i, said[:200])
@@ -182,10 +196,11 @@ def bets():
 
 
 def fresh_page():
-    os.chdir(HERE)  # for the page's own folder goes with it
+    os.chdir(ROOT)  # the page's own folder goes with it
     PAGE.clear()
-    PAGE["__name__"] = "page"
-    sys.modules.pop("vqldm", None)
+    PAGE["__name__"] = "__main__"
+    for name in ("vqldm", "page", "checks"):
+        sys.modules.pop(name, None)
 
 
 def unanswered():  # and then the wrong answers all the same, each of which spoils the last picture
@@ -199,7 +214,7 @@ def unanswered():  # and then the wrong answers all the same, each of which spoi
     run(last)
     before = PAGE["last"]
     for name, planted in PLANTED.items():
-        place = PAGE["PLACES"][name]
+        place = sys.modules["checks"].PLACES[name]
         own, wrong = getattr(place, name), eval(planted, PAGE)
         setattr(place, name, wrong)
         said = run(last)
@@ -221,63 +236,112 @@ PLANTED = {
 
 def core():  # somebody who leaves out all of home
     code = "\n".join(SOURCES[i] for i in CODE if "core" in CELLS[i]["metadata"]["tags"])
-    env = {**os.environ, "PYTHONPATH": str(HERE.parent)}
     command = [sys.executable, "-c", code]
-    done = subprocess.run(command, env=env, text=True, capture_output=True)
+    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
     need(not done.returncode, "the core alone", done.stderr[-500:] if done.returncode else "")
-    # Somebody whose page lies elsewhere. One sentence says what to do.
-    command = [sys.executable, "-c", SOURCES[CODE[0]]]
-    done = subprocess.run(command, text=True, capture_output=True, env={**env, "PYTHONPATH": ""})
-    need("vqldm is missing. Put vqldm.py" in done.stderr, "without vqldm.py")
+
+
+IN_IPYTHON = """
+from IPython.core.interactiveshell import InteractiveShell
+shell = InteractiveShell.instance(colors="nocolor")
+for cell in {cells!r}:
+    print("<<<", flush=True)
+    shell.run_cell(cell)
+"""
+
+
+def in_ipython():  # what a student sees of frequent slips: one line each
+    first = SOURCES[CODE[0]]
+    cells = {
+        "page is missing. Type %cd": first,
+        "[Errno 2]": "%cd -q nowhere",
+        "": f"%cd -q {ROOT}",
+        " ": first,
+        "needs quotes": 'bet("out of forty points come", copies)',
+        "run the cells above first": "add_noise",
+        "no brackets behind add_noise": "def add_noise(z): ...\n\nuse(add_noise())",
+        "vq: no checkpoint is there. Train it again": 'vqldm.load_checkpoint("vq", "--vq", "vq")',
+        "put your guess": 'bet("out of forty points come", ...)',
+        "interrupted before it was done": "raise KeyboardInterrupt",
+        "stops at `return z @ e`": "def guess(z, e, abar, c):\n    return z @ e\n\nuse(guess)",
+    }
+    code = IN_IPYTHON.format(cells=list(cells.values()))
+    env = {**os.environ, "VQLDM_FAST": "", "PYTHONPATH": ""}
+    folder = tempfile.mkdtemp()
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=folder, text=True, capture_output=True, env=env)
+    said, words = done.stdout.split("<<<")[1:], done.stderr.strip()
+    need("page is missing. Type %cd" in words, "in an empty folder:", words)
+    for expected, one in list(zip(cells, said))[2:]:
+        lines = one.strip().splitlines()
+        fits = expected.strip() in one and len(lines) <= 1 and bool(lines) == bool(expected.strip())
+        need(fits, "in one line:", expected, "" if fits else one)
 
 
 SECOND = """
-import signal
+import signal, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # as a kernel does
 second = Second("train-vq --preset tiny --n-images 60 --epochs 2 --lpips-weight 0 --out vq",
                 "train-ldm --preset tiny --vq vq --epochs 1 --widths 8,16 --out ldm0")
 try:
-    print("STARTED", flush=True)
+    print("STARTED", Second.process.pid, flush=True)
     time.sleep(60)
 except KeyboardInterrupt:
     second.wait(0, "100% val")
     second.wait(1, "100% val")
-    Second.process.kill()
-    print("READY", second.ready(1))"""
+    print("READY", second.done(1))"""
 
 
-def interrupted():  # as Jupyter does it: SIGINT to all of the kernel's group
-    code = "\n".join([SOURCES[CODE[0]], SOURCES[CODE[1]], SECOND])
-    env = {**os.environ, "VQLDM_FAST": "0", "VQLDM_OPEN": "1", "PYTHONPATH": str(HERE.parent)}
+def start():  # a page whose second process trains
+    env = {**os.environ, "VQLDM_FAST": "0", "VQLDM_OPEN": "1"}
     child = subprocess.Popen(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", f"{SOURCES[CODE[0]]}\n{SECOND}"],
         env=env,
         text=True,
-        cwd=os.getcwd(),
+        cwd=ROOT,
         stdout=subprocess.PIPE,
         start_new_session=True,
     )
-    while "STARTED" not in child.stdout.readline():
-        pass
+    words = [""]
+    while words[0] != "STARTED":
+        words = child.stdout.readline().split() or [""]
     time.sleep(5)  # until stage 1 is under way
+    return child, int(words[1])
+
+
+def interrupted():  # as Jupyter does it: SIGINT to all of the kernel's group
+    child, _ = start()
     os.killpg(child.pid, signal.SIGINT)
     said = child.stdout.read()
     done = said.count("100% val") == 2 and "READY True" in said
     need(done, "the second process trains on after an Interrupt", said)
 
 
+def killed():  # as if memory had run out
+    child, second = start()
+    child.kill()
+    child.wait()
+    deadline = time.time() + 20
+    while Path(f"/proc/{second}").exists() and time.time() < deadline:
+        time.sleep(0.1)
+    need(not Path(f"/proc/{second}").exists(), "the second process ends with a killed kernel")
+
+
 if __name__ == "__main__":
     os.environ.update(VQLDM_FAST="1", OMP_NUM_THREADS="1", MPLBACKEND="Agg")
-    sys.path.insert(0, str(HERE.parent))
-    os.chdir(tempfile.mkdtemp())
+    os.chdir(ROOT)
     executed()
     whole()
     answers()
     again()
+    first_cell_again()
     stopped()
     bets()
     unanswered()
     core()
+    in_ipython()
     if os.name == "posix":
         interrupted()
+    if Path("/proc").exists():
+        killed()
     sys.exit(len(BAD))

@@ -57,7 +57,7 @@ OPEN = FAST or os.environ.get("VQLDM_OPEN") == "1"  # nobody is there, so nothin
 TEACH, POINTS, S = (30, 100, 4) if FAST else (2000, 1000, 50)  # training steps, points, steps back
 MANY = 100 if FAST else 3000  # points, where a few in a hundred are counted
 TRAIN_VQ = "train-vq --preset tiny --gan-start .5 --lpips-weight 0 --out vq " + (
-    "--n-images 60 --epochs 1" if FAST else "--n-images 1024 --codes 256 --epochs 8"
+    "--n-images 88 --epochs 1" if FAST else "--n-images 1024 --codes 256 --epochs 8"
 )
 TRAIN_LDM = "train-ldm --preset tiny --vq vq --out ldm " + (
     "--epochs 1 --steps 3 --widths 8,16 --batch-size 36" if FAST else "--epochs 80"
@@ -97,7 +97,8 @@ def in_one_line(shell, kind, error, traceback, tb_offset=None):
     if kind is KeyboardInterrupt:
         line = f"not yet: {INTERRUPTED}"
     elif deepest.tb_frame.f_globals is shell.user_ns and kind is NameError:
-        line = f"not yet: {error}. If it is a word, it wants quotes. Else run the cells above first"
+        words = "A guess in words needs quotes. If it is no guess, run the cells above first"
+        line = f"not yet: {error}. {words}"
     elif deepest.tb_frame.f_globals is shell.user_ns and "missing" in str(error):
         line = f"not yet: {error}. In use(add_noise) there are no brackets behind add_noise"
     if line:
