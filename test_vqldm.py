@@ -1797,7 +1797,7 @@ for name in ("version", "stage", "config"):
 def test_a_checkpoint_not_ours_or_not_whole_is_refused(trained, tmp_path, how):
     content, path = BROKEN[how](state_of("trained/ldm/last.pt")), tmp_path / "last.pt"
     path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
-    told = "is of version 7, train it anew" if how == "another version" else "is no checkpoint"
+    told = "is of version 7, train again" if how == "another version" else "is not a checkpoint"
     with pytest.raises(vqldm.UserError, match=f"^--x .*last.pt: {told}"):
         vqldm.load_checkpoint(tmp_path, "--x", "ldm")
 
@@ -2055,7 +2055,7 @@ def test_muon_keeps_the_directions_of_the_mean_gradient_and_evens_out_their_stre
 # ---- F. Commands -------------------------------------------------------------------------------
 FOLDERS = {"empty": "", "one": "a.bmp", "b-in-val": "a/0.bmp val/b/3.bmp"}
 MISTAKES = [  # a command, and what the sentence says that refuses it
-    ("train", "train: is none of the commands train-vq, train-ldm, sample, evaluate"),
+    ("train", "train: is not one of the commands train-vq, train-ldm, sample, evaluate"),
     ("train-vq --epoch 3", "--epoch"),
     ("train-vq --preset huge", "--preset"),
     ("train-vq --size 1.5", "--size"),
@@ -2073,14 +2073,14 @@ MISTAKES = [  # a command, and what the sentence says that refuses it
     ("train-vq --device cuda:77", "--device cuda:77: cannot be used here, --device cpu can"),
     ("train-vq --data=", "--data: is empty"),
     ("train-vq --data nowhere", "nowhere"),
-    ("train-vq --data empty", "--data {here}/empty: no images are there"),
+    ("train-vq --data empty", "--data {here}/empty: no usable image is there"),
     ("train-vq --data one --held-out 0", "--held-out, --data, --n-images: too few groups to split"),
     ("train-vq --out trained/vq", "--out trained/vq: holds a run; --resume it, or name another"),
     ("train-vq --out one/a.bmp --data photos", "one/a.bmp"),
     ("train-vq --resume", "--resume runs/vq/last.pt: no checkpoint is there. Run train-vq first"),
     ("train-ldm", "--vq runs/vq: no checkpoint is there. Run train-vq first"),
     ("train-ldm --resume", "--resume runs/ldm/last.pt: no checkpoint is there. Run train-ldm"),
-    ("train-ldm --vq trained/ldm", "--vq trained/ldm: belongs to the other stage"),
+    ("train-ldm --vq trained/ldm", "--vq trained/ldm: is not of train-vq"),
     ("train-ldm --vq trained/vq --widths 8,8,8,8", "--widths: too many halvings"),
     ("train-ldm --vq trained/vq --T 1 --schedule linear", "--T: too few levels to end in noise"),
     ("train-ldm --vq trained/vq --data b-in-val", "--data: a class has no image to train on"),
