@@ -57,7 +57,7 @@ def bytes_of(images):
 
 
 def recorded(patch, owner, name, before=lambda call: None):
-    """Record the calls of owner.name -> a list. Each has its arguments by name, and its result."""
+    """Call before(call), then owner.name -> the list of its calls, with arguments and results."""
     function, calls = getattr(owner, name), []
 
     def call_and_record(*a, **how):
@@ -88,7 +88,7 @@ def printed(capsys):
 
 @pytest.fixture()
 def refused(capsys):
-    """A function that runs a command, which must end with status 2 and one sentence -> that one."""
+    """A function that runs a command, which must end with status 2 -> the only sentence it says."""
 
     def call(*words):
         capsys.readouterr()
@@ -256,7 +256,7 @@ def test_new_blocks_add_nothing():
 
 @pytest.mark.parametrize("has_bf16", [False, True])
 def test_bf16_is_used_only_where_it_is_fast(monkeypatch, has_bf16):
-    """That is on a CPU or an NVIDIA GPU that has it, and does not only emulate it."""
+    """On a CPU or an NVIDIA GPU that really has it. Where it is only emulated, it is slow."""
     use_plain_cpu(monkeypatch, has_bf16)
     emulated = "torch.cuda.is_bf16_supported"
     monkeypatch.setattr(emulated, lambda including_emulation=True: has_bf16 or including_emulation)
@@ -286,7 +286,7 @@ def attention(block, x):
 
 def written_out(net, y, emb=None):
     """An encoder, decoder or UNet, written out from its layers as in Table 7 of the VQGAN paper. In
-    a UNet, which has emb, each UpBlock also sees what the DownBlock of that grid did not halve."""
+    a UNet, which has emb, each UpBlock also gets what the DownBlock had before halving."""
     skips, y = [], net.first(y)
     for block in getattr(net, "down", ()):
         skips.append(res(block.res2, res(block.res1, y, emb), emb))
@@ -306,7 +306,7 @@ def written_out(net, y, emb=None):
 # is part of the reference of section 7.
 @pytest.mark.parametrize("upsample", ["nearest", "transposed"])
 def test_encoder_and_decoder_are_made_of_the_papers_blocks(upsample):
-    """On grids that are not square, in which rows and columns cannot be confused."""
+    """The grids are not square, so rows and columns cannot be confused."""
     net = randomised(vqldm.VQGAN(vqldm.VQConfig(widths=(8, 12), codes=5, upsample=upsample)))
     x, z = randn(2, 3, 16, 24), randn(2, 3, 4, 6)
     for part, y, out in ((net.encoder, x, z), (net.decoder, z, x)):
@@ -339,7 +339,7 @@ def test_nearest_finds_the_code_that_a_search_in_float64_finds():
 def test_codes_without_a_win_restart_beside_outputs_of_the_encoder():
     """Each new vector is close to one of the outputs: within a tenth of their spread, although one
     channel spreads a thousand times as far as another. No two are equal, they come from the whole
-    batch, and the other codes stay. Then all count from zero. A single output will do as well."""
+    batch, and the other codes stay. Then wins count from zero. A single output will do as well."""
     book, dead = randomised(vqldm.Codebook(64, 4), 1), torch.arange(64) % 3 == 0
     before, e = book.embedding.weight.detach().clone(), book.embedding.weight.data
     book.wins[~dead] = torch.arange(1.0, 43)
@@ -472,7 +472,7 @@ def test_the_first_process_alone_draws_bars_on_a_terminal_and_speaks_above_them(
 
 
 def test_what_is_said_is_not_kept_back(monkeypatch):
-    """Python would do so in a file, until there are some thousand letters."""
+    """Python would keep it back in a file, until there are some thousand letters."""
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw := io.BytesIO()))
     vqldm.say("half", "way")
     assert raw.getvalue() == b"half way\n"
@@ -655,7 +655,7 @@ def error_of_means(x_hat, x):
 
 
 def plain_vq(cfg):
-    """Stage 1 written out -> VQGAN, discriminator, number of the last restarts, the log's end."""
+    """Stage 1 written out -> VQGAN, D, how many codes restarted last, and the end of the log."""
     images, train, val = drawn_images(cfg)
     torch.manual_seed(cfg.seed)
     net, disc = vqldm.VQGAN(cfg), vqldm.PatchDiscriminator(cfg.widths)
@@ -712,8 +712,8 @@ def plain_vq(cfg):
 @pytest.fixture(scope="module", params=["float32", "report"])
 def runs(request, tmp_path_factory):
     """Both stages, trained by the program: in float32 with Muon, v and balanced classes, or by the
-    preset report in bf16. (In float32 the discriminator joins late, or rounding grows until it
-    decides between codes that are equally near, and the reference takes others.)"""
+    preset report in bf16. (In float32 the discriminator joins late. Otherwise rounding errors grow
+    until the reference chooses other codes.)"""
     kind, folder = request.param, tmp_path_factory.mktemp("runs")
     vq_cfg = vqldm.VQConfig(
         **dict(size=32, n_images=46, widths=(4, 8), codes=512, batch_size=4, epochs=6),
@@ -789,7 +789,7 @@ def test_both_stages_turn_images_only_as_allowed(trained, tmp_path, monkeypatch,
 
 
 def test_each_validation_of_stage_1_draws_the_same_images_and_what_became_of_them(trained):
-    """There are 18, which are several batches. What is drawn has the error that is logged."""
+    """There are 18 of them, in several batches. The pictures have the error that is logged."""
     log, drawn = (
         trained.validations["vq"],
         [call for call in trained.drawn if "recon" in call.path.name],
@@ -828,7 +828,7 @@ def test_alpha_bar_is_the_papers_product_and_falls_to_nearly_0(T):
         assert alpha_bar[-2] < 0.01 and (alpha_bar[:-1].diff() < 0).all()
 
 
-def test_for_every_S_there_are_exactly_S_steps_of_even_length():
+def test_for_every_S_there_are_exactly_S_evenly_spaced_steps():
     for S in range(1, 1001):
         t, prev = zip(*Diffusion().pairs(S))
         assert len(t) == S and t[0] == 999 and prev == (*t[1:], -1)
@@ -1030,7 +1030,7 @@ def test_each_validation_of_stage_2_draws_16_different_samples(trained):
 
 
 def test_stage_2_can_have_images_of_its_own(trained, tmp_path, monkeypatch, printed):
-    """It learns their classes. Stage 1 has seen seen.bmp. evaluate takes these images, too."""
+    """It learns their classes. evaluate takes them, but not seen.bmp, which stage 1 has seen."""
     own, ldm = fill(tmp_path / "own", "a/0.bmp a/1.bmp b/2.bmp val/a/3.bmp"), tmp_path / "ldm"
     shutil.copy(next(Path("photos/train/mole").iterdir()), own / "val/a/seen.bmp")
     fill(own, [f"val/{c}/{i}.bmp" for c in "ab" for i in range(4)], (99, 9, 9))
@@ -1117,8 +1117,8 @@ def test_kernel_distance_is_the_unbiased_sum_over_pairs():
 
 @pytest.mark.parametrize("n, rows", [(300, [7, 255, 256, 257, 299, 0]), (256, [0, 255]), (1, [0])])
 def test_the_nearest_training_image_is_found_in_all_symmetries(n, rows):
-    """Training images are searched in parts of 256. The pictures are one that is no copy, for which
-    a search in float64 tells the distance, and turned copies of these rows, 50 times over."""
+    """Training images are searched in parts of 256. One picture is no copy, and a search in float64
+    tells its distance. The others are turned copies of these rows. All come 50 times."""
     pixels = torch.randint(256, (301, 3, 64, 64), generator=rng(1)).byte()
     small = pixels.double().unflatten(3, (32, 2)).unflatten(2, (32, 2)).mean((3, 5)) / 127.5 - 1
     every = np.stack([symmetries(x) for x in small[1 : n + 1].numpy()])
@@ -1246,11 +1246,11 @@ def test_evaluate_draws_each_set_under_its_name_and_the_worst_copies_first(evalu
 def test_evaluate_takes_n_unseen_images_and_at_most_1000_for_copies(seen_and_unseen, monkeypatch):
     """Of 1,200 unseen images 600 have the distance 1 from training images, and 600 have 100. So the
     median of the first 1,000 is 1, and samples below .5 are near copies. 16 pairs are drawn."""
-    i, unseen_images = torch.arange(1000), vqldm.unseen_images
+    i, unseen = torch.arange(1000), vqldm.unseen_images
     far = {20: i[:20] / 10, 1000: torch.where(i < 600, 1.0, 100.0)}  # for so many pictures
     monkeypatch.setattr(vqldm, "nearest_trained", lambda x, trained: (far[len(x)], i[: len(x)] * 0))
-    monkeypatch.setattr(vqldm, "unseen_images", lambda *a: (unseen_images(*a)[0].repeat(100), many))
-    many = torch.zeros(52, dtype=torch.int64)  # all images are moles now
+    moles = torch.zeros(52, dtype=torch.int64)  # the labels: here all images are moles
+    monkeypatch.setattr(vqldm, "unseen_images", lambda *a: (unseen(*a)[0].repeat(100), moles))
     calls, drawn = [recorded(monkeypatch, vqldm, name) for name in ("reconstruct", "draw_rows")]
     assert cli(*"evaluate --ckpt ldm --data all --n 20".split()) == 0
     assert [len(call.pixels) for call in calls] == [20]
@@ -1270,7 +1270,7 @@ def test_evaluate_warns_if_each_set_has_fewer_than_20_images(printed, unseen, n,
 
 
 def test_evaluate_can_measure_one_class(seen_and_unseen, monkeypatch):
-    """At any seed on the same images. As training images and LPIPS are missing, there is nothing
+    """At any seed it takes the same images. Without training images and LPIPS there is nothing
     about near copies and kernels. Without --out the results lie beside the checkpoint."""
     shutil.rmtree("all/train")
     Path("all/metadata.csv").unlink()
@@ -1745,7 +1745,7 @@ def test_the_next_command_can_be_typed_as_it_is_printed(copy_of, tmp_path, print
 
 
 def test_a_resume_can_change_only_a_few_settings(copy_of, refused):
-    """Where the run and its data are, its length, and sampling. The sentence names old values."""
+    """It can move, train longer and sample otherwise. All else is refused with its old value."""
     may_change = {"resume", "out", "device", "data", "epochs"}
     may_change |= {"sampler", "steps", "autoguidance", "class_guidance"}
     for stage, cls in (("vq", vqldm.VQConfig), ("ldm", vqldm.LDMConfig)):
@@ -1764,7 +1764,7 @@ def test_a_resume_can_change_only_a_few_settings(copy_of, refused):
 
 
 def test_a_resume_without_what_the_run_began_with_is_refused(copy_of, monkeypatch, refused):
-    """That is as many steps, the same classes, and LPIPS there or not there. Nothing is written."""
+    """It needs as many steps, the same classes, and LPIPS if it began with it, or else not."""
     no_lpips, with_lpips = vqldm.load_lpips, lambda device: Mock()
     for stage, epochs, told, config, parts, load_lpips in (
         ("vq", 2, "fewer --epochs", {}, {}, no_lpips),
@@ -1797,7 +1797,7 @@ for name in ("version", "stage", "config"):
 def test_a_checkpoint_not_ours_or_not_whole_is_refused(trained, tmp_path, how):
     content, path = BROKEN[how](state_of("trained/ldm/last.pt")), tmp_path / "last.pt"
     path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
-    told = "is of version 7, train again" if how == "another version" else "is not a checkpoint"
+    told = "is of version 7, train it anew" if how == "another version" else "is no checkpoint"
     with pytest.raises(vqldm.UserError, match=f"^--x .*last.pt: {told}"):
         vqldm.load_checkpoint(tmp_path, "--x", "ldm")
 
@@ -1832,7 +1832,7 @@ def test_a_full_disk_or_memory_harms_no_checkpoint(copy_of, tmp_path, monkeypatc
 
 
 def test_an_unknown_error_is_raised_and_signals_do_as_before(trained, tmp_path, monkeypatch):
-    """Even if it speaks of memory."""
+    """Even one that speaks of memory."""
     usual = handlers()
     monkeypatch.setattr(vqldm, "augment", Mock(side_effect=RuntimeError("memory leak")))
     with pytest.raises(RuntimeError, match="leak"):
@@ -1855,7 +1855,7 @@ def test_a_checkpoint_of_a_gpu_can_be_read_without_one(trained, tmp_path, monkey
 
 def test_of_two_runs_in_one_folder_the_second_fails(trained, tmp_path, monkeypatch, refused):
     """Even if it looked there before the first one had saved anything. But the second process of
-    torchrun does not take what the first one has begun for another run."""
+    torchrun does not take the run that the first has begun for another one."""
     vq, table = tmp_path / "vq", fill(tmp_path / "samples") / "metadata.csv"
     recorded(monkeypatch, vqldm, "read_images", lambda call: shutil.copytree("trained/vq", vq))
     assert "another run" in refused(*STAGES["vq"], "--out", vq)
@@ -1868,8 +1868,8 @@ def test_of_two_runs_in_one_folder_the_second_fails(trained, tmp_path, monkeypat
 
 
 def test_a_validation_comes_at_each_tenth_and_after_ten_minutes(tmp_path, monkeypatch):
-    """In step 12 of these 45, over ten minutes are past. Each validation is saved before its curves
-    are drawn. The bar counts the steps, and shows what is logged."""
+    """There are 45 steps, and in the twelfth the ten minutes are over. Each validation is saved
+    before its curves are drawn. The bar counts the steps, and shows what is logged."""
     saved, clock, line, bars = [], Mock(return_value=600), MagicMock(), []
     monkeypatch.setattr("time.perf_counter", clock)
     monkeypatch.setattr(vqldm, "bar", lambda *how: bars.append(how) or line)
@@ -1958,7 +1958,7 @@ def test_two_processes_end_with_the_weights_of_one(trained, tmp_path, monkeypatc
 
 
 def test_a_process_of_torchrun_takes_its_gpu_before_it_meets_the_others(monkeypatch):
-    """As number 3 on its machine it takes GPU 3. What it asks of torch is written down here."""
+    """It is number 3 on its machine, so it takes GPU 3. What it asks of torch is noted here."""
     asked = []
     beside(monkeypatch)
     monkeypatch.setenv("LOCAL_RANK", "3")
@@ -2055,7 +2055,7 @@ def test_muon_keeps_the_directions_of_the_mean_gradient_and_evens_out_their_stre
 # ---- F. Commands -------------------------------------------------------------------------------
 FOLDERS = {"empty": "", "one": "a.bmp", "b-in-val": "a/0.bmp val/b/3.bmp"}
 MISTAKES = [  # a command, and what the sentence says that refuses it
-    ("train", "train: is not one of the commands train-vq, train-ldm, sample, evaluate"),
+    ("train", "train: is none of the commands train-vq, train-ldm, sample, evaluate"),
     ("train-vq --epoch 3", "--epoch"),
     ("train-vq --preset huge", "--preset"),
     ("train-vq --size 1.5", "--size"),
@@ -2073,14 +2073,14 @@ MISTAKES = [  # a command, and what the sentence says that refuses it
     ("train-vq --device cuda:77", "--device cuda:77: cannot be used here, --device cpu can"),
     ("train-vq --data=", "--data: is empty"),
     ("train-vq --data nowhere", "nowhere"),
-    ("train-vq --data empty", "--data {here}/empty: no usable image is there"),
+    ("train-vq --data empty", "--data {here}/empty: no images are there"),
     ("train-vq --data one --held-out 0", "--held-out, --data, --n-images: too few groups to split"),
     ("train-vq --out trained/vq", "--out trained/vq: holds a run; --resume it, or name another"),
     ("train-vq --out one/a.bmp --data photos", "one/a.bmp"),
     ("train-vq --resume", "--resume runs/vq/last.pt: no checkpoint is there. Run train-vq first"),
     ("train-ldm", "--vq runs/vq: no checkpoint is there. Run train-vq first"),
     ("train-ldm --resume", "--resume runs/ldm/last.pt: no checkpoint is there. Run train-ldm"),
-    ("train-ldm --vq trained/ldm", "--vq trained/ldm: is not of train-vq"),
+    ("train-ldm --vq trained/ldm", "--vq trained/ldm: belongs to the other stage"),
     ("train-ldm --vq trained/vq --widths 8,8,8,8", "--widths: too many halvings"),
     ("train-ldm --vq trained/vq --T 1 --schedule linear", "--T: too few levels to end in noise"),
     ("train-ldm --vq trained/vq --data b-in-val", "--data: a class has no image to train on"),
