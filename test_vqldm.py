@@ -464,9 +464,9 @@ def test_the_first_process_alone_draws_bars_on_a_terminal_and_speaks_above_them(
         for _ in vqldm.bar(range(7), "encoding"):
             vqldm.say("half", "way")
         shown = screen.getvalue()
-        if is_terminal and rank == 0:  # the bar leaves its line before something is said
-            assert "encoding:   0%|          | 0/7" in shown and "\rhalf way\n" in shown
-            assert shown.endswith(" \r")  # and in the end
+        if is_terminal and rank == 0:  # the bar leaves its line before words, and at the end
+            assert "encoding:   0%|          | 0/7" in shown
+            assert "\rhalf way\n" in shown and shown.endswith(" \r")
         else:
             assert shown == ("" if rank else "half way\n" * 7)
 
@@ -484,8 +484,8 @@ def test_a_training_goes_on_if_nobody_reads_what_it_says(trained, tmp_path, monk
     os.close(reading)
     with suppress(BrokenPipeError), open(writing, "w") as pipe:
         monkeypatch.setattr(sys, "stdout", pipe)
-        status = cli(*STAGES["vq"], "--out", tmp_path)
-    assert status == 0 and state_of(tmp_path / "last.pt")["step"] == 12
+        status = cli(*STAGES["vq"], "--epochs", 0.5, "--out", tmp_path)
+    assert status == 0 and state_of(tmp_path / "last.pt")["step"] == 2
 
 
 # ---- 6. What both trainings share --------------------------------------------------------------
@@ -535,7 +535,7 @@ def test_all_commands_agree_on_what_is_unseen(trained, tmp_path, monkeypatch):
     for i, path in enumerate(sorted(photos.glob("train/*/2?.bmp"))):
         path.rename((photos / "val/mole" if i % 2 else tmp_path) / f"moved{i}.bmp")
     for stage, state, place in (("vq", first, vq), ("ldm", second, ldm)):
-        assert cli(f"train-{stage}", "--resume", "--epochs", 3, "--out", place) == 0
+        assert cli(f"train-{stage}", "--resume", "--epochs", 2, "--out", place) == 0
         grown = state_of(place / "last.pt")
         assert grown["step"] > state["step"] and torch.equal(grown["seen"], seen)
         held = splits[-1].images.ids[splits[-1].result[1]]
@@ -552,10 +552,9 @@ def test_a_batch_may_span_several_epochs():
 def test_the_order_of_an_epoch_is_drawn_only_once(trained, tmp_path, monkeypatch):
     """With a million images this takes half as long as a step. With --balance it is not drawn."""
     keys = recorded(monkeypatch, vqldm, "rng")
-    for words, want in (("--seed 12", [0, 1, 2, 3]), ("--seed 13 --balance", [])):
-        keys.clear()
-        train("ldm", tmp_path / words, *words.split())
-        assert [call.key[2] for call in keys if "order" in call.key] == want
+    train("vq", tmp_path / "vq", *"--seed 12 --epochs 1".split())
+    train("ldm", tmp_path / "ldm", *"--seed 13 --epochs .01 --balance".split())
+    assert [call.key[::2] for call in keys if "order" in call.key] == [(12, 0), (12, 1)]
 
 
 def symmetries(x):
@@ -750,7 +749,7 @@ def assert_same_weights(state, net, part):
 def test_reference_stage_1_ends_with_the_programs_weights_and_log(runs):
     """If one rate, row, turn, loss or restart were wrong, weights would differ."""
     net, disc, restarts, log = plain_vq(runs.vq_cfg)
-    assert "codebook.wins" in runs.vq["model"], "a resumed run would restart all codes"
+    assert runs.vq["lpips"] and "codebook.wins" in runs.vq["model"]  # a resumed run needs them
     wins, want = runs.vq["model"]["codebook.wins"], net.codebook.wins
     other = float((wins - want).abs().sum() / 2 / want.sum())
     rounding = "rounding may decide between two equally near codes, so try another seed"
@@ -766,9 +765,10 @@ def test_reference_stage_1_ends_with_the_programs_weights_and_log(runs):
     assert {name: logged[name] for name in log} == pytest.approx(log, rel=1e-3)
 
 
-def test_without_a_weight_there_is_no_gan(trained, tmp_path):
-    log = train("vq", tmp_path, *"--gan-start 0 --gan-weight 0".split())["log"]
-    assert not {name for row in log for name in row} & {"lam", "lam_wanted", "d_loss", "d_real"}
+def test_without_a_weight_there_is_no_gan(trained, tmp_path, monkeypatch):
+    gan = recorded(monkeypatch, vqldm, "adaptive_weight")
+    train("vq", tmp_path, *"--gan-start 0 --gan-weight 0 --epochs .01".split())
+    assert not gan
 
 
 def test_psnr_stays_a_number_if_there_is_no_error():
@@ -784,7 +784,7 @@ def test_both_stages_turn_images_only_as_allowed(trained, tmp_path, monkeypatch,
     shown = recorded(monkeypatch, vqldm, "augment")
     for words in (["vq", "vq", "--turns", turns], ["ldm", "ldm", "--vq", tmp_path / "vq"]):
         shown.clear()
-        train(words[0], tmp_path / words[1], *words[2:], "--epochs", 1)
+        train(words[0], tmp_path / words[1], *words[2:], "--epochs", 0.5)
         assert {int(turn) for call in shown for turn in call.turns} == want
 
 
@@ -1080,7 +1080,7 @@ def test_sample_makes_a_folder_that_can_be_read(ldm, load, monkeypatch, words, h
 def test_sample_shows_the_first_64_images_and_their_latents_std(ldm, monkeypatch, printed):
     made = recorded(monkeypatch, vqldm.LatentDiffusion, "make")
     drawn = recorded(monkeypatch, vqldm, "draw_rows")
-    assert cli(*"sample --ckpt ldm --out new --n 70".split()) == 0
+    assert cli(*"sample --ckpt ldm --out new --n 70 --seed 2".split()) == 0
     images, latents = made[0].result
     assert identical(drawn[0].rows, {NAMES[0]: images[::2], NAMES[1]: images[1::2]})
     std = f"latents' std: {latents.std():.2f} (wrong outside 0.7 to 1.4)"
@@ -1167,6 +1167,7 @@ def evaluation(seen_and_unseen, lpips, monkeypatch, printed):
 
     monkeypatch.setattr(vqldm.LatentDiffusion, "make", make_with_copies)
     monkeypatch.setattr(vqldm, "load_lpips", lambda device: lpips)
+    monkeypatch.setattr(vqldm, "features", lambda lpips, pixels: pixels[..., ::8].flatten(1) / 255)
     monkeypatch.setattr(vqldm, "draw_rows", ORIGINAL.draw_rows)
     names = "reconstruct", "features", "nearest_trained", "draw_rows"
     reconstruct, features, nearest, drawn = [recorded(monkeypatch, vqldm, name) for name in names]
@@ -1585,7 +1586,6 @@ TABLES = {  # a table, the classes of its images in the order of their paths, an
     ),
 }
 REFUSED_TABLES = [  # a table, and what the sentence says that refuses it
-    ("name,dx\na,scar", "has none of the columns"),
     ("name,dx\na,scar", "only ['name', 'dx']"),
     ("", "only []"),
     ("image\na\nb\na", "names a twice"),
@@ -1593,8 +1593,8 @@ REFUSED_TABLES = [  # a table, and what the sentence says that refuses it
     ("image\ntwice", "twice may be any of ['scar/twice.bmp', 'twice.bmp']"),
     ('image,dx\na,mole\nb,"scar\nc,wart', "metadata.csv: cannot be read"),  # an open quote
     ("image,dx\na,\udce9", "metadata.csv: cannot be read"),  # é as older systems write it
-    ("image\n9.bmp\nA.BMP\nnevus", "or its metadata.csv names none"),
-    ("image,dx", "or its metadata.csv names none"),
+    ("image\n9.bmp\nA.BMP\nnevus", "or metadata.csv names none"),
+    ("image,dx", "or metadata.csv names none"),
 ]
 
 
@@ -1744,8 +1744,9 @@ def test_the_next_command_can_be_typed_as_it_is_printed(copy_of, tmp_path, print
     assert vqldm.parser_of("train-ldm", vqldm.LDMConfig).parse_args(words[1:]).vq == str(out)
 
 
-def test_a_resume_can_change_only_a_few_settings(copy_of, refused):
+def test_a_resume_can_change_only_a_few_settings(copy_of, monkeypatch, refused):
     """It can move, train longer and sample otherwise. All else is refused with its old value."""
+    monkeypatch.setattr(vqldm, "load_checkpoint", functools.cache(vqldm.load_checkpoint))
     may_change = {"resume", "out", "device", "data", "epochs"}
     may_change |= {"sampler", "steps", "autoguidance", "class_guidance"}
     for stage, cls in (("vq", vqldm.VQConfig), ("ldm", vqldm.LDMConfig)):
@@ -1797,7 +1798,7 @@ for name in ("version", "stage", "config"):
 def test_a_checkpoint_not_ours_or_not_whole_is_refused(trained, tmp_path, how):
     content, path = BROKEN[how](state_of("trained/ldm/last.pt")), tmp_path / "last.pt"
     path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
-    told = "is of version 7, train it anew" if how == "another version" else "is no checkpoint"
+    told = "is of version 7, train again" if how == "another version" else "is not a checkpoint"
     with pytest.raises(vqldm.UserError, match=f"^--x .*last.pt: {told}"):
         vqldm.load_checkpoint(tmp_path, "--x", "ldm")
 
@@ -2055,7 +2056,7 @@ def test_muon_keeps_the_directions_of_the_mean_gradient_and_evens_out_their_stre
 # ---- F. Commands -------------------------------------------------------------------------------
 FOLDERS = {"empty": "", "one": "a.bmp", "b-in-val": "a/0.bmp val/b/3.bmp"}
 MISTAKES = [  # a command, and what the sentence says that refuses it
-    ("train", "train: is none of the commands train-vq, train-ldm, sample, evaluate"),
+    ("train", "train: is not one of the commands train-vq, train-ldm, sample, evaluate"),
     ("train-vq --epoch 3", "--epoch"),
     ("train-vq --preset huge", "--preset"),
     ("train-vq --size 1.5", "--size"),
@@ -2072,22 +2073,21 @@ MISTAKES = [  # a command, and what the sentence says that refuses it
     ("train-vq --lr -1", "--lr: must be from"),
     ("train-vq --device cuda:77", "--device cuda:77: cannot be used here, --device cpu can"),
     ("train-vq --data=", "--data: is empty"),
-    ("train-vq --data nowhere", "nowhere"),
-    ("train-vq --data empty", "--data {here}/empty: no images are there"),
+    ("train-vq --data nowhere", "--data: [Errno 2] No such file or directory"),
+    ("train-vq --data empty", "--data {here}/empty: no usable image is there"),
     ("train-vq --data one --held-out 0", "--held-out, --data, --n-images: too few groups to split"),
     ("train-vq --out trained/vq", "--out trained/vq: holds a run; --resume it, or name another"),
     ("train-vq --out one/a.bmp --data photos", "one/a.bmp"),
     ("train-vq --resume", "--resume runs/vq/last.pt: no checkpoint is there. Run train-vq first"),
     ("train-ldm", "--vq runs/vq: no checkpoint is there. Run train-vq first"),
     ("train-ldm --resume", "--resume runs/ldm/last.pt: no checkpoint is there. Run train-ldm"),
-    ("train-ldm --vq trained/ldm", "--vq trained/ldm: belongs to the other stage"),
+    ("train-ldm --vq trained/ldm", "--vq trained/ldm: is not of train-vq"),
     ("train-ldm --vq trained/vq --widths 8,8,8,8", "--widths: too many halvings"),
     ("train-ldm --vq trained/vq --T 1 --schedule linear", "--T: too few levels to end in noise"),
     ("train-ldm --vq trained/vq --data b-in-val", "--data: a class has no image to train on"),
     ("sample", "--ckpt runs/ldm: no checkpoint is there. Run train-ldm first"),
     ("sample --ckpt ~no-such-user/x", "--ckpt ~no-such-user/x: no checkpoint is there"),
     ("sample --ckpt trained/ldm --guidance 7.5", "--guidance"),
-    ("sample --ckpt trained/ldm --n 0", "--n: must be from"),
     ("sample --ckpt trained/ldm --class wart", "--class wart: choose one of ['mole', 'scar']"),
     ("sample --ckpt trained/ldm --out one", "--out one: is not empty; name a new folder"),
     ("evaluate --ckpt trained/ldm --n 1", "--n, --class, --data: too few unseen"),
@@ -2117,7 +2117,7 @@ def test_a_mistake_ends_in_one_sentence(trained, empty_folder, monkeypatch, refu
 def test_help_shows_each_setting_with_its_comment_and_its_default(command, monkeypatch):
     """The comment stands beside the setting in the code. The default can be typed as it stands."""
     monkeypatch.setenv("COLUMNS", "300")
-    cls, _ = vqldm.COMMANDS[command]
+    (cls, _), source = vqldm.COMMANDS[command], functools.cache(inspect.getsource)
     shown = re.sub(r"\n {10,}", "  ", vqldm.parser_of(command, cls).format_help())
     assert shown.startswith(f"usage: vqldm.py {command} ") and f"\n\n{cls.__doc__}\n\n" in shown
     lines = re.findall(r"^  --([\w-]+)(?: \S+)? +(\S.*) \[(.*)\]$", shown, re.M)
@@ -2125,7 +2125,7 @@ def test_help_shows_each_setting_with_its_comment_and_its_default(command, monke
         assert flag == field.name.strip("_").replace("_", "-")
         owner = next(one for one in cls.__mro__ if field.name in inspect.get_annotations(one))
         line = rf"^    {field.name}: .*# {re.escape(text)}$"
-        assert re.search(line, inspect.getsource(owner), re.M), field.name
+        assert re.search(line, source(owner), re.M), field.name
         as_trained = owner is vqldm.Sampling and command in ("sample", "evaluate")
         assert default == ("as trained" if as_trained else re.sub(r"[() ]", "", str(field.default)))
 
@@ -2331,7 +2331,7 @@ def test_letters_draws_a_folder_for_each_class(empty_folder):
 
 
 def test_useful_answers_or_says_what_is_wrong(copy_of, empty_folder, monkeypatch, capsys):
-    """Features are means of 8×8 pixels. In the last case, the images have lost a known class."""
+    """In the last case, the images have lost a class that the model knows."""
     ldm = copy_of("ldm")
     monkeypatch.setattr(vqldm, "load_lpips", lambda device: "LPIPS")
     monkeypatch.setattr(vqldm, "features", lambda net, x: F.avg_pool2d(x.double(), 8).flatten(1))
