@@ -575,8 +575,8 @@ def test_augment_shows_images_in_the_eight_symmetries_of_a_square():
 def test_a_step_follows_the_clipped_mean_gradient_or_none_if_it_is_not_finite(monkeypatch, printed):
     """The gradient is (.2, .4) here, and given in each row for the other process. Two optimisers
     have the rates .75 and .25, so with the factor 1 a step is as long as the mean gradient, but at
-    most 1. The factor always refers to the first rates, however low the last ones were."""
-    net, x = nn.Linear(2, 1, bias=False), torch.tensor([0.2, 0.4])
+    most 1. The factor always refers to the first rates. x is not net's and gets no gradient."""
+    net, x = nn.Linear(2, 1, bias=False), torch.tensor([0.2, 0.4], requires_grad=True)
     optimizers = [torch.optim.SGD(net.parameters(), lr) for lr in (0.75, 0.25)]
     want = net.weight.detach().clone()
     for scale, other, factor, step in (
@@ -591,7 +591,7 @@ def test_a_step_follows_the_clipped_mean_gradient_or_none_if_it_is_not_finite(mo
         beside(monkeypatch, [other])
         vqldm.descend(scale * net(x).sum(), net, factor, *optimizers)
         want -= torch.tensor(step)
-        assert torch.allclose(net.weight, want, atol=1e-4), (scale, other, factor)
+        assert torch.allclose(net.weight, want, atol=1e-4) and x.grad is None, (scale, factor)
         assert ("WARNING a gradient is not finite" in printed()) == (not any(step))
 
 
