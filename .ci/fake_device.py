@@ -13,8 +13,11 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 backend._DummyBackendModule.get_amp_supported_dtype = lambda self: [torch.bfloat16]
 backend._setup_privateuseone_for_python_backend("fake")  # torch learns the name
 torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(1, device=…) makes, then moves
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import vqldm
+root = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(root), str(root / "tools")]
+import evaluate, vqldm
+
+vqldm.COMMANDS["evaluate"] = evaluate.EvaluateConfig, evaluate.evaluate
 
 
 class Fake(torch.Tensor):  # its numbers are in twin, a CPU tensor
@@ -54,7 +57,11 @@ class Check(TorchDispatchMode):  # while it is on, it is given each operation
         wrong = wrong if fakes and kind not in ("copy_", "_to_copy") else []
         wrong += [x for x in leaves if isinstance(x, torch.Generator) and x.device != device]
         if wrong:  # remember it once, with the lines of vqldm.py that led here
-            lines = [f for f in traceback.extract_stack() if f.filename == vqldm.__file__]
+            lines = [
+                f
+                for f in traceback.extract_stack()
+                if f.filename in (vqldm.__file__, evaluate.__file__)
+            ]
             found[f"MISTAKE {op}" + "".join(f"\n    {f.lineno}: {f.line}" for f in lines)] = op
         args, kwargs = tree_map_only(Fake, lambda x: x.twin, (args, kwargs))
         new, out = Fake if device.type == "fake" else lambda x: x, op(*args, **kwargs)
@@ -65,7 +72,7 @@ COMMANDS = """train-vq --preset tiny --n-images 60 --batch-size 27 --epochs 1 --
 train-vq --resume --epochs 2 --out {0}/vq
 train-ldm --preset tiny --epochs 1 --steps 5 --vq {0}/vq --out {0}/ldm
 train-ldm --resume --epochs 2 --out {0}/ldm
-sample --n 8 --ckpt {0}/ldm --out {0}/samples
+sample --n 8 --eta 1 --ckpt {0}/ldm --out {0}/samples
 evaluate --n 16 --ckpt {0}/ldm
 sample --n 4 --ckpt {0}/ldm --out {0}/planted"""
 with tempfile.TemporaryDirectory() as folder, Check():

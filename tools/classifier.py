@@ -1,11 +1,14 @@
+# SPDX-License-Identifier: MIT
 """Do samples help a classifier?
 
-    python docs/useful.py RUN N CLASS [CLASS ...]
+    python tools/classifier.py RUN N CLASS [CLASS ...]
 
 RUN is a run of train-ldm. A linear classifier learns from the photographs that RUN was trained
 on, once from these alone, once with N samples of each CLASS added, and once with as many
 duplicates of photographs added. It is tested on photographs that RUN has never seen. If
 duplicates help as much as samples, it was not the samples that helped."""
+
+import argparse
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +16,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).parent.parent))       # where vqldm.py lies
+here = Path(__file__).resolve().parent
+sys.path[:0] = [str(here), str(here.parent)]  # where evaluate.py and vqldm.py lie
+import evaluate
 import vqldm
 
 
@@ -39,11 +44,14 @@ def fit(x, label, n_classes):
 
 def found(classify, x, label, classes):
     """-> {class: percentage of its images that the classifier finds}"""
-    return {classes[c]: round(100 * float((classify(x[label == c]) == c).float().mean()), 1)
-            for c in label.unique()}
+    return {
+        classes[c]: round(100 * float((classify(x[label == c]) == c).float().mean()), 1)
+        for c in label.unique()
+    }
 
 
-def main(run, n, *rare):
+def compare(run, n, rare):
+    """Print the accuracy without samples, and three times with n samples of each class in rare."""
     state = vqldm.load_checkpoint(run, "RUN", "ldm")
     model = vqldm.restore_ldm(state, vqldm.pick_device("auto"))
     for name in rare:
@@ -54,9 +62,9 @@ def main(run, n, *rare):
     images = vqldm.read_images(cfg, state["folder"].parent / "cache")
     vqldm.require(images.classes == model.classes, "RUN: its classes are not those of its images")
 
-    known = images.known(state["seen"])     # either stage was trained on these
+    known = images.known(state["seen"])  # either stage was trained on these
     label = images.labels
-    x = vqldm.features(lpips, images.pixels).float()
+    x = evaluate.features(lpips, images.pixels).float()
     accuracies = {}
 
     def report(name, classify):
@@ -67,25 +75,39 @@ def main(run, n, *rare):
     alone = fit(x[known], label[known], len(images.classes))
     report("photographs alone", alone)
     made = torch.tensor([model.classes.index(name) for name in rare])
-    made = made.repeat_interleave(int(n))                               # the samples' labels
+    made = made.repeat_interleave(n)  # the samples' labels
     for draw in range(3):
         ids = range(draw * len(made), (draw + 1) * len(made))
-        samples = vqldm.features(lpips, model.make(model.cfg, ids, made)[0]).float()
+        samples = evaluate.features(lpips, model.generate(model.cfg, ids, made)[0]).float()
         print("samples recognised", found(alone, samples, made, images.classes))
         # For each sample, a photograph of its class that was trained on.
         gen = torch.Generator().manual_seed(draw)
-        twins = torch.cat([(known & (label == c)).float().multinomial(1, generator=gen)
-                           for c in made])
+        twins = torch.cat(
+            [(known & (label == c)).float().multinomial(1, generator=gen) for c in made]
+        )
         for name, more in {"with samples": samples, "with as many duplicates": x[twins]}.items():
             all_x, all_labels = torch.cat([x[known], more]), torch.cat([label[known], made])
             report(name, fit(all_x, all_labels, len(images.classes)))
-    print("balanced accuracy, mean of all draws:",
-          {name: round(sum(values) / len(values), 1) for name, values in accuracies.items()})
+    print(
+        "balanced accuracy, mean of all draws:",
+        {name: round(sum(values) / len(values), 1) for name, values in accuracies.items()},
+    )
 
 
-try:
-    vqldm.require(len(sys.argv) > 3 and sys.argv[2].isdigit(),
-                  "type python docs/useful.py RUN N CLASS, such as runs/my-ldm 200 dermatofibroma")
-    main(*sys.argv[1:])
-except vqldm.UserError as e:
-    vqldm.leave(e)
+def main(argv=None):
+    about = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("tools/classifier.py", None, __doc__, formatter_class=about)
+    parser.error = lambda text: vqldm.require(False, text)  # one sentence, without the usage
+    parser.add_argument("RUN", help="run folder or checkpoint of train-ldm, such as runs/my-ldm")
+    parser.add_argument("N", type=int, help="how many samples of each class, such as 200")
+    parser.add_argument("CLASS", nargs="+", help="a class, such as dermatofibroma")
+    try:
+        args = parser.parse_args(argv)
+        vqldm.require(args.N > 0, f"N {args.N}: must be at least 1")
+        compare(args.RUN, args.N, args.CLASS)
+    except (vqldm.UserError, OSError) as e:
+        vqldm.leave(e)
+
+
+if __name__ == "__main__":
+    main()
