@@ -65,7 +65,9 @@ def executed():  # as it is saved
     heads = {head.replace(" ", "-") for head in re.findall(r"^#+ (.*)$", text, re.M)}
     need(len(links) > 15 and set(links) <= heads, "its links lead somewhere", *set(links) - heads)
     first = SOURCES[CODE[0]].splitlines()
-    need(len(first) < 7 and not any(";" in line for line in first), "a short first cell")
+    need(len(first) < 17 and not any(";" in line for line in first), "a short first cell")
+    lines = [line for i in CODE for line in SOURCES[i].splitlines()]
+    need(max(map(len, lines)) <= 100, "no line of code above 100 columns,", len(lines), "lines")
 
 
 def whole():
@@ -101,9 +103,9 @@ def answers():
     said = run("def predict(diffusion, out, z_t, t):\n    return out.nothing\nuse(predict)")
     need("predict stops" in said and "has no attribute 'nothing'" in said, "a bug:", said)
     run(right["predict"])
-    for letters in ("BAE", "b, a, e", ["B", "A", "E"], "first B, then A, E", "BAD", "ABE", "BA"):
+    for letters in RIGHT + WRONG:
         said = run(f"check('faults', {letters!r})")
-        need(said.startswith("✓") == (letters not in ("BAD", "ABE", "BA")), letters, said.strip())
+        need(said.startswith("✓") == (letters in RIGHT), letters, said.strip())
     for name, words in (("'update_ema'", "does all that"), ("'no_such'", "no function")):
         said = run(f"check('silenced', {name})")
         need(words in said, name, said.strip())
@@ -112,6 +114,10 @@ def answers():
     for wrong in ("def add_noises(): ...\nuse(add_noises)", "use(...)", "use(7)"):
         said = run(wrong)
         need("wants one of the page's functions" in said, "not of the page:", repr(wrong))
+
+
+RIGHT = ("BAE", "b, a, e", ["B", "A", "E"], "first B, then A, E", "the answer: BAE", "bae")
+WRONG = ("BAD", "ABE", "BA", "the answer: ABE", "BAEB", "")
 
 
 def again():  # each chapter alone, after the whole
@@ -168,7 +174,8 @@ def bets():
         (question,) = BET.findall(SOURCES[i])
         above, _, below = BET.split(SOURCES[i])
         computed = re.search(r"^was\(\S", below, re.M)
-        need(not re.search(r"^was\([\"'\d(\[]", below, re.M), "no answer in the cell:", question)
+        literal = re.search(r"^was\(([\"'][^\"']*[\"']|[\d.]+)\)$", below, re.M)
+        need(not literal, "no answer in the cell:", question)
         need(bool(computed and "was()" not in below) != (question in told), "known:", question)
         need(SOURCES[i + 1].startswith(FOLD), "what follows is folded:", question)
         # Skipped alone, what is first written below the bet is missed by no later cell.
@@ -191,7 +198,9 @@ def bets():
         if stopped != (i in places) or "an error" in said:
             need(False, "with no bet answered, cell", i, said[:200])
     need(True, "no bet answered,", len(places), "of them")
-    said = run("bet('enough steps for the arms', 7)\nwas()")
+    said = run("bet('in strong noise the guesses lie', 7)\nwas()")
+    need("you said 7, it was in the middle" in said, said.strip())
+    said = run("bet('a number', 7)\nwas(10)")
     need("you said 7, it was 10" in said, said.strip())
 
 
@@ -215,20 +224,19 @@ def unanswered():  # and then the wrong answers all the same, each of which spoi
     before = PAGE["last"]
     for name, planted in PLANTED.items():
         place = sys.modules["checks"].PLACES[name]
-        own, wrong = getattr(place, name), eval(planted, PAGE)
-        setattr(place, name, wrong)
+        own, wrong = getattr(*place), eval(planted, PAGE)
+        setattr(*place, wrong)
         said = run(last)
         spoiled = "an error" in said or not PAGE["torch"].equal(PAGE["last"], before)
         need(spoiled, "a wrong", name, "spoils the last picture")
-        setattr(place, name, own)
+        setattr(*place, own)
     run(last)
     need(PAGE["torch"].equal(PAGE["last"], before), "and nothing else does")
 
 
-PLANTED = {
-    "add_noise": "lambda diffusion, z0, t, eps: z0 + eps",
+PLANTED = {  # (add_noise is called by a student's sample only, not by the program's)
     "predict": "lambda diffusion, out, z_t, t: (z_t, out)",
-    "sample": "lambda diffusion, net, z, steps, sampler, noise: [(z, z)] * steps",
+    "sample": "lambda diffusion, net, z, steps, eta, noise: [(z, z)] * steps",
     "guided": "lambda strong, *weaker: lambda z_t, t: z_t",
     "nearest": "lambda book, z: torch.zeros(len(z), *z.shape[2:], dtype=torch.long)",
 }
@@ -258,11 +266,13 @@ def in_ipython():  # what a student sees of frequent slips: one line each
         "": f"%cd -q {ROOT}",
         " ": first,
         "needs quotes": 'bet("out of forty points come", copies)',
+        "in words needs quotes": 'bet("out of forty points come", copies of them)',
         "run the cells above first": "add_noise",
         "no brackets behind add_noise": "def add_noise(z): ...\n\nuse(add_noise())",
         "vq: no checkpoint is there. Train it again": 'vqldm.load_checkpoint("vq", "--vq", "vq")',
         "put your guess": 'bet("out of forty points come", ...)',
         "interrupted before it was done": "raise KeyboardInterrupt",
+        "would call itself": "def score(*given):\n    return score(*given)\n\nuse(score)",
         "stops at `return z @ e`": "def guess(z, e, abar, c):\n    return z @ e\n\nuse(guess)",
     }
     code = IN_IPYTHON.format(cells=list(cells.values()))

@@ -1,120 +1,105 @@
-"""What tutorial.ipynb shows with: settings, bets, pictures, runs and the second process.
+"""What tutorial.ipynb shows with: bets, pictures, runs and the second process.
 
-The notebook's first cell imports this module, so all that must outlive a second run of that cell
-stands here: the temporary folder, the process that trains in it, and what a student has guessed.
-checks.py, beside it, has the exercises' checks.
+The notebook's first cell imports this module and calls start(). All that must outlive a second run
+of that cell stands here: the temporary folder, the process that trains in it, and what a student
+has guessed. checks.py, beside it, has the exercises' checks.
 """
 
 import atexit
 import contextlib
-import copy
 import io
 import json
-import math
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
-from unittest import mock
 
 import IPython
 import matplotlib
 import torch
 import torch.nn.functional as F
-from checks import OWN, PAGE, RIGHTS, NotYet, check, need, strange_fault, use, veil, yours
+from checks import RIGHTS, NotYet, need, veil
 from IPython.display import display
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
-from torch import nn
-from torchvision.transforms.functional import gaussian_blur
+from torchvision.transforms.functional import gaussian_blur, pil_to_tensor
 from torchvision.utils import make_grid
 
 import vqldm
 
-__all__ = ["F", "Image", "Path", "contextlib", "copy", "io", "json", "math", "mock", "nn", "torch"]
-__all__ += ["vqldm", "FAST", "HOME", "KIND_COLOURS", "MANY", "POINTS", "S", "TEACH", "TRAIN_LDM"]
-__all__ += [
-    "TRAIN_VQ",
-    "OWN",
-    "PAGE",
-    "check",
-    "strange_fault",
-    "use",
-    "yours",
-    "Second",
-    "answered",
-]
-__all__ += ["axes", "bet", "distortions", "dots", "log_of", "move", "run", "save", "sheet", "show"]
-__all__ += ["show_file", "strips", "was"]
-
-# ---- Settings. With VQLDM_FAST=1 the whole page runs in a minute, for its tests. -----------------
-
-FAST = os.environ.get("VQLDM_FAST") == "1"
+FAST = os.environ.get("VQLDM_FAST") == "1"  # the whole page in a minute or two, for its tests
 OPEN = FAST or os.environ.get("VQLDM_OPEN") == "1"  # nobody is there, so nothing waits for a guess
-TEACH, POINTS, S = (30, 100, 4) if FAST else (2000, 1000, 50)  # training steps, points, steps back
-MANY = 100 if FAST else 3000  # points, where a few in a hundred are counted
 TRAIN_VQ = "train-vq --preset tiny --gan-start .5 --lpips-weight 0 --out vq " + (
     "--n-images 88 --epochs 1" if FAST else "--n-images 1024 --codes 256 --epochs 8"
 )
 TRAIN_LDM = "train-ldm --preset tiny --vq vq --out ldm " + (
     "--epochs 1 --steps 3 --widths 8,16 --batch-size 36" if FAST else "--epochs 80"
 )
-KIND_COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7"]
-
+BLUE, ORANGE, GREEN, PINK = KIND_COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7"]
+PICTURES = {
+    "axes.titlesize": 17,
+    "axes.labelsize": 15,
+    "xtick.labelsize": 14,
+    "ytick.labelsize": 14,
+    "legend.fontsize": 15,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.prop_cycle": matplotlib.cycler(color=KIND_COLOURS),
+}
 HOME = Path(vqldm.__file__).resolve().parent
-MY_FOLDER = Path.cwd()  # a student's own
-FOLDER = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-os.chdir(FOLDER.name)  # all runs and pictures are written here, and go when the kernel ends
-torch.set_num_threads(max(1, min(torch.get_num_threads(), (os.cpu_count() or 2) - 1)))
-matplotlib.rcParams.update(
-    {
-        "axes.titlesize": 17,
-        "axes.labelsize": 15,
-        "xtick.labelsize": 14,
-        "ytick.labelsize": 14,
-        "legend.fontsize": 15,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.prop_cycle": matplotlib.cycler(color=KIND_COLOURS),
-    }
-)
+FOLDERS = []  # the student's own and the page's, once start() was called
+
+
+def start():
+    """Go to a temporary folder, which is deleted with the kernel, and prepare pictures and errors.
+    If that is done already, nothing changes."""
+    if FOLDERS:
+        return
+    FOLDERS[:] = Path.cwd(), tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+    os.chdir(FOLDERS[1].name)
+    atexit.register(Second.end)
+    torch.set_num_threads(max(1, min(torch.get_num_threads(), (os.cpu_count() or 2) - 1)))
+    matplotlib.rcParams.update(PICTURES)
+    vqldm.UserError._render_traceback_ = lambda error: [f"not yet: {refused(error)}"]
+    if IPython.get_ipython():
+        slips = (KeyboardInterrupt, NameError, SyntaxError, TypeError)
+        IPython.get_ipython().set_custom_exc(slips, in_one_line)
+
 
 # ---- Errors that need no traceback ---------------------------------------------------------------
 
 INTERRUPTED = "interrupted before it was done. Run this cell again"
 
 
-def in_one_line(shell, kind, error, traceback, tb_offset=None):
-    """Jupyter asks this how to show an Interrupt, a NameError or a TypeError. In a cell's own lines
-    they are slips such as a guess without quotes, and one line says more than a traceback."""
-    deepest = traceback
-    while deepest.tb_next:
-        deepest = deepest.tb_next
-    line = ""
+def in_one_line(shell, kind, error, trace, tb_offset=None):
+    """Jupyter asks this how to show some errors. In a cell's own lines many of them are slips, such
+    as a guess without quotes, and one line says more than a traceback."""
+    *_, (frame, _) = traceback.walk_tb(trace)
+    at = (traceback.extract_tb(trace)[-1].line or "").strip()
+    own, line = frame.f_globals is shell.user_ns, ""
     if kind is KeyboardInterrupt:
         line = f"not yet: {INTERRUPTED}"
-    elif deepest.tb_frame.f_globals is shell.user_ns and kind is NameError:
+    elif issubclass(kind, SyntaxError) and "bet(" in (error.text or ""):
+        return shell._showtraceback(kind, error, ["not yet: a guess in words needs quotes"])
+    elif issubclass(kind, SyntaxError):
+        return shell.showsyntaxerror()
+    elif own and kind is NameError:
         words = "A guess in words needs quotes. If it is no guess, run the cells above first"
         line = f"not yet: {error}. {words}"
-    elif deepest.tb_frame.f_globals is shell.user_ns and "missing" in str(error):
+    elif own and at.startswith("use(") and "missing" in str(error):
         line = f"not yet: {error}. In use(add_noise) there are no brackets behind add_noise"
     if line:
         error._render_traceback_ = lambda: [line]
-    shell.showtraceback((kind, error, traceback), tb_offset=tb_offset)
+    shell.showtraceback((kind, error, trace), tb_offset=tb_offset)
 
 
 def refused(error):
     """The program's own one-sentence errors, without what they say of the command line."""
     return f"{str(error).split('. ')[0].strip().rstrip('.')}. Train it again, in chapter 0 or 7"
-
-
-vqldm.UserError._render_traceback_ = lambda error: [f"not yet: {refused(error)}"]
-if IPython.get_ipython():
-    slips = (KeyboardInterrupt, NameError, TypeError)
-    IPython.get_ipython().set_custom_exc(slips, in_one_line)
 
 
 @contextlib.contextmanager
@@ -131,38 +116,32 @@ def one_line():
 
 # ---- Bets ----------------------------------------------------------------------------------------
 
-# The answers, where no cell computes them, so veiled that nobody reads them by accident.
+# The answers in words, which no cell can compute, so veiled that nobody reads them by accident.
 # checks.veil(text) makes and reads them.
 ANSWERS = {
     "in strong noise the guesses lie": "jm#wkf#njggof#le#boo#sljmwp",
-    "out of forty points come": "`lsjfp#le#wkf#elqwz",
-    "the panel that suffers": "7",
-    "the running mean helps half way or at the end?": "kboe#tbz",
-    "enough steps for the arms": "23",
-    "first below 5 % outliers: linear, cosine or line?": "wkf#ojmf",
-    "with c, the arm gets longer or shorter?": "pklqwfq",
+    "out of forty points come": "nlpwoz#`lsjfp#le#wkf#elqwz",
     "at t = 190 it guesses": "wkf#nfbm#le#wkf#`obpp",
-    "you can tell at step": r";#az#wkf#dvfpp/#13#wl#03#az#y\w",
-    "most outliers": "Bodlqjwkn#1",
-    "the worse cut, fine or coarse?": "ejmf",
-    "A or B ruins PSNR?": "A",
+    "you can tell at step": r"wkf#`obpp#bw#lm`f/#wkf#lvwojmf#az#balvw#15",
     "C, D: which loss shows it?": "@9#wkf#kfog.lvw#olpp/#G9#mlmf",
 }
 SAID = {}  # {question: [what was guessed or None, what it was]}
+ASKED = []  # the questions, the latest one last
 
 
 def bet(question, guess=...):
     """Take down a guess before the cell draws what it is about. Without one, the cell stops."""
-    SAID.pop(question, None)  # so that the latest question is the last
+    ASKED.append(question)
     if guess is ... and not OPEN:
+        SAID.pop(question, None)
         raise NotYet("first put your guess in the place of the ... in this cell")
     SAID[question] = [None if guess is ... else guess, None]
 
 
 def was(computed=None):
     """Compare the latest guess with what the cell has computed, or else with ANSWERS."""
-    question, said = list(SAID.items())[-1]
-    said[1] = veil(ANSWERS[question]) if computed is None else computed
+    said = SAID[ASKED[-1]]
+    said[1] = veil(ANSWERS[ASKED[-1]]) if computed is None else computed
     if said[0] is not None:
         print(f"you said {said[0]}, it was {said[1]}")
 
@@ -199,7 +178,7 @@ def put(im, colours):
     display(IPython.display.Image("page.png"))
 
 
-def dots(ax, z, colour="#CC79A7", title="", size=7, reach=2.5):
+def dots(ax, z, colour=PINK, title="", size=7, reach=2.5):
     """Draw points z (n,2,1,1) in a square from -reach to reach."""
     ax.scatter(*z.detach().flatten(1).T, s=size, color=colour, linewidths=0)
     ax.set(title=title, aspect="equal", xlim=(-reach, reach), ylim=(-reach, reach))
@@ -237,18 +216,24 @@ def strips(*given, **named):
 def save(name):
     """Copy the picture that was shown last into the folder in which the page was started."""
     if not FAST:
-        shutil.copy("page.png", MY_FOLDER / name)
+        shutil.copy("page.png", FOLDERS[0] / name)
 
 
-def move(frames, milliseconds, colours=48):
-    """Put pictures of one size into the page, as one that moves. They share their few colours."""
+def film(noisy, guesses):
+    """Put a walk into the page as it moves: of z_t and its guess every third, in 48 colours."""
+    every = range(1, len(noisy), 3)
+    pairs = [torch.stack([noisy[i], guesses[i]]) for i in every]
+    frames = [
+        sheet({"": pair}, (f"step {i + 1}", "its guess"), 350, 2) for i, pair in zip(every, pairs)
+    ]
     w, h = frames[0].size
     tall = Image.new("RGB", (w, h * len(frames)))
     for i, frame in enumerate(frames):
         tall.paste(frame, (0, i * h))
-    tall = tall.quantize(colours, Image.Quantize.MAXCOVERAGE, kmeans=0 if FAST else 2)
+    tall = tall.quantize(48, Image.Quantize.MAXCOVERAGE, kmeans=0 if FAST else 2)
     first, *rest = [tall.crop((0, y, w, y + h)) for y in range(0, tall.height, h)]
-    first.save("page.png", save_all=True, append_images=rest, duration=milliseconds)
+    times = [400] * len(rest) + [3000]
+    first.save("page.png", save_all=True, append_images=rest, duration=times)
     display(IPython.display.Image("page.png", width=2 * w))  # half as large in the file
 
 
@@ -294,6 +279,166 @@ def distortions(image):
     }
 
 
+# ---- Pictures of single cells --------------------------------------------------------------------
+
+
+def clouds(panels, height=3.4, colour=PINK, size=5, behind=None, marks=None, rows=1):
+    """{title: points} -> a panel for each. colour may be a list, of one for each point."""
+    fig, places = axes(len(panels) // rows, height, rows)
+    for ax, (title, z) in zip(places, panels.items()):
+        if behind is not None:
+            dots(ax, behind, "#aaaaaa", size=4)
+        if marks is not None:
+            dots(ax, marks, "black", size=110)
+        dots(ax, z, colour, title, size)
+    show(fig)
+
+
+def plot(*panels, height=3.8):
+    """Each panel: {label: (x, y)}, settings of its axes, height of a dotted line or None"""
+    fig, places = axes(len(panels), height)
+    for ax, (lines, settings, dotted) in zip(places, panels):
+        for label, (x, y) in lines.items():
+            ax.plot([*x], [*y], "o-" if len(panels) == 1 else "-", lw=3, ms=8, label=label)
+        if dotted is not None:
+            ax.axhline(dotted, color="black", ls=":")
+        ax.set(**settings)
+        ax.minorticks_off()
+        if "legend" not in settings and len(lines) > 1:
+            ax.legend(frameon=False)
+    show(fig)
+
+
+def rotation(*degrees):
+    """The pair z_t, v is the pair z0, ε, turned by φ."""
+    fig, panels = axes(len(degrees), 4.2)
+    for ax, phi in zip(panels, degrees):
+        abar = torch.tensor(phi).deg2rad().cos().square()
+        cos, sin = float(abar.sqrt()), float((1 - abar).sqrt())
+        arrows = {"$z_0$": (1, 0), "ε": (0, 1), "$z_t$": (cos, sin), "v": (-sin, cos)}
+        for word, (x, y) in arrows.items():
+            colour = {"v": ORANGE, "$z_t$": GREEN}.get(word, "#aaaaaa")
+            units = {"angles": "xy", "scale_units": "xy", "scale": 1, "width": 0.014}
+            ax.quiver(0, 0, x, y, color=colour, **units)
+            ax.text(1.14 * x, 1.14 * y, word, ha="center", va="center", fontsize=20)
+        noise = "little" if phi < 45 else "much"
+        ax.set(title=f"{noise} noise: φ = {phi}°, ᾱ = {abar:.2f}", aspect="equal")
+        ax.set(xlim=(-1.3, 1.4), ylim=(-0.2, 1.3))
+        ax.set_axis_off()
+    show(fig)
+
+
+def guesses(shown):
+    """{t: (z_t, z0_hat)} -> points under noise, grey, and what was guessed, orange"""
+    fig, panels = axes(len(shown), 3.7)
+    for ax, (t, (z_t, z0_hat)) in zip(panels, shown.items()):
+        dots(ax, z_t, "#bbbbbb", size=5)
+        dots(ax, z0_hat, ORANGE, f"t = {t}", 7)
+        arrows = torch.cat([z_t, z0_hat - z_t], 1)[:30].flatten(1)  # of 30 points
+        units = {"angles": "xy", "scale_units": "xy", "scale": 1, "width": 0.006, "headwidth": 5}
+        ax.quiver(*arrows.T, color=GREEN, **units)
+    show(fig, 8)
+
+
+def paths(panels, kinds, behind):
+    """{title: lines (steps,n,2)} -> the first eight lines, from a ring to a dot"""
+    fig, places = axes(len(panels), 5.4)
+    for ax, (title, lines) in zip(places, panels.items()):
+        dots(ax, behind, "#c4c4c4", title, 8, reach=3)
+        for i, colour in enumerate(KIND_COLOURS[c] for c in kinds[:8]):
+            ax.plot(*lines[:, i].T, "-", color=colour, lw=2.5)
+            ax.plot(*lines[0, i], "o", ms=10, mfc="white", color=colour)
+            ax.plot(*lines[-1, i], "o", ms=10, color=colour)
+    show(fig, 24)
+
+
+def training(folder):
+    """How a stage 2 was trained: its losses, and what it sampled early and at the end"""
+    fig, panels = axes(3, 4)
+    for key, width in {"loss": 1, "val_loss": 4}.items():
+        panels[0].plot(*log_of(folder, key), lw=width, label=key)
+    panels[0].set(xlabel="step", ylim=(0.3, 1.1))
+    panels[0].legend(frameon=False)
+    drawn = sorted(Path(folder).glob("samples_step_*.png"))
+    for ax, path in zip(panels[1:], (drawn[0], drawn[-1])):
+        row = pil_to_tensor(Image.open(path).convert("RGB"))[:, 14:, 2:]  # 16, below a label
+        ax.imshow(torch.cat(row.chunk(4, 2), 1).permute(1, 2, 0))
+        ax.set_title(f"sampled at step {int(path.stem[-6:]):,}")
+        ax.set_axis_off()
+    show(fig, 64)
+
+
+def bars(panels, strengths):
+    """{title: [(outliers in %, length of the arm)] for each strength}. The first one is grey."""
+    fig, places = axes(len(panels), 3.8)
+    for ax, (title, found) in zip(places, panels.items()):
+        heights, words = [a for a, _ in found], [f"{a:.1f} %\n{length:.2f}" for a, length in found]
+        ax.bar_label(
+            ax.bar(range(4), heights, color=["#999999"] + 3 * [ORANGE]), words, fontsize=13
+        )
+        ax.set(title=title, xlabel="strength", ylabel="outliers, %", ylim=(0, 12))
+        ax.set(xticks=range(len(strengths)), xticklabels=strengths)
+    show(fig)
+
+
+def codebooks(panels):
+    """{title: (codes, how often each won, vectors)} -> vectors grey, codes without a win crossed"""
+    fig, places = axes(len(panels), 4.4)
+    for ax, (title, (codes, won, z)) in zip(places, panels.items()):
+        ax.scatter(*z.transpose(0, 1).flatten(1), s=10, color="#cccccc")
+        ax.scatter(*codes[won == 0].T, s=70, marker="x", color=ORANGE)
+        ax.scatter(*codes[won > 0].T, s=60, color=BLUE)
+        used = f"{title}: {(won > 0).sum()} of {len(won)} in use"
+        ax.set(title=used, xticks=[], yticks=[], aspect="equal")
+    show(fig, 48)
+
+
+def pictures(panels, height=3.6):
+    """{title: image (1,3,H,W) in [-1,1]} -> one beside the other"""
+    fig, places = axes(len(panels), height)
+    for ax, (title, image) in zip(places, panels.items()):
+        ax.imshow(vqldm.to_bytes(image)[0].permute(1, 2, 0))
+        ax.set_title(title, va="bottom")
+        ax.set(anchor="S")
+        ax.set_axis_off()
+    show(fig, 128)
+
+
+def judged(real, fake, folder):
+    """What D says of images and of reconstructions, and λ in the training"""
+    fig, panels = axes(2, 4)
+    for some, name, colour in ((real, "images", GREEN), (fake, "reconstructions", ORANGE)):
+        label = f"{name}: {some.mean():.2f}"
+        panels[0].hist(some.flatten(), 40, range=(-3, 3), alpha=0.6, color=colour, label=label)
+    panels[0].margins(y=0.4)
+    hinge = vqldm.hinge_loss(real, fake)
+    panels[0].set(title=f"D's numbers, hinge loss {hinge:.2f}", yticks=[])
+    panels[0].legend(frameon=False, loc="upper left")
+    for key, colour in {} if FAST else {"lam_wanted": "#999999", "lam": ORANGE}.items():
+        panels[1].plot(*log_of(folder, key), lw=3, color=colour, label=key)
+        panels[1].legend(frameon=False)
+    panels[1].set(title="λ in the training, wanted and capped", yscale="log", xlabel="step")
+    show(fig)
+
+
+def attention(image, weights, received, cells):
+    """image uint8 (3,H,W), weights (64,64): two cells, where they look, and what all receive"""
+    fig, panels = axes(4, 3.4)
+    panels[0].imshow(image.permute(1, 2, 0), extent=(0, 8, 8, 0))
+    colours = {"orange": ORANGE, "blue": BLUE}
+    for ax, (row, column), (name, edge) in zip(panels[1:], cells, colours.items()):
+        x, y = column + torch.tensor([0, 1, 1, 0, 0]), row + torch.tensor([0, 0, 1, 1, 0])
+        panels[0].plot(x, y, lw=4, color=edge)
+        ax.imshow(weights[8 * row + column].view(8, 8), cmap="gray", vmin=0)
+        ax.set_title(f"weights of the {name} cell")
+    panels[3].imshow(received.view(8, 8, 3))
+    panels[0].set_title("two cells")
+    panels[3].set_title("what the cells receive")
+    for ax in panels:
+        ax.set(xticks=[], yticks=[])
+    show(fig, 64)
+
+
 # ---- Runs of the program -------------------------------------------------------------------------
 
 
@@ -327,7 +472,7 @@ def run(command, *keep):
 def log_of(folder, key):
     """-> the steps at which a run has logged a value, and its values"""
     log = json.loads(Path(folder, "log.json").read_text())
-    return zip(*[(row["step"], row[key]) for row in log if key in row])
+    return [*zip(*[(row["step"], row[key]) for row in log if key in row])] or ([], [])
 
 
 class Second:
@@ -352,6 +497,7 @@ for command in sys.argv[1:]:
     def __init__(self, *commands):
         self.end()  # if the cell was run before
         for command in commands:
+            print("$ python vqldm.py", command)
             shutil.rmtree(folder_of(command), ignore_errors=True)
         env = {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf8", "PYTHONPATH": str(HOME)}
         with open("second.txt", "w") as file:
@@ -406,6 +552,3 @@ for command in sys.argv[1:]:
             if ended and not done:
                 self.alive()
             time.sleep(0 if done else 0.2)
-
-
-atexit.register(Second.end)
