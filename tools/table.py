@@ -126,7 +126,9 @@ def column(titles, rows, wanted, flag="", typed=None):
         require(len(places) < 2, f"the titles {alike} are one title here; rename or delete one")
         if places and (typed or not all(is_empty(row[places[0]]) for row in rows)):
             return places[0]
-    require(not typed, f"{flag} {typed}: is not among the titles {[one for one in titles if one]}")
+    known = [one for one in titles if one]
+    again = "; delete metadata.csv if this tool wrote it" if "file_name" in known else ""
+    require(not typed, f"{flag} {typed}: is not among the titles {known}{again}")
 
 
 def one_hot(titles, rows, taken):
@@ -316,7 +318,7 @@ def convert(args):
         print(target, "is in the format of vqldm.py: nothing to be done")
     else:
         free = not os.path.lexists(target) or target.exists() and path.samefile(target)
-        require(free, f"{target}: is there already; move it elsewhere, or name no other table")
+        require(free, f"{target}: is there already; delete it if this tool wrote it, or move it")
         write(target, table)
         print("wrote", target, "with", len(table), "images")
     found = vqldm.find_images(folder)
