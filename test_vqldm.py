@@ -3,10 +3,9 @@
 The strongest are the references in sections 4, 7 and 8. They contain both trainings and the
 sampler a second time, written as plainly as possible, and must arrive at the program's numbers.
 Where a test replaces a part of the program, another test checks that part itself. A limit is tested
-on both sides. What the program prints, draws or writes is compared with what it has computed.
-No two numbers that could be mistaken for each other are equal, what is skipped has something good
-behind it, and every loop over batches has two that differ. No network, no GPU and no data set is
-needed.
+on both sides. No two numbers that could be mistaken for each other are equal, what is skipped has
+something good behind it, and every loop over batches has two that differ. No network, no GPU and no
+data set is needed.
 
 Contents   Helpers and fixtures     7. From noise to images    D. Device, chance, processes
            1. Blocks                8. Stage 2: training       E. Keeping a run
@@ -21,16 +20,14 @@ Fixtures   plain_cpu: every test computes on a CPU, without pictures and without
            empty_folder, load, read: a folder to work in, and how images in it are read
            printed, refused, settings_of: what a command prints, its error, its settings
            lpips: LPIPS without a download · ldm: a stage 2 whose classes have odd names
-           unseen, evaluation: photographs that no training has seen, and what evaluate says
+           evaluation: what evaluate says of photographs that no training has seen
 """
 
-import copy, csv, functools, hashlib, inspect, io, itertools, json, math, os, re, runpy, shlex
-import importlib.util, shutil, signal, sys
-from concurrent.futures import ThreadPoolExecutor
+import copy, csv, functools, hashlib, inspect, io, itertools, json, math, multiprocessing, os, re
+import importlib.util, runpy, shlex, shutil, signal, sys
 from contextlib import redirect_stdout, suppress
 from dataclasses import fields
 from pathlib import Path
-from threading import Barrier, Event, local
 from types import SimpleNamespace
 from unittest.mock import MagicMock, Mock
 
@@ -163,9 +160,8 @@ def empty_folder(plain_cpu, tmp_path, monkeypatch):
 
 
 def random_lpips(patch):
-    """LPIPS, in which SqueezeNet has random weights, so that nothing is downloaded. The weights of
-    its feature maps, which its authors have learned, come with its package. It can be made only as
-    the program makes it."""
+    """LPIPS with a random SqueezeNet, so that nothing is downloaded. What its authors have learned
+    comes with its package. It can be made only as the program makes it."""
     import lpips
 
     def make(net, verbose, cls=lpips.LPIPS):
@@ -233,26 +229,23 @@ STAGES = {  # how the fixture `trained` trains: 12 steps of each stage. No two n
 def trained(tmp_path_factory):
     """A folder with photos of the classes mole and scar (24 and 12 in train, 8 and 4 in val), and
     with both stages, trained on them in trained/vq and trained/ldm. The result has its path, what
-    each stage printed, the validations in its log, all calls of draw_rows, and the caches."""
+    each stage printed, the validations in its log, and all calls of draw_rows."""
     folder = tmp_path_factory.mktemp("both stages")
     for part, n, colour in (("train", 36, (203, 119, 90)), ("val", 12, (90, 120, 200))):
         kinds = itertools.cycle(("mole", "mole", "scar"))
         names = [f"{part}/{kind}/{i}.bmp" for i, kind in zip(range(n), kinds)]
         fill(folder / "photos", names, colour)
-    printed, validations = {}, {}
+    made = SimpleNamespace(folder=folder, printed={}, validations={})
     with pytest.MonkeyPatch.context() as patch:
         use_plain_cpu(patch)
-        drawn = recorded(patch, vqldm, "draw_rows")
+        made.drawn = recorded(patch, vqldm, "draw_rows")
         patch.chdir(folder)
         for stage in STAGES:
             with redirect_stdout(io.StringIO()) as out:
                 log = train(stage, Path("trained", stage))["log"]
-            printed[stage] = out.getvalue()
-            validations[stage] = [row for row in log if "val_" in str(row)]
-    cached = [*folder.rglob("cache/*")]
-    return SimpleNamespace(
-        folder=folder, drawn=drawn, printed=printed, validations=validations, cached=cached
-    )
+            made.printed[stage] = out.getvalue()
+            made.validations[stage] = [row for row in log if "val_" in str(row)]
+    return made
 
 
 def train(stage, out, *words):
@@ -294,8 +287,7 @@ def beside(patch, *others):
 
 # ---- 1. Blocks -----------------------------------------------------------------------------------
 def test_new_blocks_add_nothing():
-    """A new ResBlock is only its shortcut, and emb neither scales nor shifts. A new AttentionBlock
-    is the identity. A new UNet answers 0."""
+    """A ResBlock is only its shortcut, emb neither scales nor shifts, and a UNet answers 0."""
     x, emb = randn(2, 8, 4, 4), randn(2, 16)
     narrow, wider = vqldm.ResBlock(8, 8, 16), vqldm.ResBlock(8, 12)
     assert_equal(narrow(x, emb), x)
@@ -353,8 +345,7 @@ def written_out(net, y, emb=None):
 
 
 # ---- 2. Stage 1: the VQGAN -----------------------------------------------------------------------
-# What the codebook does in training (its two losses, the straight-through step, when codes restart)
-# is part of the reference of section 4.
+# What the codebook does in training is part of the reference of section 4.
 @pytest.mark.parametrize("upsample, widths", [("nearest", (8, 12)), ("transposed", (4, 8, 12))])
 def test_encoder_and_decoder_are_made_of_the_papers_blocks(upsample, widths):
     """The grids are not square, so rows and columns cannot be confused. Each width halves them."""
@@ -369,16 +360,14 @@ def test_encoder_and_decoder_are_made_of_the_papers_blocks(upsample, widths):
 
 
 def test_the_default_networks_have_as_many_weights_as_ever():
-    """Whoever has a trained model needs this, because its checkpoint fits no other shapes. (The
-    tests of networks take the sizes of kernels from the program, so they would not notice.)"""
+    """A checkpoint fits no other shapes, and the other tests take shapes from the program."""
     vqgan, unet = vqldm.VQGAN(vqldm.VQConfig()), vqldm.UNet(3, (64, 128), 4)
     assert sum(p.numel() for p in vqgan.parameters()) == 568_246
     assert sum(p.numel() for p in unet.parameters()) == 2_725_763
 
 
 def test_nearest_finds_the_code_that_a_search_in_float64_finds():
-    """A vector that was looked up is its own nearest code. Looked-up vectors lie in memory channels
-    first, because a Mac's GPU was slow with the other layout."""
+    """And a vector that was looked up is its own nearest code."""
     book, z = randomised(vqldm.Codebook(512, 4), 1), randn(4, 4, 16, 16, key=2)
     e, k = book.embedding.weight.detach(), book.nearest(z)
     vectors = z.double().movedim(1, -1).flatten(0, 2)  # (B·h·w,d)
@@ -388,7 +377,7 @@ def test_nearest_finds_the_code_that_a_search_in_float64_finds():
     z_q = book.lookup(k)
     assert_equal(z_q.movedim(1, -1), e[k])
     assert_equal(book.nearest(z_q), k)
-    assert z_q.is_contiguous()
+    assert z_q.is_contiguous()  # a Mac's GPU was slow with the other layout
 
 
 def test_codes_without_a_win_restart_beside_outputs_of_the_encoder():
@@ -413,8 +402,7 @@ def test_codes_without_a_win_restart_beside_outputs_of_the_encoder():
 # ---- 3. Stage 1: the losses ----------------------------------------------------------------------
 # The hinge loss, and how lam enters the generator's loss, are part of the reference of section 4.
 def test_the_discriminator_gives_a_logit_for_each_patch():
-    """Convolutions halve the grid, with a Norm over the whole image in all but the first, and
-    LeakyReLU. The last one gives logits, so no sigmoid follows."""
+    """The last convolution gives it, and no sigmoid follows."""
     for widths, channels in (((80, 8), [3, 40, 80, 1]), ((8, 8, 8), [3, 32, 64, 128, 1])):
         disc, x = randomised(vqldm.PatchDiscriminator(widths)), randn(2, 3, 96, 96)
         weights, y, f = iter(disc.parameters()), x, 2 ** len(widths)
@@ -469,9 +457,7 @@ def test_a_step_follows_the_clipped_mean_gradient_or_none_if_it_is_not_finite(mo
     want = net.weight.detach().clone()
     for scale, other, factor, step in (
         (1, [0.4, 0.4], 0.5, [0.15, 0.2]),
-        (1, [0.4, 0.4], 0.1, [0.03, 0.04]),
         (math.inf, [0.4, 0.4], 0.5, [0, 0]),
-        (math.nan, [0.4, 0.4], 0.5, [0, 0]),
         (1, [math.nan, 0.4], 0.5, [0, 0]),
         (1, [0.4, 0.4], 1.0, [0.3, 0.4]),
         (1, [59.8, 79.6], 1.0, [0.6, 0.8]),  # the mean is (30, 40), of length 50
@@ -599,9 +585,9 @@ def plain_vq(cfg):
 @pytest.fixture(scope="module", params=["float32", "report"])
 def runs(request, tmp_path_factory):
     """Both stages, trained by the program: in float32 with Muon, v and balanced classes, or by the
-    preset report in bf16. In float32 no number is the default, or equal to another one, so none can
-    be mistaken for another, and words differ between the stages. (The discriminator joins late.
-    Otherwise rounding errors grow until the reference chooses other codes.)"""
+    preset report in bf16. In float32 no number is the default, or equal to another one, and words
+    differ between the stages. (If the discriminator joined early, rounding errors would grow until
+    the reference chooses other codes.)"""
     kind, folder = request.param, tmp_path_factory.mktemp("runs")
     vq_cfg = vqldm.VQConfig(
         **dict(size=32, n_images=46, held_out=0.22, widths=(4, 8), z_dim=5, codes=500, seed=7),
@@ -636,9 +622,8 @@ def runs(request, tmp_path_factory):
 
 def assert_same_weights(state, net, part):
     for name, p in net.named_parameters():
-        assert_close(
-            state[name], p.detach(), rtol=1e-3, atol=1e-4, msg=lambda text: f"{part} {name}: {text}"
-        )
+        where = f"{part} {name}: {{}}".format
+        assert_close(state[name], p.detach(), rtol=1e-3, atol=1e-4, msg=where)
 
 
 def test_reference_stage_1_ends_with_the_programs_weights_and_log(runs):
@@ -678,10 +663,8 @@ def test_both_stages_turn_images_only_as_allowed(trained, tmp_path, monkeypatch,
 
 def test_each_validation_of_stage_1_draws_the_same_images_and_what_became_of_them(trained):
     """There are 18 of them, in several batches. The pictures have the error that is logged."""
-    log, drawn = (
-        trained.validations["vq"],
-        [call for call in trained.drawn if "recon" in call.path.name],
-    )
+    log = trained.validations["vq"]
+    drawn = [call for call in trained.drawn if "recon" in call.path.name]
     names = [f"trained/vq/recon_step_{row['step']:06}.png" for row in log]
     assert [str(call.path) for call in drawn] == names and len(names) == 10
     assert len({*bytes_of([call.rows["original"] for call in drawn])}) == 1
@@ -716,42 +699,36 @@ def test_for_every_S_there_are_exactly_S_evenly_spaced_steps():
         assert {a - b for a, b in zip(t, prev)} <= {1000 // S, 1000 // S + 1}
 
 
-def test_each_step_of_sampling_also_gives_the_estimate_of_z0():
-    """The network here knows the noise, so its estimate is right in each step. With eta 0 no noise
-    is drawn."""
-    diffusion, z0, eps = Diffusion(10, target="eps"), randn(2, 3, 4, 4), randn(2, 3, 4, 4, key=1)
-    z = diffusion.add_noise(z0, torch.tensor(9), eps)
-    for _, z0_hat in diffusion.sample(lambda z_t, t: eps, z, 5, 0, None):
-        assert_close(z0_hat, z0, rtol=0, atol=1e-3)
-
-
 @pytest.mark.parametrize("steps", [60, 7])  # each level, or eight to nine levels at once
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_with_eta_1_a_step_is_that_of_ddpms_algorithm_2(schedule, steps):
     """In float64, line 4 as the paper prints it, with β̃, the second variance of its section 3.2. In
-    a step over several levels, α is the product of theirs. At the end σ is 0."""
+    a step over several levels, α is the product of theirs. At the end σ is 0. Each step also gives
+    the estimate of z0, by equation 9."""
     diffusion, beta = Diffusion(60, schedule, "eps"), betas(60, schedule)
     alpha_bar = np.append(np.cumprod(1 - beta), 1)
     diffusion.alpha_bar = torch.from_numpy(alpha_bar)
     z, noise, *eps = randn(62, 2, 3, 4, 4).double()
     walk = diffusion.sample(lambda z_t, t: eps[t[0]], z, steps, 1.0, lambda: noise)
-    for (t, prev), (now, _) in zip(diffusion.pairs(steps), walk, strict=True):
+    for (t, prev), (now, z0_hat) in zip(diffusion.pairs(steps), walk, strict=True):
         alpha = np.prod(1 - beta[prev + 1 : t + 1])
         mean = (z - (1 - alpha) / np.sqrt(1 - alpha_bar[t]) * eps[t]) / np.sqrt(alpha)
         variance = (1 - alpha_bar[prev]) / (1 - alpha_bar[t]) * (1 - alpha)
         assert_close(now, mean + np.sqrt(variance) * noise, rtol=1e-9, atol=1e-9 * float(z.std()))
+        z0 = (z - np.sqrt(1 - alpha_bar[t]) * eps[t]) / np.sqrt(alpha_bar[t])
+        assert_close(z0_hat, z0, rtol=1e-9, atol=1e-9 * float(z0.std()))
         z = now
 
 
 @pytest.mark.parametrize("T", [1, 3, 50, 1000, 3000])
 def test_sampling_gives_numbers_at_any_T_eta_and_number_of_steps(T):
     """Roots of what rounding makes negative would be none, nor is 0/0, which the first levels give
-    if there are millions. Linear ends in noise only if T > 1."""
+    if there are millions. Linear ends in noise only if T > 1. With eta 0 no noise is drawn."""
     z, schedules = torch.ones(1, 1, 1, 1), ["cosine", "linear"][: 1 + (T > 1)]
     for schedule, eta in itertools.product(schedules, (0.0, 0.5, 1.0)):
-        diffusion = Diffusion(T, schedule)
+        diffusion, noise = Diffusion(T, schedule), (lambda: z) if eta > 0 else None
         for steps in (1, 2, 7, 10, 31, 99, 100):
-            walk = diffusion.sample(lambda z_t, t: z_t, z, steps, eta, lambda: z)
+            walk = diffusion.sample(lambda z_t, t: z_t, z, steps, eta, noise)
             assert [*walk][-1][0].isfinite(), (schedule, eta, steps)
     diffusion.alpha_bar = torch.ones(T + 1)
     assert [*diffusion.sample(lambda z_t, t: z_t, z, 2, 1.0, lambda: z)][-1][0].isfinite()
@@ -772,12 +749,11 @@ def test_the_unet_has_skips_and_depends_on_time_and_class(upsample, widths):
     assert ("ConvTranspose2d" in repr(net)) == (upsample == "transposed")
 
 
-@pytest.mark.parametrize("bf16", [False, True])
-def test_networks_compute_in_bf16_inside_and_answer_in_float32(monkeypatch, bf16):
+@pytest.mark.parametrize("inner", [torch.float32, torch.bfloat16])
+def test_networks_compute_in_bf16_inside_and_answer_in_float32(monkeypatch, inner):
     """The decoder's last layer stays in float32, because lam is computed from its gradients."""
-    use_plain_cpu(monkeypatch, bf16)
+    use_plain_cpu(monkeypatch, bf16=inner == torch.bfloat16)
     x, z, t = randn(2, 3, 16, 16), randn(2, 4, 4, 4), torch.tensor([1, 2])
-    inner = torch.bfloat16 if bf16 else torch.float32
     for net, last, *given in (
         (vqldm.Encoder((8, 8), 4), inner, x),
         (vqldm.Decoder((8, 8), 4), torch.float32, z),
@@ -795,7 +771,6 @@ def test_networks_compute_in_bf16_inside_and_answer_in_float32(monkeypatch, bf16
 # ---- 7. From noise to images ---------------------------------------------------------------------
 def plain_sample(runs, cfg, label, gens):
     """Sampling written out, with DDIM's eq. 12 and 16."""
-
     d, n_classes = runs.vq_cfg.z_dim, len(runs.ldm["classes"])
 
     def noise():
@@ -828,15 +803,13 @@ DDPM = dict(eta=1.0, steps=7, autoguidance=1.0, class_guidance=2.5)
 
 @pytest.mark.parametrize("how", [DDIM, DDPM, {}], ids=["ddim", "ddpm", "as trained"])
 def test_reference_sampling_ends_with_the_programs_latents(runs, how, monkeypatch):
-    """Autoguidance leads away from young, and class guidance away from an unknown class, if there
-    are several classes. The noise of an image depends on its id alone, not on its batch: here the
-    program makes batches of 32 and 4, and the reference one of 3. A guidance of 1 costs no call."""
+    """The noise of an image depends on its id alone, not on its batch: here the program makes
+    batches of 32 and 4, and the reference one of 3. A guidance of 1 costs no call."""
     use_plain_cpu(monkeypatch)  # in bf16, rounding would depend on the size of the batch
     how = {**{name: runs.ldm["config"][name] for name in vqldm.SAMPLING}, **how}
     cfg = vqldm.SampleConfig(**how, seed=8)
-    strong, young = [
-        recorded(monkeypatch, net, "forward") for net in (runs.model.ema, runs.model.young)
-    ]
+    strong = recorded(monkeypatch, runs.model.ema, "forward")
+    young = recorded(monkeypatch, runs.model.young, "forward")
     ids = torch.arange(0, 7 * 36, 7)  # torch's integers must do as well as Python's
     label = torch.tensor([2, 0, 1]).repeat(12) % len(runs.ldm["classes"])
     pictures, latents = runs.model.generate(cfg, ids, label)
@@ -851,17 +824,6 @@ def test_reference_sampling_ends_with_the_programs_latents(runs, how, monkeypatc
     assert (pictures[some] - ((x + 1) * 127.5)).abs().max() < 0.51  # pictures are rounded
 
 
-@pytest.mark.parametrize("classes, calls", [("a", 1), ("ab", 2), ("abc", 2)])
-def test_class_guidance_begins_with_two_classes(monkeypatch, classes, calls):
-    """With a single class it would cost a network and change nothing."""
-    vqgan = vqldm.VQGAN(vqldm.VQConfig(size=32, widths=(8, 8), codes=8))
-    cfg = vqldm.LDMConfig(widths=(8, 8))
-    model = vqldm.LatentDiffusion(cfg, vqgan, list(classes), torch.ones(2, 3))
-    asked = recorded(monkeypatch, model.ema, "forward")
-    model.generate(vqldm.SampleConfig(steps=1), range(2), torch.zeros(2, dtype=torch.long))
-    assert len(asked) == calls
-
-
 # ---- 8. Stage 2: training ------------------------------------------------------------------------
 def losses_of(cfg, net, z0, t, eps, label):
     """The squared error of v or ε for each image (B,)."""
@@ -872,8 +834,8 @@ def losses_of(cfg, net, z0, t, eps, label):
 
 
 def plain_ldm(runs):
-    """Stage 2 written out -> the UNet, the running mean of its weights, young, the losses of UNet
-    and mean on held-out images, and the loss that was logged last."""
+    """Stage 2 written out (DDPM's Algorithm 1) -> the UNet, the running mean of its weights, young,
+    the losses of UNet and mean on held-out images, and the loss that was logged last."""
     cfg, vq_cfg, vqgan = runs.cfg, runs.vq_cfg, runs.model.vqgan
     images, train, val = drawn_images(vq_cfg)
     seed, B = cfg.seed, cfg.batch_size
@@ -917,9 +879,8 @@ def plain_ldm(runs):
 
 
 def test_reference_stage_2_ends_with_the_programs_weights_and_log(runs):
-    """That is Algorithm 1 of DDPM. Latents are codes in all eight symmetries, scaled by the mean
-    and std of those trained on. young is the running mean after a fifth of the run. A validation
-    takes the loss of the running mean, and the std of 16 samples made in at most 25 steps."""
+    """A validation takes the loss of the running mean, and the std of 16 samples made in at most
+    25 steps."""
     net, ema, young, of_net, of_mean, loss = plain_ldm(runs)
     for part, want in (("model", net), ("ema", ema), ("young", young)):
         assert_same_weights(runs.ldm[part], want, part)
@@ -940,14 +901,6 @@ def test_a_channel_in_which_all_codes_agree_does_no_harm(copy_of, tmp_path):
     model["codebook.embedding.weight"][:, 1] = 7
     state = train("ldm", tmp_path / "new", "--vq", copy_of("vq", model=model), "--epochs", 0.1)
     assert state["scale"][:, 1].tolist() == pytest.approx([7, 1e-6])
-
-
-def test_each_validation_of_stage_2_draws_16_different_samples(trained):
-    drawn = [call for call in trained.drawn if "samples" in call.path.name]
-    names = [f"trained/ldm/samples_step_{row['step']:06}.png" for row in trained.validations["ldm"]]
-    assert [str(call.path) for call in drawn] == names and len(names) == 10
-    assert all(len({*bytes_of(call.rows["samples"])}) == 16 for call in drawn[-3:])
-    assert len({*bytes_of([call.rows["samples"] for call in drawn])}) > 5  # it learns
 
 
 def test_stage_2_can_have_images_of_its_own(trained, tmp_path, monkeypatch, printed):
@@ -975,14 +928,18 @@ def ldm(copy_of, empty_folder):
 
 
 TYPED = "--n 5 --class É --eta .2 --steps 2 --autoguidance 4 --class-guidance 3"
-AS_TRAINED = ("--n 70", [0.6, 3, 1.7, 1.5], 35 * [0, 1])
+AS_TRAINED = ("--n 70", [0.6, 3, 1.7, 1.5], 35 * [0, 1], 27)
+AS_TYPED = (TYPED, [0.2, 2, 4, 3], 5 * [1], 6)
 
 
-@pytest.mark.parametrize("words, how, want", [AS_TRAINED, (TYPED, [0.2, 2, 4, 3], 5 * [1])])
-def test_sample_makes_images_of_all_classes_or_of_one(ldm, monkeypatch, words, how, want):
-    """They are made as was recorded, or as is typed, 64 at a time."""
+@pytest.mark.parametrize("words, how, want, calls", [AS_TRAINED, AS_TYPED])
+def test_sample_makes_images_of_all_classes_or_of_one(ldm, monkeypatch, words, how, want, calls):
+    """They are made as was recorded, or as is typed, 64 at a time. With two classes, three networks
+    answer in each step of a batch of 32."""
     made = recorded(monkeypatch, vqldm.LatentDiffusion, "generate")
+    asked = recorded(monkeypatch, vqldm.UNet, "forward")
     assert cli("sample", "--ckpt", ldm, "--out", "a/new/folder", *words.split()) == 0
+    assert len(asked) == calls
     for call in made:
         assert [getattr(call.settings, field.name) for field in fields(vqldm.Sampling)] == how
     assert [int(i) for call in made for i in call.ids] == [*range(len(want))]
@@ -993,12 +950,8 @@ def test_samples_can_be_read_as_a_folder_even_if_the_command_is_stopped(ldm, loa
     """metadata.csv names their classes. It is read here before each batch is made, and by then the
     rows of all images so far are on the disk."""
     table, rows = fill(Path("new")) / "metadata.csv", []  # an empty folder may be there
-    now = (
-        vqldm.LatentDiffusion,
-        "generate",
-        lambda call: rows.append(table.read_text("utf8").splitlines()),
-    )
-    made = recorded(monkeypatch, *now)
+    look = "generate", lambda call: rows.append(table.read_text("utf8").splitlines())
+    made = recorded(monkeypatch, vqldm.LatentDiffusion, *look)
     assert cli(*"sample --ckpt ldm --out new --n 70".split()) == 0
     assert rows == [["file_name,class"], table.read_text("utf8").splitlines()[:65]]
     images = load("new", size=32)  # without grid.png, sorted by name, and so by number
@@ -1035,12 +988,12 @@ def test_lpips_is_frozen_and_passes_gradients_to_images(lpips):
 
 def test_without_lpips_a_warning_says_what_to_do(monkeypatch, printed):
     """Either its file cannot be fetched, or its package is missing. Then the program goes on."""
-    file = f"squeezenet1_1-b8a52dc0.pth belongs in {torch.hub.get_dir()}/checkpoints"
-    package = "its package is missing, type pip install lpips"
-    for error, told in ((OSError("no network"), file), (ImportError("no lpips"), package)):
+    weights = f"{torch.hub.get_dir()}/checkpoints/squeezenet1_1-b8a52dc0.pth"
+    for error in (OSError("no network"), ImportError("no lpips")):
         monkeypatch.setattr("lpips.LPIPS", Mock(side_effect=error))
         assert ORIGINAL.load_lpips(torch.device("cpu")) is None
-        assert printed() == f"WARNING LPIPS is left out: {told} ({error!r})\n"
+        told = f"WARNING LPIPS is left out ({error!r}). It needs pip install lpips, and {weights}\n"
+        assert printed() == told
 
 
 def test_psnr_stays_a_number_if_there_is_no_error():
@@ -1049,20 +1002,6 @@ def test_psnr_stays_a_number_if_there_is_no_error():
     perfect = SimpleNamespace(codebook=vqldm.Codebook(1, 3), encode=lambda x: k, decode=lambda k: x)
     measures, recon = vqldm.reconstruct(perfect, vqldm.to_bytes(x))
     assert measures["psnr"] == pytest.approx(106.02, abs=0.01) and measures["mse"] == 0
-
-
-def test_use_of_codes_is_measured_over_all_images():
-    """Nine images, in two batches, choose nine of 18 codes. The number of each is its brightness,
-    and each is reconstructed as 0."""
-    pixels = torch.arange(9).byte().view(9, 1, 1, 1).expand(9, 3, 1, 1)
-    fake = SimpleNamespace(
-        codebook=vqldm.Codebook(18, 3), decode=lambda k: torch.zeros(len(k), 3, 1, 1)
-    )
-    fake.encode = lambda x: ((x[:, 0, :1, :1] + 1) * 127.5).round().long()
-    measures, recon = vqldm.reconstruct(fake, pixels)
-    assert measures["codes_used_percent"] == 50 and measures["perplexity"] == pytest.approx(9)
-    assert measures["mse"] == pytest.approx(float(vqldm.to_float(pixels).square().mean()))
-    assert recon.shape == (9, 3, 1, 1) and (recon == 128).all()
 
 
 # ---- B. Drawn lesions ----------------------------------------------------------------------------
@@ -1074,20 +1013,6 @@ def test_a_drawn_image_follows_from_its_number_and_seed_alone(load):
     assert_equal(load("synthetic", 24, n_images=8).pixels[:], nine.pixels[:8])
     assert len(torch.cat([eight.pixels, nine.pixels]).unique(dim=0)) == 17
     assert len(torch.cat([eight.checksum, nine.checksum]).unique()) == 17
-
-
-def test_images_are_drawn_anew_only_if_their_colours_or_code_change(decoded_anew, monkeypatch):
-    """The same ones are always held out, because an image is marked by its seed and number, not by
-    its pixels."""
-    grey, old = dict.fromkeys(vqldm.LESIONS, ("808080 " * 4, 0, 0)), vqldm.synthetic
-    changes = dict(SKIN="ffffff " * 5, LESIONS=grey, synthetic=lambda *a: 255 - old(*a))
-    images = [decoded_anew("synthetic", n_images=4)]
-    for name, new in changes.items():
-        with monkeypatch.context() as patch:
-            patch.setattr(vqldm, name, new)
-            images.append(decoded_anew("synthetic", n_images=4))
-    assert len(torch.cat([x.pixels for x in images]).unique(dim=0)) == 16
-    assert all(torch.equal(x.group, images[0].group) for x in images)
 
 
 def test_drawn_classes_take_turns_and_can_be_told_apart(load):
@@ -1167,23 +1092,6 @@ def test_training_and_unseen_images_never_share_a_group_or_a_content(printed):
                 assert not torch.isin(ids[val], earlier).any()
             assert_equal(val.sort().values, (~images.known(seen)).nonzero()[:, 0])
     assert splits > 200
-
-
-def test_all_commands_agree_on_what_is_unseen(trained, tmp_path, monkeypatch):
-    """Stage 2 and evaluate hold out what stage 1 held out, and here that is more than usual."""
-    vq, ldm = tmp_path / "vq", tmp_path / "ldm"
-    splits = recorded(monkeypatch, vqldm, "split")
-    unseen = recorded(monkeypatch, evaluate, "unseen_images")
-    measured = recorded(monkeypatch, vqldm, "reconstruct")
-    train("vq", vq, "--held-out", 0.4, "--epochs", 0.4)
-    train("ldm", ldm, "--vq", vq, "--epochs", 0.4)
-    assert cli("evaluate", "--ckpt", ldm, "--n", 2) == 0
-    (rows, val, _), (rows_of_stage_2, val_of_stage_2, _) = [call.result for call in splits]
-    assert (len(rows), len(val)) == (20, 28)
-    assert_equal(rows_of_stage_2, rows)
-    assert_equal(val_of_stage_2, val)
-    assert_equal(unseen[0].result[0].sort().values, val.sort().values)
-    assert len(measured[-1].pixels) == 2
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -1282,7 +1190,7 @@ def test_what_is_no_image_is_not_opened_or_skipped(tmp_path, load, printed, monk
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 200 * 200)
     images = load(folder)
     told, bad = printed(), "c/text.jpg cut.jpg deep.png floats.tiff giant.png x.png".split()
-    assert re.findall(r"WARNING skipped '(\S+)' \w+\(", told) == bad and not ghostscript.called
+    assert re.findall(r"WARNING skipped '(\S+)' \(", told) == bad and not ghostscript.called
     assert "not read: 1 .txt, 1 .heic, 1 .heif, 1 .avif, 1 .jp2, 1 .mpo, 1 .jxl, 1 without" in told
     assert classes_of(images) == images.classes == ["a", "z"]  # and there is no class c
     assert images.pixels[:, 0, 8, 3].tolist() == [0, 2]  # red counts up, see fill
@@ -1292,32 +1200,15 @@ def test_runs_and_samples_in_a_folder_are_left_out_and_named(tmp_path, printed):
     """With all below them. Some of their files have names that other folders may have, too."""
     theirs = "0.bmp a/curves.png a/recon_step_000012.png b/grid.png c/evaluate.png z/0.bmp".split()
     folder = fill(tmp_path / "photos", theirs)
-    ours = {
-        "a/runs/vq": "last.pt",
-        "b/results": "metrics.json evaluate.png 0.bmp",
-        "new samples": "grid.png metadata.csv",
-    }
+    ours = {"a/runs/vq": "last.pt", "new samples": "grid.png metadata.csv"}
+    ours["b/results"] = "metrics.json evaluate.png 0.bmp"
     for place, files in ours.items():
         fill(folder / place, "x/0.bmp")
         for name in files.split():
             (folder / place / name).touch()
     assert [*vqldm.find_images(folder)] == theirs
     left_out = re.findall("^left out, a run or samples: (.*)$", printed(), re.M)
-    assert sorted(left_out) == [f"{folder}/{place}" for place in ours]
-
-
-def test_the_folder_itself_may_be_no_run(tmp_path):
-    (fill(tmp_path / "run", "0.bmp") / "last.pt").touch()
-    with pytest.raises(vqldm.UserError, match="is a run, not a folder of images"):
-        vqldm.find_images(tmp_path / "run")
-
-
-def test_a_folder_without_usable_images_is_told_what_it_has(tmp_path):
-    for name in ("1.heic", "2.HEIC", "a/3.heic", "b", ".hidden.png"):
-        (fill((tmp_path / "all" / name).parent) / Path(name).name).touch()
-    told = "no usable image is there, not read: 3 .heic, 1 without ending$"
-    with pytest.raises(vqldm.UserError, match=told):
-        vqldm.find_images(tmp_path / "all")
+    assert {*left_out} == {f"{folder}/{place}" for place in ours}
 
 
 @pytest.fixture()
@@ -1361,6 +1252,16 @@ def test_the_cache_notices_folder_class_size_pillow_and_code(tmp_path, decoded_a
     for part in (None, vqldm.decode_images, vqldm.Images):  # None: no part has changed
         monkeypatch.setattr(inspect, "getsource", lambda one, part=part: str((one, one is part)))
         decoded_anew(folder)
+
+
+def test_the_cache_notices_the_colours_and_the_code_of_drawn_images(decoded_anew, monkeypatch):
+    """The same ones are always held out, because an image is marked by its seed and number."""
+    grey, images = dict.fromkeys(vqldm.LESIONS, ("808080 " * 4, 0, 0)), []
+    for name, new in dict(n=1, SKIN="ffffff " * 5, LESIONS=grey, synthetic=lambda *a: 99).items():
+        monkeypatch.setattr(vqldm, name, new, raising=False)
+        images.append(decoded_anew("synthetic", n_images=4))
+    assert len(torch.cat([x.pixels[:] for x in images]).unique(dim=0)) == 13
+    assert all(torch.equal(x.group, images[0].group) for x in images)
 
 
 @pytest.mark.parametrize("damage", ["cut", "objects, which may run code"])
@@ -1408,11 +1309,9 @@ def test_a_group_is_a_patient_a_lesion_a_group_or_all_copies_of_an_image(tmp_pat
     names = "0.bmp 1.bmp 2.bmp 3.bmp copies/2.bmp copies/3.bmp".split()
     folder = fill(tmp_path / "all", names)
     shutil.copy(folder / "2.bmp", folder / "copies")
-    rows = [
-        f"{name},{ids}" for name, ids in zip(names, ("P,L,", ",L,G", ",,", ",,G", ",,", "P,,G"))
-    ]
-    titles = "file_name,patient_id,lesion_id,group"
-    (folder / "metadata.csv").write_text("\n".join([titles, *rows]))
+    ids = "patient_id,lesion_id,group", "P,L,", ",L,G", ",,", ",,G", ",,", "P,,G"
+    rows = [",".join(pair) for pair in zip(["file_name", *names], ids)]
+    (folder / "metadata.csv").write_text("\n".join(rows))
     content = [hashlib.sha256((folder / name).read_bytes()).digest() for name in names]
     patient, lesion, group = ("patient_id", "P"), ("lesion_id", "L"), ("group", "G")
     images = load(folder)
@@ -1424,51 +1323,42 @@ def test_a_group_is_a_patient_a_lesion_a_group_or_all_copies_of_an_image(tmp_pat
 
 
 PHOTOS = "a.bmp b.bmp nevus/c.bmp nevus/d.bmp twice.bmp scar/twice.bmp"
-TABLES = {  # a table, the classes of its images in the order of their paths, and what is printed
-    "blanks around words do not count, and images without a row are left out": (
-        """ file_name , class ,patient_id
-        a.bmp, mole ,P
-        nevus/d.bmp,scar,
-        b.bmp,,P
-
-        """,
+TABLES = [  # a table, in which | begins a line, the classes in the order of paths, what is printed
+    # Blanks around words do not count, and images without a row are left out.
+    (
+        " file_name , class ,patient_id|a.bmp, mole ,P|nevus/d.bmp,scar,|b.bmp,,P||",
         ["mole", "unknown", "scar"],
-        "metadata.csv leaves out 3 images, which have no row\nclasses by class -",
+        "metadata.csv names 3 of 6 images, and only these are used\nclasses by class -",
     ),
-    "columns have any order, and words in quotes may have commas": (
-        """class,file_name
-        unknown,scar/twice.bmp
-        na, "nevus/c.bmp"
-        "mole, ""dark"" one",a.bmp""",
+    # Columns have any order, and words in quotes may have commas.
+    (
+        'class,file_name|unknown,scar/twice.bmp|na, "nevus/c.bmp"|"mole, ""dark"" one",a.bmp',
         ['mole, "dark" one', "na", "unknown"],
         "classes by class -",
     ),
-    "folders are the classes if no row has one": (
-        """file_name,class,group
-        a.bmp,,G
-        nevus/c.bmp,,""",
+    # Folders are the classes if no row has one.
+    (
+        "file_name,class,group|a.bmp,,G|nevus/c.bmp,,",
         ["images", "nevus"],
         "classes by folder - images split by {'group': 1, 'image': 1}",
     ),
-}
+]
 REFUSED_TABLES = {  # a table, and what the sentence names that refuses it
-    "image,class\na.bmp,scar": "['image', 'class']",
-    "file_name,class,Patient ID\na.bmp,scar,P": "['file_name', 'class', 'Patient ID']",
-    "file_name,Class\na.bmp,scar": "['file_name', 'Class']",
-    "file_name,class,class\na.bmp,scar,scar": "['file_name', 'class', 'class']",
-    "file_name;class\na.bmp;scar": "['file_name;class']",
-    "class\nscar": "['class']",
+    "image,class|a.bmp,scar": "['image', 'class']",
+    "file_name,class,Patient ID|a.bmp,scar,P": "['file_name', 'class', 'Patient ID']",
+    "file_name,class,class|a.bmp,scar,scar": "['file_name', 'class', 'class']",
+    "file_name;class|a.bmp;scar": "['file_name;class']",
     "": "['']",
-    "file_name\na.bmp\nb.bmp\na.bmp": "a.bmp",  # has two rows
-    "file_name\na.bmp\nc.bmp\nb.bmp": "['c.bmp']",
-    "file_name\nA.BMP": "['A.BMP']",
-    "file_name,class\n,scar": "['', 'scar']",
-    "file_name,class\na.bmp,mole,dark": "['a.bmp', 'mole', 'dark']",
-    "file_name,class\na.bmp": "['a.bmp']",
-    'file_name,class\na.bmp,mole\nb.bmp,"scar': "unexpected end of data",  # an open quote
-    "file_name,class\na.bmp,\udce9": "UnicodeDecodeError",  # é as older systems write it
-    "file_name,patient_id\na.bmp,P\nb.bmp,NaN": "patient_id 'NaN'",
-    "file_name,group\na.bmp,-": "group '-'",
+    "file_name|a.bmp|b.bmp|a.bmp": "a.bmp",  # has two rows
+    "file_name|a.bmp|c.bmp|b.bmp": "['c.bmp']",
+    "file_name|A.BMP": "['A.BMP']",
+    "file_name,class|,scar": "['', 'scar']",
+    "file_name,class|a.bmp,mole,dark": "['a.bmp', 'mole', 'dark']",
+    "file_name,class|a.bmp": "['a.bmp']",
+    'file_name,class|a.bmp,mole|b.bmp,"scar': "unexpected end of data",  # an open quote
+    "file_name,class|a.bmp,\udce9": "UnicodeDecodeError",  # é as older systems write it
+    "file_name,patient_id|a.bmp,P|b.bmp,NaN": "patient_id 'NaN'",
+    "file_name,group|a.bmp,-": "group '-'",
 }
 
 
@@ -1480,14 +1370,14 @@ def with_table(tmp_path, load):
     def call(text):
         folder = fill(tmp_path / "my photos", PHOTOS)
         (folder / "other.csv").write_text("file_name,class\na.bmp,other\nb.bmp,other")
-        text = inspect.cleandoc("\ufeff" + text).encode("utf8", "surrogateescape")
-        (folder / "metadata.csv").write_bytes(text)
+        text = "\ufeff" + text.replace("|", "\n")
+        (folder / "metadata.csv").write_bytes(text.encode("utf8", "surrogateescape"))
         return load(folder)
 
     return call
 
 
-@pytest.mark.parametrize("table, classes, told", TABLES.values(), ids=TABLES)
+@pytest.mark.parametrize("table, classes, told", TABLES)
 def test_metadata_csv_tells_classes_and_groups(with_table, printed, table, classes, told):
     assert classes_of(with_table(table)) == classes and told in printed()
 
@@ -1501,9 +1391,7 @@ def test_a_table_in_another_format_is_left_to_the_tool(tmp_path, with_table, tab
     assert f"ype python tools/table.py '{tmp_path}/my photos'" in told
 
 
-@pytest.mark.parametrize(
-    "name", ["labels.csv", "Metadata.CSV", "x.tsv", "x.xlsx", "a/metadata.csv"]
-)
+@pytest.mark.parametrize("name", "labels.csv Metadata.CSV x.tsv x.xlsx a/metadata.csv".split())
 def test_a_table_that_was_meant_is_not_overlooked(tmp_path, name):
     folder = fill(tmp_path / "photos", "0.bmp a/1.bmp")
     (folder / name).touch()
@@ -1542,12 +1430,9 @@ def test_random_numbers_follow_from_their_key_in_any_process():
 
 
 def test_what_is_said_is_not_kept_back(monkeypatch):
-    """Python would keep it back in a file, until there are some thousand letters. The second
-    process of torchrun says nothing."""
+    """Python would keep it back in a file, until there are some thousand letters."""
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw := io.BytesIO()))
     vqldm.say("half", "way")
-    monkeypatch.setattr(vqldm, "RANK", 1)
-    vqldm.say("nothing")
     assert raw.getvalue() == b"half way\n"
 
 
@@ -1579,57 +1464,32 @@ def test_a_process_of_torchrun_knows_its_number_among_all_machines(monkeypatch):
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
 
 
-class TwoProcesses:
-    """Two threads that stand in for two processes of torchrun. The second one starts when the first
-    has made its networks and waits in its first all_reduce, because torch's random generator is the
-    same for both. This object takes the place of RANK, and equals the number of the process."""
-
-    def __init__(self, patch):
-        self.mine, self.meeting, self.waits = local(), Barrier(2), Event()
-        self.given = [None, None]
-        beside(patch)
-        patch.setattr(vqldm, "RANK", self)
-        patch.setattr(vqldm, "dist", Mock(all_reduce=self.all_reduce))
-        patch.setattr(vqldm, "signal", Mock())  # only a program's main thread can use signals
-        patch.setattr(torch.cuda, "is_available", lambda: False)
-
-    def __index__(self):
-        return self.mine.rank
-
-    def __eq__(self, other):
-        return self.mine.rank == other
-
-    def all_reduce(self, x):
-        self.given[self.mine.rank] = x.clone()
-        self.waits.set()
-        self.meeting.wait(60)
-        x.copy_(self.given[0] + self.given[1])
-        self.meeting.wait(60)
-
-    def process(self, rank, words):
-        self.mine.rank = rank
-        assert rank == 0 or self.waits.wait(60)
-        return cli(*words)
-
-    def run(self, words):
-        """Run a command in both, and return their exit statuses."""
-        with ThreadPoolExecutor() as pool:
-            return [*pool.map(self.process, (0, 1), (words, words))]
+def one_of_two(rank, words, meeting):
+    """The life of a process as torchrun starts it. The second one cannot write a file."""
+    vqldm.TORCHRUN, vqldm.RANK, vqldm.WORLD = True, rank, 2
+    how = dict(init_method=f"file://{meeting}", rank=rank, world_size=2)
+    vqldm.dist.init_process_group = functools.partial(vqldm.dist.init_process_group, **how)
+    if rank == 1:
+        vqldm.write_whole = vqldm.draw_rows = vqldm.draw_curves = None
+    sys.exit(cli(*words))
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_two_processes_end_with_the_weights_of_one(trained, tmp_path, monkeypatch, printed, stage):
+def test_two_processes_end_with_the_weights_of_one(trained, tmp_path, capfd, stage):
     """Only the first one prints, validates and saves. (Muon is off, as it enlarges rounding.)"""
     words = "--epochs 1 --balance".split()
     if stage == "vq":
         words = "--muon-lr 0 --gan-start 0 --lam-max 1e4 --d-lr .001 --data synthetic --n-images 90"
         words = f"{words} --epochs 1 --batch-size 20".split()
-    one = train(stage, tmp_path / "one", *words)
-    told, two, saved_by = [printed()], TwoProcesses(monkeypatch), []
-    recorded(monkeypatch, vqldm, "write_whole", lambda call: saved_by.append(two.mine.rank))
-    assert two.run([*STAGES[stage], *words, "--out", tmp_path / "two"]) == [0, 0]
-    assert {*saved_by} == {0} and vqldm.dist.destroy_process_group.call_count == 2
-    a, b = [re.sub(r"val:.*|/(one|two)", "", text).splitlines() for text in (*told, printed())]
+    one, told = train(stage, tmp_path / "one", *words), capfd.readouterr().out
+    words = [*STAGES[stage], *words, "--out", tmp_path / "two"]
+    context = multiprocessing.get_context("fork")
+    both = [context.Process(target=one_of_two, args=(i, words, tmp_path / "x")) for i in (0, 1)]
+    [process.start() for process in both]
+    [process.join(100) for process in both]
+    assert [process.exitcode for process in both] == [0, 0]
+    texts = told, capfd.readouterr().out
+    a, b = [re.sub(r"val:.*|/(one|two)", "", text).splitlines() for text in texts]
     assert a == b and len(a) > 6
     state = state_of(tmp_path / "two/last.pt")
     for part in {"model", "disc", "ema", "young"} & one.keys():
@@ -1673,13 +1533,14 @@ def test_a_training_prints_its_images_what_it_logs_and_what_comes_next(trained, 
     rows = json.loads(Path("trained", stage, "log.json").read_text())
     assert rows == state_of(f"trained/{stage}/last.pt")["log"]
     assert [row["step"] for row in rows] == [2, 3, 4, 5, 6, 8, 9, 10, 10, 11, 12]
-    assert len(trained.cached) == 1  # one for both stages
     validations = [
         f"{row['step'] / 12:4.0%} val: "
         + " ".join(f"{name[4:]} {value:.4g}" for name, value in row.items() if name != "step")
         for row in trained.validations[stage]
     ]
-    kind, following = ("recon", "train-ldm --vq") if stage == "vq" else ("samples", "sample --ckpt")
+    kind, following = "samples", "sample --ckpt"
+    if stage == "vq":
+        kind, following = "recon", "train-ldm --preset default --vq"
     assert trained.printed[stage].splitlines() == [
         "device cpu, with matrix products in float32",
         *(["from trained/vq/last.pt at step 12 of 12"] if stage == "ldm" else []),
@@ -1774,38 +1635,27 @@ def test_the_next_command_can_be_typed_as_it_is_printed(copy_of, tmp_path, print
     assert vqldm.parser_of("train-ldm", vqldm.LDMConfig).parse_args(words[1:]).vq == str(out)
 
 
-CHANGED = {  # all settings that a resume refuses, with another value than in `trained`
-    "train-vq": "--seed 1 --preset tiny --upsample transposed --lr .002 --n-images 9 --held-out .2 "
-    "--augment none --size 64 --widths 3,5,7 --z-dim 5 --codes 9 --lpips-weight 1 --gan-weight 1 "
-    "--commit-weight 1 --lam-max 1 --gan-start 0 --muon-lr 1 --codes-lr 1 --d-lr 1 --batch-size 9",
-    "train-ldm": "--seed 1 --preset tiny --upsample transposed --lr .002 --vq vq --unconditional "
-    "--balance --T 9 --schedule linear --target eps --widths 3,5,7 --ema 0 --batch-size 9",
-}
 MAY_CHANGE = "--device another --data another --epochs 7.5"
 SAMPLED_OTHERWISE = "--eta .5 --steps 9 --autoguidance 2.5 --class-guidance 3.5"
+OTHERWISE = {bool: "", tuple: "=3,5,7", str: "=other", int: "=99", float: "=.123"}
 
 
-@pytest.mark.parametrize("command", CHANGED)
+@pytest.mark.parametrize("command", ["train-vq", "train-ldm"])
 def test_a_resume_can_change_only_a_few_settings(copy_of, refused, command):
     """It can move, train longer and sample otherwise. All else is refused with its old value."""
     cls, _ = vqldm.COMMANDS[command]
     config = state_of((out := copy_of(cls.stage)) / "last.pt")["config"]
-    changed = sorted(
-        {flag[2:].replace("-", "_") for flag in re.findall("--\\S+", CHANGED[command])}
-    )
-    was = ", ".join(f"{name} was {config[name]}" for name in changed)
-    told = f"vqldm: --resume goes on with the recorded settings: {was}\n"
-    assert refused(command, "--resume", "--out", out, *CHANGED[command].split()) == told
     words = f"--resume --out {out} {MAY_CHANGE} {SAMPLED_OTHERWISE * (cls.stage == 'ldm')}".split()
     cfg, _ = vqldm.resolve("", cls, words)
-    may_change = {name for name in config if getattr(cfg, name) != config[name]}
-    assert may_change.isdisjoint(changed) and may_change | {*changed} == config.keys()
-
-
-def test_a_resume_knows_its_stage_1_by_another_way_to_write_its_path(copy_of):
-    out = copy_of("ldm", dict(vq="trained/vq"))
-    for same in ("trained/vq/", "trained/./vq"):
-        vqldm.resolve("", vqldm.LDMConfig, ["--resume", "--out", str(out), "--vq", same])
+    fixed = sorted(name for name in config if getattr(cfg, name) == config[name])
+    types = {field.name: field.type for field in fields(cls)}
+    for name in fixed:
+        usual = getattr(types[name], "__args__", [None])[-1]  # of a Literal
+        words.append(f"--{name.replace('_', '-')}{OTHERWISE.get(types[name], f'={usual}')}")
+    was = ", ".join(f"{name} was {config[name]}" for name in fixed)
+    told = f"vqldm: --resume goes on with the recorded settings: {was}\n"
+    assert refused(command, "--resume", *words) == told
+    assert len(fixed) == len(config) - 5 - 4 * (command == "train-ldm")
 
 
 def test_a_resume_without_what_the_run_began_with_is_refused(copy_of, monkeypatch, refused):
@@ -1854,15 +1704,6 @@ def test_a_checkpoint_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypa
         recorded(monkeypatch, os, name, lambda call, name=name: order.append(name))
     vqldm.write_whole(tmp_path / "x", [1])
     assert order == ["fsync", "replace"] and state_of(tmp_path / "x") == [1]
-
-
-def test_two_processes_can_write_one_file_at_the_same_time(tmp_path, monkeypatch):
-    """The second begins and ends while the first one writes. What ends last stays."""
-    x, second = tmp_path / "x", [["the second's"]]
-    monkeypatch.setattr(os, "getpid", Mock(side_effect=[1, 2]))
-    recorded(monkeypatch, torch, "save", lambda call: second and vqldm.write_whole(x, second.pop()))
-    vqldm.write_whole(x, ["the first's"])
-    assert state_of(x) == ["the first's"] and [*tmp_path.iterdir()] == [x]
 
 
 def test_a_full_disk_or_memory_harms_no_checkpoint(copy_of, tmp_path, monkeypatch, refused):
@@ -1952,13 +1793,6 @@ def test_a_validation_comes_at_each_tenth_and_after_ten_minutes(tmp_path, monkey
     assert bars == [(None, "training", 45)] and line.update.call_count == 45
 
 
-def test_a_validation_is_saved_before_it_is_drawn(trained, tmp_path, monkeypatch, refused):
-    """So a full disk costs less. Here the picture of the second validation finds it full."""
-    monkeypatch.setattr(vqldm, "draw_rows", Mock(side_effect=[None, OSError(28, "No space")]))
-    assert "No space" in refused(*STAGES["vq"], "--epochs", 2.5, "--out", tmp_path)
-    assert state_of(tmp_path / "last.pt")["step"] == 3
-
-
 # ---- F. Pictures ---------------------------------------------------------------------------------
 @pytest.mark.parametrize("side, times", [(8, 2), (63, 2), (64, 1)])
 def test_rows_of_pictures_are_drawn_under_their_names(tmp_path, side, times):
@@ -1980,22 +1814,18 @@ def test_rows_of_pictures_are_drawn_under_their_names(tmp_path, side, times):
 
 
 def test_curves_show_each_number_beside_that_of_held_out_images(tmp_path, monkeypatch):
-    """Panels name their lines, and are logarithmic where all values are positive and far apart."""
-    names = "step mse val_mse d_real d_fake lam lam_wanted val_psnr".split()
-    values = [(7 * j * j, 9.0**-j, 8.0**-j, j - 1.0, -1.0, 4.0, 5.0**j, 30.0 + j) for j in range(3)]
-    log = [dict(zip(names, row)) for row in values]
-    del log[1]["d_real"]
+    """A panel is logarithmic where all its values are positive and far apart."""
+    log = [dict(step=0, mse=9.0, val_mse=8.0, d_real=1.0), dict(step=7, mse=1.0, d_real=0.0)]
+    log += [dict(step=8, mse=2.0, d_fake=-9.0, lam=4.0, lam_wanted=5.0)]
     saved = recorded(monkeypatch, vqldm.Figure, "savefig")
     ORIGINAL.draw_curves(tmp_path / "curves.png", log)
-    axes, scales = saved[0].self.axes, ["linear", "log", "log", "linear"]
-    panels = "val_psnr", "val_mse mse", "lam_wanted lam", "d_real d_fake"
-    for panel, scale, ax in zip(panels, scales, axes, strict=True):
-        points = {line.get_label(): line.get_xydata().tolist() for line in ax.get_lines()}
-        for name in panel.split():
-            assert points.pop(name) == [[row["step"], row[name]] for row in log if name in row]
-        assert not points and ax.get_yscale() == scale
-        assert [text.get_text() for text in ax.get_legend().get_texts()] == panel.split()
-    assert [ax.get_xlabel() for ax in axes] == ["", "", "", "step"]
+    panels = ["val_mse", "mse"], ["lam_wanted", "lam"], ["d_real", "d_fake"]
+    for names, ax in zip(panels, saved[0].self.axes, strict=True):
+        shown = {line.get_label(): line.get_xydata().tolist() for line in ax.get_lines()}
+        for name in names:
+            assert shown.pop(name) == [[row["step"], row[name]] for row in log if name in row]
+        assert not shown and [text.get_text() for text in ax.get_legend().get_texts()] == names
+        assert ax.get_yscale() == ("log" if "mse" in names else "linear")
 
 
 # ---- G. Muon -------------------------------------------------------------------------------------
@@ -2025,7 +1855,7 @@ def test_muon_keeps_the_directions_of_the_mean_gradient_and_evens_out_their_stre
 
 
 # ---- H. Commands ---------------------------------------------------------------------------------
-FOLDERS = {"one": "a.bmp", "b-in-val": "a/0.bmp val/b/3.bmp"}
+FOLDERS = {"one": "a.bmp", "b-in-val": "a/0.bmp val/b/3.bmp", "none": ""}
 MISTAKES = [  # a command, and what the sentence says that refuses it
     ("train", "train: is no command, see --help and tools/evaluate.py"),
     ("train-vq --data photos --out photos", "--out photos: holds the images; name another"),
@@ -2033,7 +1863,9 @@ MISTAKES = [  # a command, and what the sentence says that refuses it
     ("train-vq --size 16", "--size: must be a multiple of 16 above 16"),
     ("train-vq --size 48 --widths 8,8,8,8,8", "--size: must be a multiple of 128 above 16"),
     ("train-vq --device cuda:77", "--device cuda:77: cannot be used here, --device cpu can"),
-    ("train-vq --data nowhere", "--data: [Errno 2] No such file or directory"),
+    ("train-vq --data nowhere", "[Errno 2] No such file or directory: '{}/nowhere'"),
+    ("train-vq --data none", "--data {}/none: no usable image is there, not read: nothing"),
+    ("train-vq --data trained/vq", "--data {}/trained/vq: is a run, not a folder of images"),
     ("train-vq --data one --held-out 0", "--held-out, --data, --n-images: too few groups to split"),
     ("train-vq --out trained/vq", "--out trained/vq: holds a run; --resume it, or name another"),
     ("train-vq --out one/a.bmp --data photos", "one/a.bmp"),
@@ -2045,10 +1877,15 @@ MISTAKES = [  # a command, and what the sentence says that refuses it
     ("train-ldm --vq trained/vq --data b-in-val", "--data: no image to train on of ['b']"),
     ("sample", "--ckpt runs/ldm: no checkpoint is there. Run train-ldm first"),
     ("sample --ckpt ~no-such-user/x", "--ckpt ~no-such-user/x: no checkpoint is there"),
-    ("sample --ckpt trained/ldm --class wart", "--class wart: choose one of ['mole', 'scar']"),
+    ("sample --ckpt trained/ldm --class Mole", "--class Mole: choose one of ['mole', 'scar']"),
     ("sample --ckpt trained/ldm --out one", "--out one: is not empty; name a new folder"),
+    ("classifier trained/ldm 4 wart", "CLASS wart: choose from ['mole', 'scar']"),
+    ("classifier trained/vq 4 scar", "RUN trained/vq: is not of train-ldm"),
+    ("evaluate --ckpt trained/ldm --folders one", "--folders one: is not empty; name a new folder"),
     ("evaluate --ckpt trained/ldm --n 1", "--n 1: must be at least 2, since pairs of images"),
     ("evaluate --ckpt trained/ldm --data one", "--class, --data: 0 unseen images are too few, 4"),
+    ("evaluate --ckpt trained/ldm --folders one", "--folders one: is not empty; name a new folder"),
+    ("classifier trained/ldm 4 wart", "CLASS wart: choose from ['mole', 'scar']"),
 ]
 
 
@@ -2066,7 +1903,7 @@ def test_a_mistake_ends_in_one_sentence(trained, empty_folder, monkeypatch, refu
         return {path: path.read_bytes() for path in paths if "cache" not in path.parts}
 
     before = files()
-    assert told in refused(*command.split())
+    assert told.format(empty_folder) in refused(*command.split())
     assert files() == before
 
 
@@ -2076,18 +1913,13 @@ WRONG = {  # settings of train-vq, and the sentence that refuses them
     "--codes 1000000000000000001": "--codes 1000000000000000001: must be from 1 to 1e+18",
     "--lr x": "--lr x: must be a number",
     "--lr nan": "--lr nan: must be at least 0",
-    "--lr -1": "--lr -1: must be at least 0",
     "--lr inf": "--lr inf: must be from 0 to 1e+30",
     "--held-out .7": "--held-out .7: must be from 0 to 0.5",
     "--size 65537": "--size 65537: must be from 1 to 65536",
-    "--size 0": "--size 0: must be from 1 to 65536",
     f"--seed {2**64}": f"--seed {2**64}: must be from -9.22337e+18 to 1.84467e+19",
-    f"--seed {-(2**63) - 1}": f"--seed {-(2**63) - 1}: must be from -9.22337e+18 to 1.84467e+19",
     "--n-images 1000000001": "--n-images 1000000001: must be from 1 to 1e+09",
     "--epochs 0": "--epochs 0: must be from 1e-06 to 1e+06",
-    "--widths 16,x": "--widths 16,x: must be whole numbers such as 16,64",
     "--widths 16,0": "--widths 16,0: must be whole numbers such as 16,64",
-    "--widths 16,": "--widths 16,: must be whole numbers such as 16,64",
     "--data=": "--data : must be a folder",
     "--epoch 3": "--epoch: is unknown. Did you mean --epochs?",
     "--seed 3 --guidance 7.5 --epoch 3": "--guidance: is unknown. Did you mean --help?",
@@ -2099,14 +1931,11 @@ def test_a_wrong_setting_is_told_what_it_must_be(refused, words):
     assert refused("train-vq", *words.split()) == f"vqldm: {WRONG[words]}\n"
 
 
-@pytest.mark.parametrize("end", [0, 1])
-def test_the_outermost_settings_are_allowed(end):
+def test_the_outermost_settings_are_allowed():
     """What lies beyond is refused, see WRONG."""
-    ends = dict(seed=(-(2**63), 2**64 - 1), codes=(1, 10**18), size=(1, 65_536), held_out=(0, 0.5))
-    ends |= dict(n_images=(1, 10**9), epochs=(1e-6, 1e6), lr=(0, 9.9e29))
-    words = [f"{vqldm.flag_of(name)}={numbers[end]}" for name, numbers in ends.items()]
-    typed = vars(vqldm.parser_of("train-vq", vqldm.VQConfig).parse_args(words))
-    assert typed == {name: numbers[end] for name, numbers in ends.items()}
+    words = f"--codes 1 --codes {10**18} --lr 0 --lr 9.9e29 --held-out .5 --size 65536 "
+    words += f"--seed {2**64 - 1} --n-images 1000000000 --epochs 1e-6"
+    vqldm.parser_of("train-vq", vqldm.VQConfig).parse_args(words.split())
 
 
 def test_a_folder_is_recorded_with_its_full_path(empty_folder, monkeypatch):
@@ -2115,28 +1944,27 @@ def test_a_folder_is_recorded_with_its_full_path(empty_folder, monkeypatch):
     for word, path in (("new", empty_folder / "new"), ("~/new", empty_folder / "new")):
         assert parse(["--data", word]).data == str(path)
     assert parse(["--data", "synthetic"]).data == "synthetic"
+    parse = vqldm.parser_of("train-ldm", vqldm.LDMConfig).parse_args
+    assert parse(["--vq", "runs/./vq/"]).vq == "runs/vq"  # as the run on it may have recorded it
     assert vqldm.VQConfig(out="~/x").folder == empty_folder / "x"
     assert vqldm.VQConfig(out="~no-such-user/x").folder == Path("~no-such-user/x")
 
 
 def test_a_class_is_meant_by_exactly_its_name():
-    for name, want in {"A": [0], "a": [1], "É": [2], "": [0, 1, 2]}.items():
-        cfg = vqldm.SampleConfig(class_=name)
-        assert vqldm.wanted_classes(cfg, ["A", "a", "É"]).tolist() == want
+    cfg = vqldm.SampleConfig(class_="a")
+    assert vqldm.wanted_classes(cfg, ["A", "a"]).tolist() == [1]
 
 
-COMMANDS = {f"vqldm.py {name}": cls for name, (cls, _) in vqldm.COMMANDS.items()}
-COMMANDS["tools/evaluate.py"] = evaluate.EvaluateConfig
-
-
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [*vqldm.COMMANDS, "evaluate"])
 def test_help_shows_each_setting_with_its_comment_and_its_default(command, monkeypatch, printed):
     """The comment stands beside the setting in the code, in the class that defines it last. A
     setting without one is found here. The default can be typed as it stands."""
+    cls, _ = vqldm.COMMANDS.get(command, (evaluate.EvaluateConfig, None))
     monkeypatch.setenv("COLUMNS", "300")
-    assert cli(Path(command.split()[-1]).stem, "--help") == 0
-    cls, shown = COMMANDS[command], re.sub(r"\n {10,}", "  ", printed())
-    assert shown.startswith(f"usage: {command} [") and f"\n\n{cls.__doc__}\n\n" in shown
+    assert cli(command, "--help") == 0
+    shown = re.sub(r"\n {10,}", "  ", printed())
+    usage = "tools/evaluate.py" if command == "evaluate" else f"vqldm.py {command}"
+    assert shown.startswith(f"usage: {usage} [") and f"\n\n{cls.__doc__}\n\n" in shown
     lines = re.findall(r"^  --([\w-]+)(?: \S+)? +(\S.*) \[(.*)\]$", shown, re.M)
     for field, (flag, text, default) in zip(fields(cls), lines, strict=True):
         assert flag == field.name.strip("_").replace("_", "-")
@@ -2147,15 +1975,13 @@ def test_help_shows_each_setting_with_its_comment_and_its_default(command, monke
         assert default == ("as trained" if as_trained else re.sub(r"[() ]", "", str(field.default)))
 
 
-@pytest.mark.parametrize("console", ["ascii", "notebook"])
-def test_help_without_a_command_is_one_screen_on_any_console(monkeypatch, console):
+def test_help_without_a_command_is_one_screen_on_any_console(monkeypatch):
     """An ASCII console lacks some letters of the help. In a notebook, `%run vqldm.py` prints to an
     object without an encoding that could be changed, such as StringIO."""
-    for words in ([], ["--help"], ["-h"]):
-        out = io.TextIOWrapper(io.BytesIO(), "ascii") if console == "ascii" else io.StringIO()
+    ascii_console = io.TextIOWrapper(io.BytesIO(), "ascii")
+    for words, out in (([], ascii_console), (["--help"], io.StringIO()), (["-h"], io.StringIO())):
         monkeypatch.setattr(sys, "stdout", out)
-        monkeypatch.setattr(sys, "argv", ["vqldm.py", *words])
-        runpy.run_path(vqldm.__file__, run_name="__main__")
+        assert cli(*words) == 0
         out.seek(0)
         told = out.read()
         assert "README.md" in told and len(told.splitlines()) <= 24
@@ -2183,7 +2009,7 @@ SETTINGS = [  # what is typed, and some settings that the command then has
     ("train-vq --resume --out vq", dict(codes=16, epochs=2.8, preset="tiny", resume=True)),
     ("train-vq --resume --out vq --preset tiny --epochs 7", dict(codes=16, epochs=7.0)),
     ("train-ldm --resume --out ldm --steps 9", dict(steps=9, T=5, widths=(12,), autoguidance=1.5)),
-    ("sample --ckpt ldm/last.pt --steps 9 --seed 4", dict(steps=9, seed=4, class_guidance=1.5)),
+    ("sample --ckpt ldm/last.pt --steps 9 --seed 4", dict(steps=9, seed=4, eta=0.0, n=64)),
     ("evaluate --ckpt ldm --autoguidance 2", dict(autoguidance=2.0, steps=3, n=500, data="")),
 ]
 
@@ -2196,20 +2022,14 @@ def test_typed_beats_recorded_beats_preset(copy_of, empty_folder, settings_of, w
     assert {name: settings[name] for name in want} == want
 
 
-SAMPLING = "--eta 0 --steps 50 --autoguidance 1.5 --class-guidance 1.5"
-DEFAULTS = {  # what is not here is empty or off
-    "vqldm.py train-vq": "--seed 0 --device auto --preset default --upsample nearest --lr .001 "
-    "--data synthetic --n-images 4096 --held-out .1 --augment all --size 64 --widths 16,64 "
-    "--z-dim 3 "
-    "--codes 2048 --lpips-weight .1 --commit-weight .25 --gan-weight .2 --lam-max .004 "
-    "--gan-start .1 --muon-lr .02 --codes-lr .02 --d-lr .0004 --batch-size 8 --epochs 3",
-    "vqldm.py train-ldm": "--seed 0 --device auto --preset default --upsample nearest --lr .001 "
-    "--vq runs/vq --T 1000 --schedule cosine --target v --widths 64,128 --ema .995 "
-    f"--batch-size 32 --epochs 27 {SAMPLING}",
-    "vqldm.py sample": f"--seed 0 --device auto --ckpt runs/ldm --n 64 {SAMPLING}",
-    "tools/evaluate.py": f"--seed 0 --device auto --ckpt runs/ldm --n 500 {SAMPLING}",
-}
 PRESETS = {  # what can be typed instead of --preset
+    "train-vq --preset default": "--seed 0 --device auto --upsample nearest --lr .001 "
+    "--data synthetic --n-images 4096 --held-out .1 --augment all --size 64 --widths 16,64 "
+    "--z-dim 3 --codes 2048 --lpips-weight .1 --commit-weight .25 --gan-weight .2 --lam-max .004 "
+    "--gan-start .1 --muon-lr .02 --codes-lr .02 --d-lr .0004 --batch-size 8 --epochs 3",
+    "train-ldm --preset default": "--seed 0 --device auto --upsample nearest --lr .001 "
+    "--vq runs/vq --T 1000 --schedule cosine --target v --widths 64,128 --ema .995 --batch-size 32 "
+    "--epochs 27 --eta 0 --steps 50 --autoguidance 1.5 --class-guidance 1.5",
     "train-vq --preset tiny": "--size 32 --n-images 200 --widths 16,32 --codes 64 --epochs 4",
     "train-ldm --preset tiny": "--T 200 --widths 32,64 --batch-size 16 --epochs 16",
     "train-vq --preset quick": "--n-images 800 --held-out .05 --epochs 2.4",
@@ -2222,18 +2042,9 @@ PRESETS = {  # what can be typed instead of --preset
 }
 
 
-@pytest.mark.parametrize("command", DEFAULTS)
-def test_these_are_the_defaults(command):
-    """Whoever compares a run with README and NOTES needs them, because their numbers belong to
-    these defaults. Whoever changes one measures anew."""
-    cls = COMMANDS[command]
-    typed = vars(vqldm.parser_of(command, cls).parse_args(DEFAULTS[command].split()))
-    assert cls(**typed) == cls()
-    assert not any(field.default for field in fields(cls) if field.name not in typed)
-
-
 @pytest.mark.parametrize("command", PRESETS)
 def test_these_are_the_presets(empty_folder, settings_of, command):
+    """The numbers in README and RESULTS belong to these. Whoever changes one measures anew."""
     preset = settings_of(f"{command} --out new")
     typed = settings_of(f"{command.split()[0]} --out new {PRESETS[command]}")
     assert preset == vqldm.replace(typed, preset=preset.preset)
@@ -2301,9 +2112,7 @@ def test_readmes_example_runs_and_seeds_nothing(copy_of, empty_folder, monkeypat
 
 
 @pytest.mark.parametrize("heading", re.findall("^### (.*)", PAGES["CHANGING.md"], re.M))
-def test_each_change_in_changing_can_be_made_and_passes_its_check(
-    empty_folder, monkeypatch, heading
-):
+def test_each_change_of_changing_passes_its_check(empty_folder, monkeypatch, heading):
     """A part of its diff stands once in the program, if comments do not count."""
     text = section("CHANGING.md", heading)
     (diff,), (check,) = blocks("diff", text), blocks("python", text)
@@ -2336,11 +2145,11 @@ def test_features_are_the_means_of_the_last_map_of_lpips(lpips, side):
 def test_kernel_distance_is_the_unbiased_sum_over_pairs():
     """No image is paired with itself, nor with the one that has its place in the other set."""
     a, b = randn(5, 3).double(), randn(5, 3, key=1).double() + 1
-    aa, bb, ab = [
-        np.mean([float((u[i] @ v[j] / 3 + 1) ** 3) for i, j in itertools.permutations(range(5), 2)])
-        for u, v in ((a, a), (b, b), (a, b))
-    ]
-    assert evaluate.kernel_distance(a, b) == pytest.approx(aa + bb - 2 * ab)
+    want = 0
+    for u, v, sign in ((a, a, 1), (b, b, 1), (a, b, -2)):
+        for i, j in itertools.permutations(range(5), 2):
+            want += sign * float(u[i] @ v[j] / 3 + 1) ** 3 / 20
+    assert evaluate.kernel_distance(a, b) == pytest.approx(want)
 
 
 @pytest.mark.parametrize("n, rows", [(300, [7, 255, 256, 257, 299, 0]), (256, [0, 255]), (1, [0])])
@@ -2376,28 +2185,21 @@ def with_unseen_images(trained, folder):
     with Image.open(seen[0]) as again:
         again.putpixel((0, 0), (9, 9, 9))
         again.save(photos / "mole/6.bmp")
-    names = [path.relative_to(photos).as_posix() for path in photos.rglob("*.bmp")]
-    rows = [f"{name},{'P' * (name in ('mole/0.bmp', 'scar/0.bmp'))}" for name in names]
+    rows = [f"{p.relative_to(photos)},{'P' * (p.stem == '0')}" for p in photos.rglob("*.bmp")]
     (photos / "metadata.csv").write_text("\n".join(["file_name,patient_id", *rows]))
     pixels = torch.stack([vqldm.read_image(path.read_bytes(), 32) for path in seen])
     return SimpleNamespace(seen=pixels, are_green=lambda x: (x[:, 1, 20, 20] > 130).tolist())
-
-
-@pytest.fixture()
-def unseen(trained, empty_folder):
-    """with_unseen_images, in the folder in which the test runs."""
-    return with_unseen_images(trained, empty_folder)
 
 
 @pytest.fixture(scope="module")
 def evaluation(trained, tmp_path_factory):
     """What evaluate says of nine samples, of which three are really turned training images."""
     folder, generate = tmp_path_factory.mktemp("evaluation"), vqldm.LatentDiffusion.generate
-    images = with_unseen_images(trained, folder)
+    e = with_unseen_images(trained, folder)
 
     def with_copies(self, settings, ids, label):
         pictures, z0 = generate(self, settings, ids, label)
-        pictures[4:7] = vqldm.augment(images.seen[[7, 3, 30]] // 4 * 4, [2, 5, 0])
+        pictures[4:7] = vqldm.augment(e.seen[[7, 3, 30]] // 4 * 4, [2, 5, 0])
         return pictures, z0
 
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as out:
@@ -2408,13 +2210,14 @@ def evaluation(trained, tmp_path_factory):
         patch.setattr(vqldm, "load_lpips", lambda device: lpips)
         patch.setattr(vqldm, "draw_rows", ORIGINAL.draw_rows)
         reconstruct, drawn = [recorded(patch, vqldm, x) for x in ("reconstruct", "draw_rows")]
-        features, nearest = [recorded(patch, evaluate, x) for x in ("features", "nearest_trained")]
+        features = recorded(patch, evaluate, "features")
+        e.nearest = recorded(patch, evaluate, "nearest_trained")
         made = recorded(patch, vqldm.LatentDiffusion, "generate")
-        assert cli(*"evaluate --ckpt ldm --data all --n 9 --out new/results".split()) == 0
-    e = SimpleNamespace(made=made[0], drawn=drawn[0], nearest=nearest, folder=folder)
-    e.seen, e.are_green, e.printed = images.seen, images.are_green, out.getvalue()
+        words = "evaluate --ckpt ldm --data all --n 9 --out new/results --folders new/folders"
+        assert cli(*words.split()) == 0
+    e.folder, e.printed, e.drawn, e.made = folder, out.getvalue(), drawn[0], made[0]
     e.numbers = json.loads((folder / "new/results/metrics.json").read_text())
-    e.samples, e.latents = made[0].result
+    e.samples, e.latents = e.made.result
     e.real, e.other = [call.pixels for call in reconstruct]  # two sets of unseen images
     (e.measures, e.recon), (_, e.perfect) = [call.result for call in reconstruct]
     e.features = {call.pixels.numpy().tobytes(): call.result for call in features}
@@ -2451,9 +2254,7 @@ def test_evaluate_prints_what_it_measures_on_and_all_that_it_measures(evaluation
     settings = {field.name for field in fields(evaluate.EvaluateConfig)}
     assert told.keys() == e.numbers.keys() - settings and len(told) == 17
     assert told == pytest.approx({name: e.numbers[name] for name in told}, rel=1e-3)
-    images = "12 unseen images of known classes: {'mole': 6, 'scar': 6}"
-    warning = "WARNING each of the two sets has only 6 unseen images: distances are mostly chance"
-    assert f"to measure on: {images}\n{warning}\n" in e.printed
+    assert "12 unseen images of known classes: {'mole': 6, 'scar': 6}\nWARNING each" in e.printed
     assert e.printed.splitlines()[-1].startswith("6 unseen images in each set are too few")
 
 
@@ -2472,7 +2273,8 @@ def test_evaluate_counts_near_copies(evaluation):
     assert {name: e.numbers[name] for name in want} == pytest.approx(want)
 
 
-def test_evaluate_draws_each_set_under_its_name_and_the_worst_copies_first(evaluation):
+def test_evaluate_draws_each_set_and_writes_it_into_a_folder(evaluation):
+    """The worst copies are drawn first. The folders are for other programs, which compare them."""
     e = evaluation
     distance, row = e.nearest[0].result
     order = distance.argsort()
@@ -2481,7 +2283,11 @@ def test_evaluate_draws_each_set_under_its_name_and_the_worst_copies_first(evalu
     want["that image"] = e.nearest[0].trained[row[order]]
     assert identical(e.drawn.rows, want) and [*e.drawn.rows] == [*want]
     assert e.drawn.path == Path("new/results/evaluate.png")
-    assert "look at new/results/evaluate.png and metrics.json\n" in e.printed
+    assert sorted(os.listdir(e.folder / "new/folders")) == ["real", "recon", "samples"]
+    for name in ("real", "recon", "samples"):
+        paths = sorted((e.folder / "new/folders" / name).iterdir())
+        written = [vqldm.pil_to_tensor(Image.open(path)) for path in paths]
+        assert_equal(torch.stack(written), want[name])
 
 
 @pytest.mark.parametrize("there, n, few", [(4, 9, 2), (39, 500, 19), (40, 500, 0), (99, 19, 19)])
@@ -2490,56 +2296,40 @@ def test_evaluate_warns_if_each_set_has_fewer_than_20_images(printed, there, n, 
     images, model = images_with_ids(*[range(there)] * 2), SimpleNamespace(classes=["a", "b"])
     cfg, seen = evaluate.EvaluateConfig(n=n), torch.tensor([-1])
     evaluate.unseen_images(cfg, model, images, seen)
-    assert (f"WARNING each of the two sets has only {few} unseen images:" in printed()) == (few > 0)
+    assert re.findall("WARNING .* only (.*) unseen images", printed()) == [str(few)] * (few > 0)
     with pytest.raises(vqldm.UserError, match="3 unseen images are too few, 4 are needed"):
         evaluate.unseen_images(cfg, model, images_with_ids([1, 2, 3], [1, 2, 3]), seen)
 
 
-def test_evaluate_can_measure_one_class_on_the_same_images_at_any_seed(unseen, monkeypatch):
+def test_evaluate_can_measure_one_class_on_the_same_images_at_any_seed(evaluation, monkeypatch):
+    monkeypatch.chdir(evaluation.folder)
     calls = recorded(monkeypatch, vqldm, "reconstruct")
     made = recorded(monkeypatch, vqldm.LatentDiffusion, "generate")
     for seed in (0, 7):
         assert cli(*f"evaluate --ckpt ldm --data all --class scar --n 4 --seed {seed}".split()) == 0
     assert_equal(calls[0].pixels, calls[1].pixels)
-    assert unseen.are_green(calls[0].pixels) == [True] * 3
+    assert evaluation.are_green(calls[0].pixels) == [True] * 3
     assert [call.label.tolist() for call in made] == [[1] * 4] * 2
 
 
-def test_without_training_images_and_lpips_nothing_is_said_of_copies_and_kernels(unseen):
-    """Without --out the results lie beside the checkpoint."""
-    shutil.rmtree("all/train")
-    Path("all/metadata.csv").unlink()
-    assert cli(*"evaluate --ckpt ldm --data all --n 4".split()) == 0
-    numbers = json.loads(Path("ldm/metrics.json").read_text())
-    assert numbers["training_images_found"] == 0 and not Path("runs").exists()
+def test_evaluate_needs_no_classes_no_training_images_and_no_lpips(trained, tmp_path, printed):
+    """Copies and kernels are left out then. Without --out the results lie beside the checkpoint."""
+    train("ldm", tmp_path / "ldm", "--unconditional")
+    assert cli("evaluate", "--ckpt", tmp_path / "ldm", "--data", "photos/val") == 0
+    numbers = json.loads((tmp_path / "ldm/metrics.json").read_text())
+    assert "12 unseen images of known classes: {'images': 12}" in printed()
+    assert numbers["training_images_found"] == 0
     assert not [name for name in numbers if "kernel" in name or "near" in name]
 
 
-def test_a_model_without_classes_is_measured_on_all_images(unseen, monkeypatch):
-    state = state_of("ldm/last.pt")
-    state["config"]["unconditional"], state["classes"] = True, ["images"]
-    for part in ("ema", "young"):
-        state[part]["label.weight"] = state[part]["label.weight"][:2]
-    torch.save(state, "ldm/last.pt")
-    calls = recorded(monkeypatch, vqldm, "reconstruct")
-    made = recorded(monkeypatch, vqldm.LatentDiffusion, "generate")
-    assert cli(*"evaluate --ckpt ldm --data all --n 20".split()) == 0
-    assert len(calls[0].pixels) == 7 and made[0].label.tolist() == [0] * 20
-
-
-IN_WORDS = [  # how far kernel is above kernel_perfect, what chance does, images, and the last line
-    (6.4, 0.8, 300, "kernel is above kernel_perfect by 6.4, give or take 0.8. A perfect"),
-    (0.6, 0.8, 300, "300 images are too few to tell kernel from kernel_perfect"),
-    (-0.6, 0.8, 300, "300 images are too few to tell kernel from kernel_perfect"),
-    (-2.6, 0.8, 300, "kernel is below kernel_perfect by 2.6, give or take 0.8: stage 1"),
-    (9.9, 8.0, 20, "kernel is above kernel_perfect by 9.9"),
-    (99.0, 8.0, 19, "19 unseen images in each set are too few to tell how good the samples are"),
-]
-
-
-@pytest.mark.parametrize("gap, chance, n, told", IN_WORDS)
-def test_the_last_line_of_evaluate_says_what_kernel_means(gap, chance, n, told):
-    assert told in evaluate.in_words(gap, chance, n)
+def test_the_last_line_of_evaluate_says_what_kernel_means():
+    """From how far kernel is above kernel_perfect, what chance does, and the number of images."""
+    told = evaluate.in_words
+    assert told(6.4, 0.8, 20).startswith("kernel is above kernel_perfect by 6.4, give or take 0.8.")
+    assert told(0.6, 0.8, 300).startswith("300 images are too few to tell kernel from")
+    assert told(-0.6, 0.8, 300).startswith("300 images are too few to tell kernel from")
+    assert told(-2.6, 0.8, 300).startswith("kernel is below kernel_perfect by 2.6, give or take")
+    assert told(99.0, 8.0, 19).startswith("19 unseen images in each set are too few to tell how")
 
 
 def test_chance_is_how_much_the_gap_of_two_kernels_varies_from_set_to_set():
@@ -2553,20 +2343,6 @@ def test_chance_is_how_much_the_gap_of_two_kernels_varies_from_set_to_set():
         assert found[-1][0] == gap
     gap, chance = torch.tensor(found).T
     assert 0.8 < chance.mean() / (2 * gap.std()) < 1.5
-
-
-def test_evaluate_writes_folders_that_other_programs_can_compare(unseen, monkeypatch, refused):
-    """Each has the images of its row in evaluate.png. They must be new or empty."""
-    drawn = recorded(monkeypatch, vqldm, "draw_rows")
-    words = "evaluate --ckpt ldm --data all --n 9 --folders new".split()
-    Path("new").mkdir()
-    assert cli(*words) == 0
-    for name in ("real", "recon", "samples"):
-        paths = sorted(Path("new", name).iterdir())
-        pictures = [vqldm.pil_to_tensor(Image.open(path)) for path in paths]
-        assert_equal(torch.stack(pictures), drawn[0].rows[name])
-    assert len([*Path("new").iterdir()]) == 3
-    assert refused(*words) == "vqldm: --folders new: is not empty; name a new folder\n"
 
 
 # ---- tools/table.py ------------------------------------------------------------------------------
@@ -2590,20 +2366,16 @@ def converted(*words):
 # What a case is about (with flags), a table as people save it, and below it the metadata.csv that
 # comes of it. The files that this names are there, and those that stand after "beside".
 AS_SAVED = """\
-semicolons, and titles with blanks: Image Name;Diagnosis;Patient|a;mole;P|b;scar;Q
-file_name,class,patient_id|a.jpg,mole,P|b.jpg,scar,Q
-tabs, capitals and hyphens: IMAGE\tClass\tPatient-ID\tlesion ID|a\tmole\tP\tL|b\tscar\tQ\tM
-file_name,class,patient_id,lesion_id|a.jpg,mole,P,L|b.jpg,scar,Q,M
+titles with capitals, blanks and hyphens: IMAGE Name;Diagnosis;Patient-ID;lesion ID|a;mole;P;L
+file_name,class,patient_id,lesion_id|a.jpg,mole,P,L
 German --name Bild --class befund --group FALL: Bild;Befund;Fall;class|a;Mal;1;x|b;Narbe;1;y
 file_name,class,group|a.jpg,Mal,1|b.jpg,Narbe,1
 known columns in their order, but not empty ones: \
 label,class,diagnosis,dx,diagnosis_1,diagnosis_3,isic_id,image|1,2,3,4,5,,a,b|1,2,3,4,6,NA,b,a
 file_name,class|a.jpg,5|b.jpg,6
-capitals, endings, \\, folders of the disk: \
-image,class|IMG_1.jpg,mole|IMG_2,scar|rare\\1.JPG,x|3.jpg,y
-file_name,class|IMG_1.JPG,mole|img_2.jpg,scar|rare/1.jpg,x|x/3.jpg,y
-folders of the table, and absolute paths: \
-image|old/x/1.jpg|C:\\me\\2.jpg|/home/me/3.jpg|\\\\me\\4.jpg
+capitals, endings, \\, folders of the disk: image|IMG_1.jpg|IMG_2|rare\\1.JPG|3.jpg
+file_name|IMG_1.JPG|img_2.jpg|rare/1.jpg|x/3.jpg
+folders of the table, absolute paths: image|old/x/1.jpg|C:\\me\\2.jpg|/home/me/3.jpg|\\\\me\\4.jpg
 file_name|x/1.jpg|y/2.jpg|3.jpg|4.jpg
 an exact name rules out all others: image|1.jpg|x/1.jpg|X/1.jpg
 file_name|1.jpg|x/1.jpg|X/1.jpg
@@ -2611,34 +2383,27 @@ a folder that differs is of another file, beside here/1.jpg: image|there/1.jpg|h
 file_name|here/2.jpg
 files that were converted, if no row has the new name: image|1.HEIC|2.tif|2.b.jpg|2.jpg
 file_name|1.jpg|2.b.png|2.jpg
-é as one and as two characters, also in classes: \
-image,class|n\u00e9vus 1,n\u00e9vus|ne\u0301vus 2,ne\u0301vus
-file_name,class|ne\u0301vus 1.jpg,n\u00e9vus|n\u00e9vus 2.jpg,n\u00e9vus
-blanks, also a Mac's, and quotes: \
- image , class ,patient_id|a\u202fb , mole\u00a0,  "P"|  c, "scar; ""old"", 5",P
-file_name,class,patient_id|a\u202fb.jpg,mole,P|c.jpg,"scar; ""old"", 5",P
+both forms of é, also in classes: image,class|\u00e9 1,\u00e9|e\u0301 2,e\u0301
+file_name,class|e\u0301 1.jpg,\u00e9|\u00e9 2.jpg,\u00e9
+blanks, also a Mac's, and quotes:  image , class |a\u202fb , mole\u00a0|  c,  "scar; ""old"", 5"
+file_name,class|a\u202fb.jpg,mole|c.jpg,"scar; ""old"", 5"
 blank rows and titles, as Excel leaves them: sep=;|image;class;;|a;mole;;|;;;|b;scar|;;;
 file_name,class|a.jpg,mole|b.jpg,scar
-a first column without a title: \timage\tdx|0\ta\tmole|1\tb\tscar
-file_name,class|a.jpg,mole|b.jpg,scar
+tabs, and a first column without a title: \timage\tdx\tPatient|0\ta\tmole\tP|1\tb\tscar\tQ
+file_name,class,patient_id|a.jpg,mole,P|b.jpg,scar,Q
 words that mean empty: image,class,patient_id|a,NULL,-|b,mole,?|c,unknown,missing|d,None,0
 file_name,class,patient_id|a.jpg,,|b.jpg,mole,|c.jpg,,|d.jpg,,0
-a lesion's patient, also from a row without a file: \
-image,lesion_id,patient_id|a,L,|b,L,P|c,M,|d,N,|e,,Q|9,N,R
+a lesion's patient, of any row: image,lesion_id,patient_id|a,L,|b,L,P|c,M,|d,N,|e,,Q|9,N,R
 file_name,patient_id,lesion_id|a.jpg,P,L|b.jpg,P,L|c.jpg,,M|d.jpg,R,N|e.jpg,Q,
 a column of 0 and 1 for each class: image,age,MEL,NV,BCC|a,1,0.0,1.0,0.0|b,50,1,0,0|9,60,,,
 file_name,class|a.jpg,NV|b.jpg,MEL
 columns of 0 and 1 that are no classes: image,a,b|a,1,1|b,0,1
 file_name|a.jpg|b.jpg
-a class column comes first, two rows may say the same: \
-image,male,female,dx|a,1,0,mole|b,0,1,scar|a.jpg,0,1,mole
+classes before sexes, equal rows: image,male,female,dx|a,1,0,mole|b,0,1,scar|a.jpg,0,1,mole
 file_name,class|a.jpg,mole|b.jpg,scar
-an ISIC table as downloaded: \
-isic_id,attribution,diagnosis_1,diagnosis_3,lesion_id,patient_id|I_1,"A, B",Benign,Nevus,L_1,P_1\
-|I_2,X,Malignant,,L_2,|I_3,X,Malignant,In situ,L_1,
-file_name,class,patient_id,lesion_id|I_1.jpg,Nevus,P_1,L_1|I_2.jpg,,,L_2|I_3.jpg,In situ,P_1,L_1
-a HAM10000 table as downloaded: \
-lesion_id,image_id,dx,dx_type,age,sex,localization|H_8,I_9,bkl,histo,80.0,male,scalp
+the program's own format: class,file_name,group|mole,a.jpg,|scar,b.jpg,G
+file_name,class,group|a.jpg,mole,|b.jpg,scar,G
+HAM10000's table: lesion_id,image_id,dx,dx_type,age,sex|H_8,I_9,bkl,histo,80.0,male
 file_name,class,lesion_id|part_1/I_9.jpg,bkl,H_8"""
 AS_SAVED = [(*a.split(": ", 1), b) for a, b in zip(*[iter(AS_SAVED.split("\n"))] * 2)]
 
@@ -2667,7 +2432,6 @@ REFUSED_BY_THE_TOOL = {  # a table of a.jpg, b.jpg, x/1.jpg, y/1.jpg, and what t
     "Bild,dx|a,x": "which of ['Bild', 'dx'] has the names? Type --name",
     "": "x.csv: which of [] has the names?",
     "image|b|1|a": "'1' may be any of ['x/1.jpg', 'y/1.jpg']",
-    "image,Class,class|a,x,y": "titles ['Class', 'class'] are one title",
     "image,Patient ID,patient_id|a,x,y": "['Patient ID', 'patient_id'] are one title",
     "image,dx|a,Nevus|b,nevus": "'Nevus' and 'nevus' differ by capitals",
     "image,lesion_id,patient_id|a,L,P|b,L,Q": "L: has the patients ['P', 'Q']",
@@ -2677,7 +2441,6 @@ REFUSED_BY_THE_TOOL = {  # a table of a.jpg, b.jpg, x/1.jpg, y/1.jpg, and what t
     "PK\3\4": "x.csv: is a spreadsheet; save it as CSV (in Excel: CSV UTF-8)",
     b"image\n\x81\xff": "is not in UTF-8, UTF-16 or cp1252",
     "image|a --class du": "--class du: is not among the titles",
-    "image|a --klass du": "unrecognized arguments: --klass du",
     "image|a y.csv": "y.csv: is no file, here or in photos",
 }
 
@@ -2694,8 +2457,7 @@ CHOICES = [  # tables, the one that is typed, and the one that is read, or why n
     ("metadata_csv a_csv b.tsv", "", "metadata.csv"),
     ("a_csv b.tsv c.txt d.xlsx x/b_csv", "", "a.csv"),
     ("b.tsv c.txt .a_csv", "", "b.tsv"),
-    ("a_csv c.txt", "c.txt", "c.txt"),
-    ("x/metadata_csv", "x/metadata.csv", "x/metadata.csv"),
+    ("a_csv x/metadata_csv", "x/metadata.csv", "x/metadata.csv"),
     ("a_csv A.CSV", "", "photos: has the tables ['A.CSV', 'a.csv']; name one"),
     ("x.txt", "", "photos: has no .csv or .tsv; name the table after the folder"),
     ("x.xlsx", "", "x.xlsx: is a spreadsheet"),
@@ -2724,13 +2486,6 @@ def test_the_table_tool_overwrites_nothing_and_does_nothing_twice(empty_folder, 
     assert kept.read_text() == "image;dx\na;mole\nb;scar"
 
 
-def test_the_table_tool_leaves_the_programs_format_alone(empty_folder, printed):
-    text = "\ufeffclass,file_name,patient_id,lesion_id,group|mole,a.jpg,P,,| unknown , b.jpg,,,G"
-    photos("a.jpg & b.jpg", metadata_csv=text)
-    assert converted() == text.split("|") and len(os.listdir("photos")) == 3
-    assert "photos/metadata.csv is in the format of vqldm.py: nothing to be done" in printed()
-
-
 def test_the_table_tool_replaces_a_link_and_does_not_write_through_it(empty_folder):
     photos("a.jpg")
     Path("theirs.csv").write_text("image;dx\na;mole")
@@ -2741,10 +2496,10 @@ def test_the_table_tool_replaces_a_link_and_does_not_write_through_it(empty_fold
 
 
 def test_the_table_tool_shows_what_it_took(empty_folder, printed):
+    titles = "Image,Diagnosis,class,Patient ID,lesion_id,,Age"
     rows = "w,scar,x,Q,,,7|x,scar,x,Q,,,7|y,scar,x,Q,,,7|z,scar,x,Q,,,7"
     rows = f"1.jpg,mole,x,P,L,,7|2.jpg,mole,x,P,,,7|3.jpg,scar,x,,M,,7|4.jpg,,x,,,,7|{rows}"
-    names = "1.JPG & 2.jpg & 3.jpg & 4.jpg & 5.jpg & 6.jpg & 7.jpg & 8.jpg & a.heic & b.HEIC"
-    photos(names, x_csv=f"Image,Diagnosis,class,Patient ID,lesion_id,,Age|{rows}")
+    photos(" & ".join(f"{i}.jpg" for i in range(2, 9)) + " & 1.JPG", x_csv=f"{titles}|{rows}")
     converted()
     told = """read photos/x.csv, in utf-8, with ',' between columns
 taken: file_name from 'Image', class from 'Diagnosis', patient_id from 'Patient ID', \
@@ -2754,8 +2509,7 @@ names that are no path below the folder: 1, such as ['1.jpg is 1.JPG']
 rows without a file: 4, such as ['w', 'x', 'y']
 files without a row, left out: 4, such as ['5.jpg', '6.jpg', '7.jpg']
 wrote photos/metadata.csv with 4 images
-not read: 2 .heic
-photos/metadata.csv leaves out 4 images, which have no row
+photos/metadata.csv names 4 of 8 images, and only these are used
 classes by class - images split by {'patient_id': 2, 'lesion_id': 1, 'image': 1}
 classes: {'mole': 2, 'scar': 1, 'unknown': 1}
 groups: 3
@@ -2770,25 +2524,10 @@ def test_letters_draws_a_folder_for_each_class(empty_folder):
     assert classes == sorted(2 * "ABEFGKPR")
 
 
-def test_the_classifier_compares_samples_with_duplicates(
-    copy_of, empty_folder, monkeypatch, printed
-):
-    copy_of("ldm")
+def test_the_classifier_compares_samples_with_duplicates(trained, monkeypatch, printed):
     monkeypatch.setattr(vqldm, "load_lpips", lambda device: "LPIPS")
     monkeypatch.setattr(evaluate, "features", lambda net, x: F.avg_pool2d(x.double(), 8).flatten(1))
-    assert cli(*"classifier ldm 4 scar".split()) == 0
+    assert cli(*"classifier trained/ldm 4 scar".split()) == 0
     told = printed()
     assert told.count("with samples balanced accuracy") == 3
     assert told.count("with as many duplicates balanced accuracy") == 3
-
-
-@pytest.mark.parametrize("rare", ["scar", "nevus"])
-def test_the_classifier_needs_classes_that_model_and_images_have(
-    copy_of, empty_folder, monkeypatch, refused, rare
-):
-    """The images here have scars, which the model does not know, and no nevus, which it knows."""
-    monkeypatch.setattr(vqldm, "load_lpips", lambda device: "LPIPS")
-    copy_of("ldm", classes=["mole", "nevus"])
-    known = "choose from ['mole', 'nevus']"
-    told = {"scar": f"CLASS scar: {known}", "nevus": "RUN: its classes are not those of its images"}
-    assert refused("classifier", "ldm", 4, rare) == f"vqldm: {told[rare]}\n"
