@@ -147,9 +147,11 @@ def plain_cpu(request, monkeypatch):
     use_plain_cpu(monkeypatch, bf16)
     if "trained" in request.fixturenames:
         monkeypatch.chdir(request.getfixturevalue("trained").folder)
-    hangup = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup, which ignores it, may run tests
-    yield
-    signal.signal(signal.SIGHUP, hangup)
+    usual = {signal.SIGHUP: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield  # whoever runs the tests, such as nohup or a shell in the background, may ignore these
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture()
