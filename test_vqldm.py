@@ -329,6 +329,13 @@ def attention(block, x):
     return x + torchs(y, y, y)[0].transpose(1, 2).view_as(x)
 
 
+def test_attention_weights_the_values_of_all_cells():
+    """Its weights are strong here, or else each cell would get nearly the mean of all."""
+    block, x = randomised(vqldm.AttentionBlock(8), 1), randn(2, 8, 3, 5)
+    assert_close(block(x), attention(block, x), rtol=1e-4, atol=1e-4)
+    assert (block(x) - x).std((2, 3)).min() > 1
+
+
 def written_out(net, y, emb=None):
     """An encoder, decoder or UNet, written out from its layers as in Table 7 of the VQGAN paper. In
     a UNet, which has emb, each UpBlock also gets what the DownBlock had before halving."""
