@@ -1691,6 +1691,15 @@ def test_a_checkpoint_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypa
     assert order == ["fsync", "replace"] and state_of(tmp_path / "x") == [1]
 
 
+def test_two_processes_can_write_one_file_at_the_same_time(tmp_path, monkeypatch):
+    """The second begins and ends while the first one writes. What ends last stays."""
+    x, second = tmp_path / "x", [["the second's"]]
+    monkeypatch.setattr(os, "getpid", Mock(side_effect=[1, 2]))
+    recorded(monkeypatch, torch, "save", lambda call: second and vqldm.write_whole(x, second.pop()))
+    vqldm.write_whole(x, ["the first's"])
+    assert state_of(x) == ["the first's"] and [*tmp_path.iterdir()] == [x]
+
+
 def test_a_full_disk_or_memory_harms_no_checkpoint(copy_of, tmp_path, monkeypatch, refused):
     """torch reports a full disk, and a GPU without memory, in its own way. The last case asks for
     more memory than a CPU can have. No half of a file is left, and the folder can be used again."""
@@ -1772,6 +1781,13 @@ def test_a_validation_comes_at_each_tenth_and_after_ten_minutes(tmp_path, monkey
     assert all(call.path == tmp_path / "curves.png" and call.rows is run.log for call in drawn)
     tens = [{"step": step, "a": step - 1.0} for step in (10, 20, 30, 40)]
     assert [row for row in run.log if "a" in row] == tens
+
+
+def test_a_validation_is_saved_before_it_is_drawn(trained, tmp_path, monkeypatch, refused):
+    """So a full disk costs less. Here the picture of the second validation finds it full."""
+    monkeypatch.setattr(vqldm, "draw_rows", Mock(side_effect=[None, OSError(28, "No space")]))
+    assert "No space" in refused(*STAGES["vq"], "--epochs", 2.5, "--out", tmp_path)
+    assert state_of(tmp_path / "last.pt")["step"] == 3
 
 
 # ---- F. Pictures ---------------------------------------------------------------------------------
