@@ -2395,8 +2395,9 @@ label,class,diagnosis,dx,diagnosis_1,diagnosis_3,isic_id,image|1,2,3,4,5,,a,b|1,
 file_name,class|a.jpg,5|b.jpg,6
 capitals, endings, \\, folders of the disk: image|IMG_1.jpg|IMG_2|rare\\1.JPG|3.jpg
 file_name|IMG_1.JPG|img_2.jpg|rare/1.jpg|x/3.jpg
-folders of the table, absolute paths: image|old/x/1.jpg|C:\\me\\2.jpg|/home/me/3.jpg|\\\\me\\4.jpg
-file_name|x/1.jpg|y/2.jpg|3.jpg|4.jpg
+folders of the table, absolute paths: \
+image|old/x/1.jpg|C:\\me\\2.jpg|/home/me/3.jpg|\\\\me\\4.jpg|~/me/5.jpg|../z/6.jpg
+file_name|x/1.jpg|y/2.jpg|3.jpg|4.jpg|y/5.jpg|z/6.jpg
 an exact name rules out all others: image|1.jpg|x/1.jpg|X/1.jpg
 file_name|1.jpg|x/1.jpg|X/1.jpg
 a folder that differs is of another file, beside here/1.jpg: image|there/1.jpg|here/2.jpg
@@ -2557,6 +2558,7 @@ def test_the_classifier_compares_samples_with_duplicates(trained, monkeypatch, p
     trained_on = {*bytes_of(fits[0].x)}
     assert len(trained_on) == 30 and {len(call.x) for call in tests} == {4, 18}
     assert all({*bytes_of(call.x)} == trained_on for call in fits[2::2])  # with duplicates
+    assert len({*bytes_of([call.x[30:] for call in fits[1::2]])}) == 3  # other samples each time
     told = printed()
     assert told.count("with samples balanced accuracy") == 3
     assert told.count("with as many duplicates balanced accuracy") == 3
