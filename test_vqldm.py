@@ -2416,7 +2416,7 @@ words that mean none: image,class,patient_id|a,NULL,-|b,mole,?|c,unknown,missing
 file_name,class,patient_id|a.jpg,,|b.jpg,mole,|c.jpg,,|d.jpg,,0|e.jpg,,
 a lesion's patient, of any row: image,lesion_id,patient_id|a,L,|b,L,P|c,M,|d,N,|e,,Q|9,N,R
 file_name,patient_id,lesion_id|a.jpg,P,L|b.jpg,P,L|c.jpg,,M|d.jpg,R,N|e.jpg,Q,
-a column of 0 and 1 for each class: image,age,MEL,NV,BCC|a,1,0.0,1.0,0.0|b,50,1,0,0|9,60,,,
+a column of 0 and 1 for each class: image,age,MEL,NV|a,1,0.0,1.0|b,50,1,0|9,60,,
 file_name,class|a.jpg,NV|b.jpg,MEL
 columns of 0 and 1 that are no classes: image,a,b|a,1,1|b,0,1
 file_name|a.jpg|b.jpg
@@ -2548,6 +2548,14 @@ def test_letters_draws_a_folder_for_each_class(empty_folder):
     letters.draw_letters("again", 2)
     one, two = [sorted(Path(folder).rglob("*.png")) for folder in ("letters", "again")]
     assert [path.read_bytes() for path in one] == [path.read_bytes() for path in two]
+
+
+def test_the_classifier_gives_all_classes_equal_weight():
+    """Two classes overlap, and one is ten times as frequent. Each is found equally often."""
+    label = (torch.arange(1100) >= 1000).long()
+    x = randn(1100, 1) + 2 * label[:, None]
+    found = classifier.found(classifier.fit(x, label, 2), x, label, ["often", "rare"])
+    assert found["often"] == pytest.approx(found["rare"], abs=6)
 
 
 def test_the_classifier_compares_samples_with_duplicates(trained, monkeypatch, printed):
