@@ -1164,8 +1164,10 @@ def test_the_middle_square_is_cut_out_and_shrunk_without_aliasing(read):
     """So a mesh of single pixels becomes grey. What lies beside the square is red, and gone."""
     wide = mesh(40, 80, 1)
     wide[:, :19] = wide[:, 61:] = 255, 0, 0
-    for name, pixels in (("wide.png", wide), ("high.png", wide.transpose(1, 0, 2).copy())):
-        assert (read(Image.fromarray(pixels), name) - 128).abs().max() < 20
+    high = Image.fromarray(wide.transpose(1, 0, 2).copy())
+    for name, im in (("wide.png", Image.fromarray(wide)), ("high.png", high)):
+        assert (read(im, name) - 128).abs().max() < 20
+        assert (read(im.quantize(), f"few colours {name}") - 128).abs().max() < 20
 
 
 def test_a_jpeg_is_read_at_its_right_size_and_turned_as_its_camera_says(read):
@@ -1208,8 +1210,8 @@ def test_images_of_all_formats_and_modes_are_read_in_the_order_of_their_names(tm
 
 def test_what_is_no_image_is_not_opened_or_skipped(tmp_path, load, printed, monkeypatch):
     """Hidden files and other formats are not opened, but the latter are counted by their endings.
-    Links to folders are not followed. There is a WARNING of an image that ends too early, of two
-    that would be black, of one so large that PIL calls it a bomb, and of PostScript called x.png,
+    Links to folders are not followed. There is a WARNING of an image that ends too early, of three
+    that would be black or white, of one so large that PIL calls it a bomb, and of PostScript called x.png,
     for which PIL would start Ghostscript. The images around them keep their classes."""
     folder = fill(tmp_path / "photos", "a/1.png cut.jpg z/2.png", size=(200, 200))
     rest = "a.txt .git/x.png b.heic c.HEIF d.avif e.jp2 f.mpo g.jxl .hidden.png a/.b/c/1.png png"
@@ -1220,14 +1222,18 @@ def test_what_is_no_image_is_not_opened_or_skipped(tmp_path, load, printed, monk
     (folder / "a/up").symlink_to("..")
     (folder / "cut.jpg").write_bytes((folder / "cut.jpg").read_bytes()[:-300])
     Image.new("F", (9, 9)).save(folder / "floats.tiff")
-    Image.fromarray(np.zeros((9, 9), np.uint16)).save(folder / "deep.png")
+    for name, order in (("deep.png", "<"), ("deep.tif", ">")):
+        Image.fromarray(np.zeros((9, 9), f"{order}u2")).save(folder / name)
     Image.new("L", (400, 400)).save(folder / "giant.png")
     Image.new("RGB", (9, 9)).save(folder / "x.eps")
     (folder / "x.eps").rename(folder / "x.png")
     monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", ghostscript := Mock(side_effect=OSError))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 200 * 200)
     images = load(folder)
-    told, bad = printed(), "c/text.jpg cut.jpg deep.png floats.tiff giant.png x.png".split()
+    told, bad = (
+        printed(),
+        "c/text.jpg cut.jpg deep.png deep.tif floats.tiff giant.png x.png".split(),
+    )
     assert re.findall(r"WARNING skipped '(\S+)' \(", told) == bad and not ghostscript.called
     assert "not read: 1 .txt, 1 .heic, 1 .heif, 1 .avif, 1 .jp2, 1 .mpo, 1 .jxl, 1 without" in told
     assert classes_of(images) == images.classes == ["a", "z"]  # and there is no class c
@@ -1630,7 +1636,8 @@ def test_a_resumed_run_ends_the_same(trained, tmp_path, monkeypatch, stage, stop
         ask = "lr_factor", lambda call: call.step == stop and signal.raise_signal(number)
         recorded(patch, vqldm, *ask)
         assert cli(*words) == 128 + number
-    assert state_of(out / "last.pt")["step"] == stop + 1
+    state = state_of(out / "last.pt")
+    assert (state["step"], state["steps"]) == (stop + 1, 12)
     (vq / "last.pt").write_text("another run's")
     moved = out.rename(tmp_path / "moved")
     assert cli(STAGES[stage][0], "--resume", "--out", moved) == 0
@@ -1775,7 +1782,7 @@ def test_an_unknown_error_is_raised_and_signals_do_as_before(trained, tmp_path, 
 
 
 def test_ctrl_c_outside_of_training_ends_at_once(trained, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(vqldm, "read_images", Mock(side_effect=KeyboardInterrupt))
+    monkeypatch.setattr(Image, "open", Mock(side_effect=KeyboardInterrupt))
     assert cli(*STAGES["vq"], "--out", tmp_path / "x") == 130 and not (tmp_path / "x").exists()
     assert capsys.readouterr().err == "vqldm: stopped\n"
 
@@ -1858,8 +1865,8 @@ def test_rows_of_pictures_are_drawn_under_their_names(tmp_path, side, times):
 
 def test_curves_show_each_number_beside_that_of_held_out_images(tmp_path, monkeypatch):
     """A panel is logarithmic where all its values are positive and far apart."""
-    log = [dict(step=0, mse=9.0, val_mse=8.0, d_real=1.0), dict(step=7, mse=1.0, d_real=0.0)]
-    log += [dict(step=8, mse=2.0, d_fake=-9.0, lam=4.0, lam_wanted=5.0)]
+    log = [dict(step=0, mse=9.0, val_mse=8.0, d_real=1.0), dict(step=7, mse=1.0, d_real=0.1)]
+    log += [dict(step=8, mse=2.0, d_fake=-9.0, lam=0.0, lam_wanted=5.0)]
     saved = recorded(monkeypatch, vqldm.Figure, "savefig")
     ORIGINAL.draw_curves(tmp_path / "curves.png", log)
     panels = ["val_mse", "mse"], ["lam_wanted", "lam"], ["d_real", "d_fake"]
@@ -2019,11 +2026,12 @@ def test_help_shows_each_setting_with_its_comment_and_its_default(command, monke
 
 
 def test_help_without_a_command_is_one_screen_on_any_console(monkeypatch):
-    """An ASCII console lacks some letters of the help. In a notebook, `%run vqldm.py` prints to an
+    """An ASCII console lacks some letters of a command's help. In a notebook, `%run vqldm.py` prints to an
     object without an encoding that could be changed, such as StringIO."""
-    ascii_console = io.TextIOWrapper(io.BytesIO(), "ascii")
-    for words, out in (([], ascii_console), (["--help"], io.StringIO()), (["-h"], io.StringIO())):
-        monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
+    assert cli("train-vq", "--help") == 0
+    for words in ([], ["--help"], ["-h"]):
+        monkeypatch.setattr(sys, "stdout", out := io.StringIO())
         assert cli(*words) == 0
         out.seek(0)
         told = out.read()
@@ -2199,8 +2207,8 @@ def test_kernel_distance_is_the_unbiased_sum_over_pairs():
 def test_the_nearest_training_image_is_found_in_all_symmetries(n, rows):
     """Training images are searched in parts of 256. One picture is no copy, and a search in float64
     tells its distance. The others are turned copies of these rows. All come 50 times."""
-    pixels = torch.randint(256, (301, 3, 64, 64), generator=rng(1)).byte()
-    small = pixels.double().unflatten(3, (32, 2)).unflatten(2, (32, 2)).mean((3, 5)) / 127.5 - 1
+    pixels = torch.randint(256, (301, 3, 128, 128), generator=rng(1)).byte()
+    small = pixels.double().unflatten(3, (32, 4)).unflatten(2, (32, 4)).mean((3, 5)) / 127.5 - 1
     every = np.stack([symmetries(x) for x in small[1 : n + 1].numpy()])
     away = np.sqrt(((every - small[0].numpy()) ** 2).sum((2, 3, 4)).min(1))
     turned = vqldm.augment(pixels[1:][rows], torch.arange(len(rows)) + 1)
@@ -2430,8 +2438,8 @@ image|old/x/1.jpg|C:\\me\\2.jpg|/home/me/3.jpg|\\\\me\\4.jpg|~/me/5.jpg|../z/6.j
 file_name|x/1.jpg|y/2.jpg|3.jpg|4.jpg|y/5.jpg|z/6.jpg
 an exact name rules out all others: image|1.jpg|x/1.jpg|X/1.jpg
 file_name|1.jpg|x/1.jpg|X/1.jpg
-a folder that differs, one column of 1, beside here/1.jpg: image,ok|there/1.jpg,1|here/2.jpg,1
-file_name|here/2.jpg
+a folder that differs, one column of 1, beside P/x/1.jpg: image,ok|Q/x/1.jpg,1|P/x/2.jpg,1
+file_name|P/x/2.jpg
 files that were converted, if no row has the new name: image|1.HEIC|2.tif|2.b.jpg|2.jpg
 file_name|1.jpg|2.b.png|2.jpg
 both forms of é, also in classes: image,class|\u00e9 1,\u00e9|e\u0301 2,e\u0301
@@ -2450,6 +2458,8 @@ file_name,patient_id,lesion_id|a.jpg,P,L|b.jpg,P,L|c.jpg,,M|d.jpg,R,N|e.jpg,Q,
 a column of 0 and 1 for each class: image,age,MEL,NV|a,1,0.0,1.0|b,50,1,0|9,60,,
 file_name,class|a.jpg,NV|b.jpg,MEL
 columns of 0 and 1 that are no classes: image,a,b|a,1,1|b,0,1
+file_name|a.jpg|b.jpg
+columns of 0 and 1 of which a row has none: image,a,b|a,0,0|b,0,1
 file_name|a.jpg|b.jpg
 classes before sexes, equal rows: image,male,female,dx|a,1,0,mole|b,0,1,scar|a.jpg,0,1,mole
 file_name,class|a.jpg,mole|b.jpg,scar
@@ -2513,6 +2523,7 @@ CHOICES = [  # tables, the one that is typed, and the one that is read, or why n
     ("a_csv A.CSV", "", "photos: has the tables ['A.CSV', 'a.csv']; name one"),
     ("x.txt", "", "photos: has no .csv or .tsv; name the table after the folder"),
     ("x.xlsx", "", "x.xlsx: is a spreadsheet"),
+    ("a_csv b.tsv", "b.tsv", "b.tsv: is here and in photos; type its whole path"),
     ("metadata_csv a_csv", "a.csv", "metadata.csv: is there already"),
     ("metadata_csv metadata.original_csv", "", "metadata.original.csv: is in the way"),
 ]
@@ -2521,6 +2532,7 @@ CHOICES = [  # tables, the one that is typed, and the one that is read, or why n
 @pytest.mark.parametrize("tables, typed, told", CHOICES)
 def test_the_table_tool_chooses_a_table(empty_folder, capsys, tables, typed, told):
     photos("x/a.jpg", **dict.fromkeys(tables.split(), "image|a"))
+    Path("b.tsv").touch()
     status, (out, error) = cli("table", "photos", *typed.split()), capsys.readouterr()
     assert f"read photos/{told}, in utf-8" in out if status == 0 else told in error
     assert (status == 0) == (" " not in told)
@@ -2589,15 +2601,22 @@ def test_the_classifier_gives_all_classes_equal_weight():
     assert found["often"] == pytest.approx(found["rare"], abs=6)
 
 
-def test_the_classifier_compares_samples_with_duplicates(trained, monkeypatch, printed):
+def test_the_classifier_compares_samples_with_duplicates(copy_of, tmp_path, monkeypatch, printed):
+    """Stage 2 has photos of its own here. Patient P was trained on, and so is no test, in two of
+    them. Classes have equal weight in what is printed."""
+    own = shutil.copytree("photos", tmp_path / "own")
+    rows = [f"{p.relative_to(own)},{'P' * (p.stem == '0')}" for p in own.rglob("*.bmp")]
+    (own / "metadata.csv").write_text("\n".join(["file_name,patient_id", *rows]))
+    copy_of("ldm", dict(data=str(own)))
     monkeypatch.setattr(vqldm, "load_lpips", lambda device: "LPIPS")
     monkeypatch.setattr(evaluate, "features", lambda net, x: F.avg_pool2d(x.double(), 8).flatten(1))
     fits, tests = [recorded(monkeypatch, classifier, name) for name in ("fit", "found")]
-    assert cli(*"classifier trained/ldm 4 scar".split()) == 0
+    assert cli("classifier", tmp_path / "ldm", 4, "scar") == 0
     trained_on = {*bytes_of(fits[0].x)}
-    assert len(trained_on) == 30 and {len(call.x) for call in tests} == {4, 18}
+    assert len(trained_on) == 31 and {len(call.x) for call in tests} == {4, 17}
     assert all({*bytes_of(call.x)} == trained_on for call in fits[2::2])  # with duplicates
-    assert len({*bytes_of([call.x[30:] for call in fits[1::2]])}) == 3  # other samples each time
-    told = printed()
+    assert len({*bytes_of([call.x[31:] for call in fits[1::2]])}) == 3  # other samples each time
+    told, shares = printed(), [*tests[0].result.values()]
+    assert f"photographs alone balanced accuracy {sum(shares) / 2:.1f}" in told
     assert told.count("with samples balanced accuracy") == 3
     assert told.count("with as many duplicates balanced accuracy") == 3
