@@ -368,15 +368,18 @@ def test_encoder_and_decoder_are_made_of_the_papers_blocks(upsample, widths):
     assert net.latent_shape == (2, 48 // f, 48 // f)
 
 
-def test_the_default_networks_have_as_many_weights_as_ever():
-    """A checkpoint fits no other shapes, and the other tests take shapes from the program."""
+def test_the_default_networks_have_as_many_weights_as_ever_and_norms_of_one_group():
+    """A checkpoint fits no others, and the other tests take layers from the program."""
     vqgan, unet = vqldm.VQGAN(vqldm.VQConfig()), vqldm.UNet(3, (64, 128), 4)
     assert sum(p.numel() for p in vqgan.parameters()) == 568_246
     assert sum(p.numel() for p in unet.parameters()) == 2_725_763
+    norms = [x for x in [*vqgan.modules(), *unet.modules()] if isinstance(x, nn.GroupNorm)]
+    assert len(norms) == 50 and {norm.num_groups for norm in norms} == {1}
 
 
-def test_nearest_finds_the_code_that_a_search_in_float64_finds():
-    """And a vector that was looked up is its own nearest code."""
+def test_nearest_finds_the_code_that_a_search_in_float64_finds(monkeypatch):
+    """Even where networks compute in bf16. A vector that was looked up is its own nearest code."""
+    use_plain_cpu(monkeypatch, bf16=True)
     book, z = randomised(vqldm.Codebook(512, 4), 1), randn(4, 4, 16, 16, key=2)
     e, k = book.embedding.weight.detach(), book.nearest(z)
     vectors = z.double().movedim(1, -1).flatten(0, 2)  # (B·h·w,d)
@@ -776,7 +779,10 @@ def test_the_unet_has_skips_and_depends_on_time_and_class(upsample, widths):
 def test_networks_compute_in_bf16_inside_and_answer_in_float32(monkeypatch, inner):
     """The decoder's last layer stays in float32, because lam is computed from its gradients."""
     use_plain_cpu(monkeypatch, bf16=inner == torch.bfloat16)
-    x, z, t = randn(2, 3, 16, 16), randn(2, 4, 4, 4), torch.tensor([1, 2])
+    x, z, t = randn(2, 3, 16, 16), randn(2, 4, 4, 4), torch.tensor([997, 999])
+    with vqldm.mixed_precision(x):
+        sines = vqldm.time_embedding(t, 2)
+    assert_close(sines.double(), torch.stack([t.double().sin(), t.double().cos()], 1))
     for net, last, *given in (
         (vqldm.Encoder((8, 8), 4), inner, x),
         (vqldm.Decoder((8, 8), 4), torch.float32, z),
@@ -829,6 +835,8 @@ def test_reference_sampling_ends_with_the_programs_latents(runs, how, monkeypatc
     """The noise of an image depends on its id alone, not on its batch: here the program makes
     batches of 32 and 4, and the reference one of 3. A guidance of 1 costs no call."""
     use_plain_cpu(monkeypatch)  # in bf16, rounding would depend on the size of the batch
+    # a single class has no class guidance, with or without --unconditional
+    monkeypatch.setattr(runs.model, "cfg", vqldm.replace(runs.cfg, unconditional=False))
     how = {**{name: runs.ldm["config"][name] for name in vqldm.SAMPLING}, **how}
     cfg = vqldm.SampleConfig(**how, seed=21)  # not that of the training
     strong = recorded(monkeypatch, runs.model.ema, "forward")
@@ -1173,12 +1181,12 @@ def test_the_middle_square_is_cut_out_and_shrunk_without_aliasing(read):
 def test_a_jpeg_is_read_at_its_right_size_and_turned_as_its_camera_says(read):
     """The decoder shrinks it to a half, a quarter or an eighth. A mesh of 4×4 pixels, four times
     too large, stays a mesh. In the other image the left half, which is red, is really right."""
-    coarse, mirrored = mesh(64, 64, 4), Image.Exif()
+    coarse, mirrored = mesh(64, 128, 4), Image.Exif()
     image = read(Image.fromarray(coarse), "a.jpg", quality=95)
-    assert (image[0] - torch.from_numpy(coarse[::4, ::4, 0])).abs().max() < 40
+    assert (image[0] - torch.from_numpy(coarse[::4, 32:96:4, 0])).abs().max() < 40
     mirrored[0x0112] = 2
-    for name in ("b.jpg", "b.png"):
-        image = read(two_halves(), name, exif=mirrored)
+    for mode, name in (("RGB", "b.jpg"), ("RGB", "b.png"), ("RGBA", "c.png")):
+        image = read(two_halves(mode), name, exif=mirrored)
         assert image[0, 8, 3] < 9 < image[0, 8, 12]
 
 
@@ -1282,11 +1290,15 @@ def test_the_cache_notices_a_file_that_was_rewritten(tmp_path, decoded_anew):
         assert red in decoded_anew(folder).pixels[:, 0, 8, 3]
 
 
-def test_the_cache_notices_folder_class_size_pillow_and_code(tmp_path, decoded_anew, monkeypatch):
+def test_the_cache_notices_folder_group_class_size_pillow_and_code(
+    tmp_path, decoded_anew, monkeypatch
+):
     folder = fill(tmp_path / "all", "a/1.bmp b/1.bmp")
     assert decoded_anew(folder).classes == ["a", "b"]
     other = decoded_anew(fill(tmp_path / "other", "a/1.bmp b/1.bmp", (5, 0, 99)))
     assert other.pixels[:, 0, 8, 3].tolist() == [5, 6]
+    (folder / "metadata.csv").write_text("file_name,group\na/1.bmp,G\nb/1.bmp,G")
+    assert len(decoded_anew(folder).group.unique()) == 1
     (folder / "metadata.csv").write_text("file_name,class\na/1.bmp,mole\nb/1.bmp,scar")
     assert decoded_anew(folder).classes == ["mole", "scar"]
     assert decoded_anew(folder, size=32).pixels.shape == (2, 3, 32, 32)
@@ -1373,7 +1385,7 @@ PHOTOS = "a.bmp b.bmp nevus/c.bmp nevus/d.bmp twice.bmp scar/twice.bmp"
 TABLES = [  # a table, in which | begins a line, the classes in the order of paths, what is printed
     # Blanks around words do not count, and images without a row are left out.
     (
-        " file_name , class ,patient_id|a.bmp, mole ,P|b.bmp,scar,|nevus/d.bmp,,P||",
+        " file_name , class ,patient_id|a.bmp, mole ,P|b.bmp,scar,||,,|nevus/d.bmp,,P",
         ["mole", "scar", "unknown"],
         "metadata.csv names 3 of 6 images, and only these are used\nclasses by class -",
     ),
