@@ -1043,8 +1043,8 @@ def test_without_lpips_a_warning_says_what_to_do(monkeypatch, printed):
 
 
 def test_psnr_stays_a_number_if_there_is_no_error():
-    """Infinity would be no JSON. The limit is 10 lg(4/1e-10) = 106 dB. What the decoder gives beyond
-    [-1,1] is cut off before it is measured, as in pictures."""
+    """Infinity would be no JSON. The limit is 10 lg(4/1e-10) = 106 dB. What the decoder gives lies
+    beyond [-1,1] here, and is cut off as in pictures."""
     x, k = torch.ones(1, 3, 4, 4), torch.zeros(1, 1, 1).long()
     perfect = SimpleNamespace(
         codebook=vqldm.Codebook(1, 3), encode=lambda x: k, decode=lambda k: 2 * x
@@ -1219,8 +1219,8 @@ def test_images_of_all_formats_and_modes_are_read_in_the_order_of_their_names(tm
 def test_what_is_no_image_is_not_opened_or_skipped(tmp_path, load, printed, monkeypatch):
     """Hidden files and other formats are not opened, but the latter are counted by their endings.
     Links to folders are not followed. There is a WARNING of an image that ends too early, of three
-    that would be black or white, of one so large that PIL calls it a bomb, and of PostScript called x.png,
-    for which PIL would start Ghostscript. The images around them keep their classes."""
+    that would be black or white, of one so large that PIL calls it a bomb, and of PostScript called
+    x.png, for which PIL would start Ghostscript. The images around them keep their classes."""
     folder = fill(tmp_path / "photos", "a/1.png cut.jpg z/2.png", size=(200, 200))
     rest = "a.txt .git/x.png b.heic c.HEIF d.avif e.jp2 f.mpo g.jxl .hidden.png a/.b/c/1.png png"
     for name in [*rest.split(), "c/text.jpg"]:
@@ -2038,8 +2038,8 @@ def test_help_shows_each_setting_with_its_comment_and_its_default(command, monke
 
 
 def test_help_without_a_command_is_one_screen_on_any_console(monkeypatch):
-    """An ASCII console lacks some letters of a command's help. In a notebook, `%run vqldm.py` prints to an
-    object without an encoding that could be changed, such as StringIO."""
+    """An ASCII console lacks some letters of a command's help. In a notebook, `%run vqldm.py` prints
+    to an object without an encoding that could be changed, such as StringIO."""
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
     assert cli("train-vq", "--help") == 0
     for words in ([], ["--help"], ["-h"]):
@@ -2235,8 +2235,8 @@ def with_unseen_images(trained, folder):
     """Make a copy of stage 2 in folder/ldm, and 52 photographs in folder/all. The model has seen 36
     of them. Of the others, two show patient P, who is known, and two show acne, a class that the
     model does not have. So 12 are unseen: six moles, of which one is a training image, saved again
-    with another pixel, and six scars, which are greener, one by far. The result has the pixels of the 36
-    images, and a function that tells which images are green."""
+    with another pixel, and six scars, which are greener, one by far. The result has the pixels of
+    the 36 images, and a function that tells which images are green."""
     photos = shutil.copytree(trained.folder / "photos/train", folder / "all/train").parent
     seen = sorted(photos.rglob("*.bmp"))
     checksums = [vqldm.digest(hashlib.sha256(path.read_bytes()).digest()) for path in seen]
@@ -2257,8 +2257,8 @@ def with_unseen_images(trained, folder):
 
 @pytest.fixture(scope="module")
 def evaluation(trained, tmp_path_factory):
-    """What evaluate says of nine samples, of which four are really training images, three turned and
-    one with few colours."""
+    """What evaluate says of nine samples, of which four are really training images. Three of these
+    are turned, and one has few colours."""
     folder, generate = tmp_path_factory.mktemp("evaluation"), vqldm.LatentDiffusion.generate
     e = with_unseen_images(trained, folder)
 
