@@ -2038,8 +2038,8 @@ def test_help_shows_each_setting_with_its_comment_and_its_default(command, monke
 
 
 def test_help_without_a_command_is_one_screen_on_any_console(monkeypatch):
-    """An ASCII console lacks some letters of a command's help. In a notebook, `%run vqldm.py` prints
-    to an object without an encoding that could be changed, such as StringIO."""
+    """An ASCII console lacks some letters of the commands' help. In a notebook, `%run` prints to an
+    object without an encoding that could be changed, such as StringIO."""
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
     assert cli("train-vq", "--help") == 0
     for words in ([], ["--help"], ["-h"]):
