@@ -1176,6 +1176,8 @@ def test_the_middle_square_is_cut_out_and_shrunk_without_aliasing(read):
     for name, im in (("wide.png", Image.fromarray(wide)), ("high.png", high)):
         assert (read(im, name) - 128).abs().max() < 20
         assert (read(im.quantize(), f"few colours {name}") - 128).abs().max() < 20
+    small = read(two_halves(size=(8, 8)), "small.png")
+    assert 9 < small[2, 8, 8] < 246  # an edge between two pixels, when enlarged, is smooth
 
 
 def test_a_jpeg_is_read_at_its_right_size_and_turned_as_its_camera_says(read):
@@ -1199,6 +1201,8 @@ def test_transparent_pixels_are_white_whatever_colour_lies_below(read):
     files = [(rgba, "png", {}), (rgba.convert("PA"), "tif", {}), (indexed, "png", key)]
     files += [(Image.merge("LA", [grey, alpha]), "png", {}), (grey, "png", dict(transparency=150))]
     files += [(lime, "png", dict(transparency=(0, 255, 0)))]
+    soft = Image.merge("RGBA", [*lime.split(), two_halves("L", 51, 255)])
+    assert read(soft, "soft.png")[:, 8, 3].tolist() == [204, 255, 204]  # a fifth of lime
     for i, (im, kind, how) in enumerate(files):
         image = read(im, f"{i}.{kind}", **how)
         assert image[:, 8, 3].tolist() == [255] * 3, (im.mode, kind, how)
@@ -1861,18 +1865,18 @@ def test_rows_of_pictures_are_drawn_under_their_names(tmp_path, side, times):
     """At most 16 in a row, on white, and twice as large below 64 pixels. A row without images is
     left out. README's pictures have labels of 14 pixels and lines of two, so new ones must."""
     images = torch.randint(256, (20, 3, side, side), generator=rng("rows")).byte()
-    path, rows = tmp_path / "new/grid.png", {"many": images, "none": images[:0], "p": images[:3]}
+    path, rows = tmp_path / "new/grid.png", {"p": images[:3], "none": images[:0], "many": images}
     ORIGINAL.draw_rows(path, rows)
     side, images = side * times, images.repeat_interleave(times, 2).repeat_interleave(times, 3)
     sheet, height = np.moveaxis(np.array(Image.open(path)), 2, 0), side + 18
     assert sheet.shape == (3, 2 * height, 2 + 16 * (side + 2))
-    for top, few in ((0, images[:16]), (height, images[:3])):
+    for top, few in ((0, images[:3]), (height, images[:16])):
         assert sheet[:, top : top + 13].min() < 128  # something is written there
         assert (sheet[:, top + 14 : top + 16] == 255).all()
         for i, image in enumerate(few):
             left, below = 2 + (side + 2) * i, top + 16
             assert np.array_equal(sheet[:, below : below + side, left : left + side], image)
-    assert (sheet[:, height + 14 :, 2 + 3 * (side + 2) :] == 255).all()
+    assert (sheet[:, 14:height, 2 + 3 * (side + 2) :] == 255).all()
 
 
 def test_curves_show_each_number_beside_that_of_held_out_images(tmp_path, monkeypatch):
@@ -1946,6 +1950,7 @@ MISTAKES = [  # a command, and what the sentence says that refuses it
     ("classifier trained/ldm 4 wart", "CLASS wart: choose from ['mole', 'scar']"),
     ("classifier trained/vq 4 scar", "RUN trained/vq: is not of train-ldm"),
     ("evaluate --ckpt trained/ldm --folders one", "--folders one: is not empty; name a new folder"),
+    ("evaluate --ckpt trained/ldm --data one --out one", "--out one: holds the images; name"),
     ("evaluate --ckpt trained/ldm --n 1", "--n 1: must be at least 2, since pairs of images"),
     ("evaluate --ckpt trained/ldm --data one", "--class, --data: 0 unseen images are too few, 4"),
 ]
@@ -2014,7 +2019,7 @@ def test_a_folder_is_recorded_with_its_full_path(empty_folder, monkeypatch):
 
 def test_a_class_is_meant_by_exactly_its_name():
     cfg = vqldm.SampleConfig(class_="a")
-    assert vqldm.wanted_classes(cfg, ["A", "a"]).tolist() == [1]
+    assert vqldm.wanted_classes(cfg, ["A", "an a", "a"]).tolist() == [2]
 
 
 @pytest.mark.parametrize("command", [*vqldm.COMMANDS, "evaluate"])
@@ -2385,7 +2390,7 @@ def test_evaluate_can_measure_one_class_on_the_same_images_at_any_seed(evaluatio
 def test_evaluate_needs_no_classes_no_training_images_and_no_lpips(trained, tmp_path, printed):
     """Copies and kernels are left out then. Without --out the results lie beside the checkpoint."""
     train("ldm", tmp_path / "ldm", "--unconditional")
-    assert cli("evaluate", "--ckpt", tmp_path / "ldm", "--data", "photos/val") == 0
+    assert cli("evaluate", "--ckpt", tmp_path / "ldm/last.pt", "--data", "photos/val") == 0
     numbers = json.loads((tmp_path / "ldm/metrics.json").read_text())
     assert "12 unseen images of known classes: {'images': 12}" in printed()
     assert numbers["training_images_found"] == 0
@@ -2436,7 +2441,7 @@ def converted(*words):
 # What a case is about (with flags), a table as people save it, and below it the metadata.csv that
 # comes of it. The files that this names are there, and those that stand after "beside".
 AS_SAVED = """\
-titles with capitals, blanks and hyphens: IMAGE Name;Diagnosis;Patient-ID;lesion ID|a;mole;P;L
+titles with capitals, blanks and hyphens: IMAGE Name;Diagnosis;Patient-ID;lesion\u00a0ID|a;mole;P;L
 file_name,class,patient_id,lesion_id|a.jpg,mole,P,L
 German --name Bild --class befund --group FALL: Bild;Befund;Fall;class|a;Mal;1;x|b;Narbe;1;y
 file_name,class,group|a.jpg,Mal,1|b.jpg,Narbe,1
@@ -2452,10 +2457,11 @@ an exact name rules out all others: image|1.jpg|x/1.jpg|X/1.jpg
 file_name|1.jpg|x/1.jpg|X/1.jpg
 a folder that differs, one column of 1, beside P/x/1.jpg: image,ok|Q/x/1.jpg,1|P/x/2.jpg,1
 file_name|P/x/2.jpg
-files that were converted, if no row has the new name: image|1.HEIC|2.tif|2.b.jpg|2.jpg
+files that were converted, if no row has the new name, beside 3.jpg: \
+image|1.HEIC|2.tif|2.b.jpg|2.jpg|3.2
 file_name|1.jpg|2.b.png|2.jpg
-both forms of é, also in classes: image,class|\u00e9 1,\u00e9|e\u0301 2,e\u0301
-file_name,class|e\u0301 1.jpg,\u00e9|\u00e9 2.jpg,\u00e9
+both forms of é: image,class,patient_id|\u00e9 1,\u00e9,\u00e9|e\u0301 2,e\u0301,e\u0301
+file_name,class,patient_id|e\u0301 1.jpg,\u00e9,\u00e9|\u00e9 2.jpg,\u00e9,\u00e9
 blanks, also a Mac's, and quotes:  image , class |a\u202fb , mole\u00a0|  c,  "scar; ""old"", 5"
 file_name,class|a\u202fb.jpg,mole|c.jpg,"scar; ""old"", 5"
 blank rows and titles, as Excel leaves them: sep=;|image;class;;|a;mole;;|;;;|b;scar|;;;
@@ -2467,10 +2473,12 @@ image,class,patient_id|a,NULL,-|b,mole,?|c,unknown,missing|d,None,0|e,N/A,#N/A
 file_name,class,patient_id|a.jpg,,|b.jpg,mole,|c.jpg,,|d.jpg,,0|e.jpg,,
 a lesion's patient, of any row: image,lesion_id,patient_id|a,L,|b,L,P|c,M,|d,N,|e,,Q|9,N,R
 file_name,patient_id,lesion_id|a.jpg,P,L|b.jpg,P,L|c.jpg,,M|d.jpg,R,N|e.jpg,Q,
-a column of 0 and 1 for each class: image,age,MEL,NV|a,1,0.0,1.0|b,50,1,0|9,60,,
+a column of 0 and 1 for each class: image;age;MEL;NV|a;1;0.0;1,0|b;50;1;0|9;60;;
 file_name,class|a.jpg,NV|b.jpg,MEL
 columns of 0 and 1 that are no classes: image,a,b|a,1,1|b,0,1
 file_name|a.jpg|b.jpg
+a study's groups, which are to be compared: image,dx,group|a,mole,treated|b,scar,control
+file_name,class|a.jpg,mole|b.jpg,scar
 columns of 0 and 1 of which a row has none: image,a,b|a,0,0|b,0,1
 file_name|a.jpg|b.jpg
 classes before sexes, equal rows: image,male,female,dx|a,1,0,mole|b,0,1,scar|a.jpg,0,1,mole
@@ -2560,6 +2568,8 @@ def test_the_table_tool_overwrites_nothing_and_does_nothing_twice(empty_folder, 
     assert {path: path.stat() for path in Path("photos").iterdir()} == there and len(there) == 4
     kept = Path("photos", name.replace("metadata", "metadata.original"))
     assert kept.read_text() == "image;dx\na;mole\nb;scar"
+    Path("photos", name).write_text("image;dx\na;scar\nb;scar")
+    assert cli("table", "photos", name) == 2
 
 
 def test_the_table_tool_replaces_a_link_and_does_not_write_through_it(empty_folder):
