@@ -380,12 +380,12 @@ def test_the_default_networks_have_as_many_weights_as_ever_and_norms_of_one_grou
 def test_nearest_finds_the_code_that_a_search_in_float64_finds(monkeypatch):
     """Even where networks compute in bf16. A vector that was looked up is its own nearest code."""
     use_plain_cpu(monkeypatch, bf16=True)
-    book, z = randomised(vqldm.Codebook(512, 4), 1), randn(4, 4, 16, 16, key=2)
+    book, z = randomised(vqldm.Codebook(5000, 4), 1), randn(4, 4, 8, 8, key=2)
     e, k = book.embedding.weight.detach(), book.nearest(z)
     vectors = z.double().movedim(1, -1).flatten(0, 2)  # (B·h·w,d)
     distance = (vectors[:, None] - e.double()).square().sum(2)
     excess = distance.gather(1, k.flatten()[:, None])[:, 0] - distance.amin(1)
-    assert excess.max() < 1e-5 and k.shape == (4, 16, 16)
+    assert excess.max() < 1e-5 and k.shape == (4, 8, 8)
     z_q = book.lookup(k)
     assert_equal(z_q.movedim(1, -1), e[k])
     assert_equal(book.nearest(z_q), k)
@@ -483,8 +483,10 @@ def test_a_step_follows_the_clipped_mean_gradient_or_none_if_it_is_not_finite(mo
 
 
 def test_learning_rates_rise_for_50_steps_and_fall_to_a_hundredth():
-    factors = [vqldm.lr_factor(*of) for of in ((0, 0.0), (49, 0.1), (99, 0.7), (999, 0.999))]
-    assert factors == pytest.approx([0.02, 1, 0.5, 0.01])
+    factors = [
+        vqldm.lr_factor(*of) for of in ((0, 0.0), (49, 0.1), (99, 0.2), (99, 0.7), (999, 0.999))
+    ]
+    assert factors == pytest.approx([0.02, 1, 1, 0.5, 0.01])
 
 
 # The references here and in 7 and 8 use the program's layers and Muon, which other tests check,
@@ -945,6 +947,11 @@ def test_a_channel_in_which_all_codes_agree_does_no_harm(copy_of, tmp_path):
     assert state["scale"][:, 1].tolist() == pytest.approx([7, 1e-6])
 
 
+def test_stage_2_halves_a_grid_of_12_cells_at_most_twice(copy_of, refused):
+    words = "train-ldm", "--vq", copy_of("vq", dict(size=48)), "--widths", "8,8,8"
+    assert "--widths: too many halvings" in refused(*words)
+
+
 def test_stage_2_can_have_images_of_its_own(trained, tmp_path, monkeypatch, printed):
     """It learns their classes. evaluate takes them, but not seen.bmp, which stage 1 has seen."""
     own, ldm = fill(tmp_path / "own", "a/0.bmp a/1.bmp b/2.bmp val/a/3.bmp"), tmp_path / "ldm"
@@ -981,8 +988,9 @@ def test_sample_makes_images_of_all_classes_or_of_one(ldm, monkeypatch, words, h
     answer in each step of a batch of 32."""
     made = recorded(monkeypatch, vqldm.LatentDiffusion, "generate")
     asked = recorded(monkeypatch, vqldm.UNet, "forward")
+    drawn = recorded(monkeypatch, vqldm, "draw_rows")
     assert cli("sample", "--ckpt", ldm, "--out", "a/new/folder", *words.split()) == 0
-    assert len(asked) == calls
+    assert len(asked) == calls and [*drawn[0].rows] == [NAMES[c] for c in sorted({*want})]
     for call in made:
         assert [getattr(call.settings, field.name) for field in fields(vqldm.Sampling)] == how
     assert [int(i) for call in made for i in call.ids] == [*range(len(want))]
@@ -1051,6 +1059,7 @@ def test_psnr_stays_a_number_if_there_is_no_error():
     )
     measures, recon = vqldm.reconstruct(perfect, vqldm.to_bytes(x))
     assert measures["psnr"] == pytest.approx(106.02, abs=0.01) and measures["mse"] == 0
+    assert vqldm.to_bytes(torch.tensor([-9.0, -1, 1, 9])).tolist() == [0, 0, 255, 255]
 
 
 # ---- B. Drawn lesions ----------------------------------------------------------------------------
@@ -1593,6 +1602,7 @@ def test_a_training_prints_its_images_what_it_logs_and_what_comes_next(trained, 
         kind, following = "recon", "train-ldm --preset default --vq"
     drawn = [str(call.path) for call in trained.drawn]
     assert f"trained/{stage}/{kind}_step_000012.png" in drawn
+    assert trained.drawn[-1].rows["samples"].shape == (16, 3, 32, 32)
     assert trained.printed[stage].splitlines() == [
         "device cpu, with matrix products in float32",
         *(["from trained/vq/last.pt at step 12 of 12"] if stage == "ldm" else []),
@@ -1899,9 +1909,9 @@ def test_muon_keeps_the_directions_of_the_mean_gradient_and_evens_out_their_stre
     """m becomes .95 m + .05 g. Write .95 m + .05 g = U S Vᵀ. Then a step is lr · U S' Vᵀ, where S'
     is S, scaled to length 1 and sent through Jordan's polynomial five times. So all strengths end
     near 1, though the largest in S is thirty times the smallest. It moves all of its kernels."""
-    shapes = [(1, 1, 1, 1), (1, 9, 1, 1), (9, 1, 1, 1), (64, 4, 2, 2)]
+    shapes = [(1, 1, 1, 1), (1, 9, 1, 1), (9, 1, 1, 1), (5, 3, 2, 2), (64, 4, 2, 2)]
     params = [nn.Parameter(randn(*shape)) for shape in shapes]
-    muon, means = vqldm.Muon(params, 0.1), [0] * 4
+    muon, means = vqldm.Muon(params, 0.1), [0] * 5
     for key in range(3):
         before = [p.detach().flatten(1).clone() for p in params]
         for p in params:
@@ -1938,7 +1948,6 @@ MISTAKES = [  # a command, and what the sentence says that refuses it
     ("train-vq --resume", "--resume runs/vq/last.pt: no checkpoint is there. Run train-vq first"),
     ("train-ldm", "--vq runs/vq: no checkpoint is there. Run train-vq first"),
     ("train-ldm --vq trained/ldm", "--vq trained/ldm: is not of train-vq"),
-    ("train-ldm --vq trained/vq --widths 8,8,8,8", "--widths: too many halvings"),
     ("train-ldm --vq trained/vq --T 1 --schedule linear", "--T: too few levels to end in noise"),
     ("train-ldm --vq trained/vq --eta 1.1", "--eta 1.1: must be from 0 to 1"),
     ("train-ldm --vq trained/vq --ema 1.1", "--ema 1.1: must be from 0 to 1"),
@@ -2285,7 +2294,8 @@ def evaluation(trained, tmp_path_factory):
         e.nearest = recorded(patch, evaluate, "nearest_trained")
         e.told = recorded(patch, evaluate, "in_words")
         made = recorded(patch, vqldm.LatentDiffusion, "generate")
-        words = "evaluate --ckpt ldm --data all --n 9 --out new/results --folders new/folders"
+        words = "evaluate --ckpt ldm --data all --n 9 --autoguidance 2.5 "
+        words += "--out new/results --folders new/folders"
         assert cli(*words.split()) == 0
     e.folder, e.printed, e.drawn, e.made = folder, out.getvalue(), drawn[0], made[0]
     e.numbers = json.loads((folder / "new/results/metrics.json").read_text())
@@ -2298,19 +2308,19 @@ def evaluation(trained, tmp_path_factory):
 
 def test_evaluate_measures_two_halves_of_what_no_training_has_seen(evaluation):
     """Both have six images, in which the classes are mixed. Samples are of the classes of the first
-    half, and made as stage 2 was told when it was trained."""
+    half, and made as is typed, or else as stage 2 was told when it was trained."""
     e, green = evaluation, evaluation.are_green
     assert len(e.real) == len(e.other) == e.numbers["unseen_images"] == 6
     assert len({*bytes_of(e.real), *bytes_of(e.other)}) == 12
     assert {*green(e.real)} == {True, False} and sum(green(e.real) + green(e.other)) == 6
     assert e.made.label.tolist() == [int(green(e.real)[i % 6]) for i in range(9)]
-    assert e.made.settings.steps == 3
+    assert (e.made.settings.steps, e.made.settings.autoguidance) == (3, 2.5)
 
 
 def test_evaluate_writes_its_settings_and_measures(evaluation):
     """The kernels are distances from the first half."""
     e = evaluation
-    want = dict(ckpt="ldm", data=str(e.folder / "all"), n=9, steps=3, autoguidance=1.5, class_="")
+    want = dict(ckpt="ldm", data=str(e.folder / "all"), n=9, steps=3, autoguidance=2.5, class_="")
     want |= {**e.measures, "latent_std": float(e.latents.std()), "step": 11}
     sets = {"kernel": e.samples[:6], "kernel_perfect": e.perfect, "kernel_recon": e.recon}
     for name, images in {**sets, "kernel_real": e.other}.items():
@@ -2348,6 +2358,22 @@ def test_evaluate_counts_near_copies(evaluation):
     assert {name: e.numbers[name] for name in want} == pytest.approx(want)
 
 
+def test_copies_are_sought_among_all_training_images(trained, tmp_path, monkeypatch):
+    """And as often among the unseen images, of which 1,000 are enough."""
+    many, state = (
+        images_with_ids(*[range(2300)] * 2),
+        vqldm.load_checkpoint("trained/ldm", "", "ldm"),
+    )
+    many.pixels, many.classes = torch.zeros(2300, 3, 32, 32).byte(), ["mole", "scar"]
+    monkeypatch.setattr(vqldm, "read_images", lambda *a: many)
+    nearest = Mock(side_effect=lambda a, b: (torch.ones(len(a)), torch.zeros(len(a)).long()))
+    monkeypatch.setattr(evaluate, "nearest_trained", nearest)
+    cfg = evaluate.EvaluateConfig(n=2, out=str(tmp_path))
+    evaluate.evaluate(cfg, torch.device("cpu"), {**state, "seen": torch.arange(1100)})
+    sizes = [tuple(map(len, call.args)) for call in nearest.call_args_list]
+    assert sizes == [(2, 1100), (1000, 1100)]
+
+
 def test_evaluate_draws_each_set_and_writes_it_into_a_folder(evaluation):
     """The worst copies are drawn first. The folders are for other programs, which compare them."""
     e = evaluation
@@ -2370,7 +2396,8 @@ def test_evaluate_warns_if_each_set_has_fewer_than_20_images(printed, there, n, 
     """Two sets of one image would leave no pair to compare, so fewer than four are refused."""
     images, model = images_with_ids(*[range(there)] * 2), SimpleNamespace(classes=["a", "b"])
     cfg, seen = evaluate.EvaluateConfig(n=n), torch.tensor([-1])
-    evaluate.unseen_images(cfg, model, images, seen)
+    rows, _ = evaluate.unseen_images(cfg, model, images, seen)
+    assert len(rows.diff().unique()) > there // 5  # in random order
     assert re.findall("WARNING .* only (.*) unseen images", printed()) == [str(few)] * (few > 0)
     with pytest.raises(vqldm.UserError, match="3 unseen images are too few, 4 are needed"):
         evaluate.unseen_images(cfg, model, images_with_ids([1, 2, 3], [1, 2, 3]), seen)
@@ -2380,11 +2407,13 @@ def test_evaluate_can_measure_one_class_on_the_same_images_at_any_seed(evaluatio
     monkeypatch.chdir(evaluation.folder)
     calls = recorded(monkeypatch, vqldm, "reconstruct")
     made = recorded(monkeypatch, vqldm.LatentDiffusion, "generate")
+    read = recorded(monkeypatch, vqldm, "read_images")
     for seed in (0, 7):
-        assert cli(*f"evaluate --ckpt ldm --data all --class scar --n 4 --seed {seed}".split()) == 0
+        assert cli(*f"evaluate --ckpt ldm --data all --class scar --n 2 --seed {seed}".split()) == 0
+    assert [call.cfg.seed for call in read] == [0, 0]  # drawn images stay those of stage 1
     assert_equal(calls[0].pixels, calls[1].pixels)
-    assert evaluation.are_green(calls[0].pixels) == [True] * 3
-    assert [call.label.tolist() for call in made] == [[1] * 4] * 2
+    assert evaluation.are_green(calls[0].pixels) == [True] * 2
+    assert [call.label.tolist() for call in made] == [[1] * 2] * 2
 
 
 def test_evaluate_needs_no_classes_no_training_images_and_no_lpips(trained, tmp_path, printed):
