@@ -483,9 +483,8 @@ def test_a_step_follows_the_clipped_mean_gradient_or_none_if_it_is_not_finite(mo
 
 
 def test_learning_rates_rise_for_50_steps_and_fall_to_a_hundredth():
-    factors = [
-        vqldm.lr_factor(*of) for of in ((0, 0.0), (49, 0.1), (99, 0.2), (99, 0.7), (999, 0.999))
-    ]
+    points = (0, 0.0), (49, 0.1), (99, 0.2), (99, 0.7), (999, 0.999)
+    factors = [vqldm.lr_factor(step, progress) for step, progress in points]
     assert factors == pytest.approx([0.02, 1, 1, 0.5, 0.01])
 
 
@@ -1251,10 +1250,8 @@ def test_what_is_no_image_is_not_opened_or_skipped(tmp_path, load, printed, monk
     monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", ghostscript := Mock(side_effect=OSError))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 200 * 200)
     images = load(folder)
-    told, bad = (
-        printed(),
-        "c/text.jpg cut.jpg deep.png deep.tif floats.tiff giant.png x.png".split(),
-    )
+    bad = "c/text.jpg cut.jpg deep.png deep.tif floats.tiff giant.png x.png".split()
+    told = printed()
     assert re.findall(r"WARNING skipped '(\S+)' \(", told) == bad and not ghostscript.called
     assert "not read: 1 .txt, 1 .heic, 1 .heif, 1 .avif, 1 .jp2, 1 .mpo, 1 .jxl, 1 without" in told
     assert classes_of(images) == images.classes == ["a", "z"]  # and there is no class c
@@ -2359,11 +2356,9 @@ def test_evaluate_counts_near_copies(evaluation):
 
 
 def test_copies_are_sought_among_all_training_images(trained, tmp_path, monkeypatch):
-    """And as often among the unseen images, of which 1,000 are enough."""
-    many, state = (
-        images_with_ids(*[range(2300)] * 2),
-        vqldm.load_checkpoint("trained/ldm", "", "ldm"),
-    )
+    """Samples are compared with all of them, and so are 1,000 of the unseen images."""
+    state = vqldm.load_checkpoint("trained/ldm", "", "ldm")
+    many = images_with_ids(*[range(2300)] * 2)
     many.pixels, many.classes = torch.zeros(2300, 3, 32, 32).byte(), ["mole", "scar"]
     monkeypatch.setattr(vqldm, "read_images", lambda *a: many)
     nearest = Mock(side_effect=lambda a, b: (torch.ones(len(a)), torch.zeros(len(a)).long()))
