@@ -59,7 +59,7 @@ def compare(run, n, rare):
     lpips = vqldm.load_lpips(model.device)
     vqldm.require(lpips, "the classifier uses LPIPS's network, see the WARNING")
     cfg = replace(model.vqgan.cfg, data=model.cfg.data or model.vqgan.cfg.data)
-    images = vqldm.read_images(cfg, state["folder"].parent / "cache")
+    images = vqldm.read_images(cfg, state["folder"])
     vqldm.require(images.classes == model.classes, "RUN: its classes are not those of its images")
 
     known = images.known(state["seen"])  # either stage was trained on these

@@ -134,7 +134,7 @@ def evaluate(cfg, device, state):
     lpips = vqldm.load_lpips(device)
     model = vqldm.restore_ldm(state, device)
     data = replace(model.vqgan.cfg, data=cfg.data or model.cfg.data or model.vqgan.cfg.data)
-    images = vqldm.read_images(data, folder.parent / "cache", model.cfg.unconditional)
+    images = vqldm.read_images(data, folder, model.cfg.unconditional)
 
     # ---- two sets of unseen images, and samples of the classes of the first ----
     unseen, label = unseen_images(cfg, model, images, state["seen"])
