@@ -7,20 +7,32 @@ FOLDER holds the images, or folders of them. TABLE is the table to read. If none
 FOLDER's metadata.csv, else the only .csv there, else the only .tsv. What is taken from it is shown.
 
   Form     Commas, semicolons or tabs. UTF-8, UTF-16, or cp1252, as Excel on Windows saves CSV.
-  Titles   Capitals, blanks, hyphens and underscores do not count: "Patient ID" is patient_id.
+  Titles   The first row. Capitals, blanks, - and _ do not count: "Patient ID" is patient_id.
   Names    file_name, isic_id, image_id, image_name or image, the first that is filled, or --name.
            A name is a path below FOLDER. If no file has exactly this path, these do not count:
            folders that only the table or only the disk has, the ending, capitals, the kind of
-           slash, and whether é is one character or two. Of C:\\photos\\1.jpg only 1.jpg counts.
+           slash, and both ways to write é. Of C:\\photos\\1.jpg, photos need not fit.
+  Ids      patient_id (or patient) and lesion_id, or --group. Images of one id are held out
+           together. A row's id is its patient, else its lesion's patient in any row, else its
+           lesion. If some rows keep a patient and others a lesion, the column is called group.
+           A column group in the table counts if all its titles are those of vqldm.py. Beside
+           patients or lesions it is refused.
+  Folders  --group-by-folder LEVEL takes folders for patients, at level 1 those in FOLDER, at 2
+           those in these, and no column of ids. There may be no table. A row without a class is
+           of the folder above its patient's, or of the class images.
   Classes  diagnosis_3, diagnosis_1, dx, diagnosis, class, label or target, the first that is
-           filled, or --class. Else two or more columns of 0 and 1 with one 1 in each row. Else
-           there are none in the table, and vqldm.py takes the subfolders.
-  Groups   patient_id (or patient) and lesion_id, or --group. Images of a group are held out
-           together. All rows of a lesion belong to the patient that any of them names.
+           filled, or --class. Else all columns of 0 and 1 that are not all 0, if there are two or
+           more, each row has one 1, and the images are not in folders of classes. --class A,B,C
+           names some of them. (True, yes and x are 1, and false, no and an empty cell are 0.)
+           Else vqldm.py takes the innermost folders. If they are called like their images' ids,
+           or are more than ten of fewer than six images, they count as patients here.
+  Spelling Ids that differ only in form are one, as first spelt: P1, p-001 and "P 1", or 101 and
+           101.0. Classes that differ only in form are refused.
   Empty    na, n/a, nan, none, null, unknown, missing, - and ? count as empty, but 0 does not.
 
-What may mean two things is refused, and then nothing is written. No file is overwritten: if the
-table is FOLDER's metadata.csv, it is kept as metadata.original.csv."""
+A WARNING names the flag to type if ids or classes may be missing. What may mean two things is
+refused, and then nothing is written. No file is overwritten: if the table is FOLDER's
+metadata.csv, it is kept as metadata.original.csv."""
 
 import argparse
 import csv
@@ -35,19 +47,24 @@ from unicodedata import normalize
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where vqldm.py lies
 import vqldm
-from vqldm import UserError, require
+from vqldm import UserError, id_form, require, say
 
 NAME = "file_name", "isic_id", "image_id", "image_name", "image"
 CLASS = "diagnosis_3", "diagnosis_1", "dx", "diagnosis", "class", "label", "target"
-GROUPS = {"patient_id": ("patient_id", "patient"), "lesion_id": ("lesion_id",)}
-IDS = vqldm.COLUMNS[2:]  # patient_id, lesion_id, group: what vqldm.py reads
+IDS = dict(patient_id=("patient_id", "patient"), lesion_id=("lesion_id",), group=("group",))
+YES, NO = {"1", "true", "yes", "x"}, {"0", "false", "no"}
+SETS = {"train", "training", *vqldm.HELD_OUT}  # folders that are no classes
 SPREADSHEETS = {".xlsx", ".xls", ".ods"}
 CONVERTED = vqldm.SUFFIXES | {".heic", ".heif", ".avif", ".dng"}  # the table may say 1.heic
 
 
+def some(words):
+    return f"{len(words)}, such as {words[:3]}" if words else "none"
+
+
 # ---- The table ---------------------------------------------------------------------------------
-def choose_table(folder, files, typed):
-    """-> the path of TABLE, else of metadata.csv, else of the only .csv, else of the only .tsv"""
+def choose_table(folder, files, typed, level):
+    """-> the path of TABLE, else of metadata.csv, of the only .csv, of the only .tsv, or None"""
     if typed:
         paths = {path.resolve(): path for path in (Path(typed), folder / typed) if path.is_file()}
         require(len(paths) < 2, f"{typed}: is here and in {folder}; type its whole path")
@@ -57,10 +74,12 @@ def choose_table(folder, files, typed):
         return folder / "metadata.csv"
     for endings in ({".csv"}, {".tsv"}, SPREADSHEETS):
         fit = [name for name in files if "/" not in name and Path(name).suffix.lower() in endings]
-        require(len(fit) < 2, f"{folder}: has the tables {fit}; name one after the folder")
+        require(len(fit) < 2, f"{folder}: which table? It has {some(fit)}; name one after it")
         if fit:
             return folder / fit[0]
-    raise UserError(f"{folder}: has no .csv or .tsv; name the table after the folder")
+    below = [name for name in files if Path(name).suffix.lower() in {".csv", ".tsv"}]
+    lacks = f"{folder}: has no .csv or .tsv (in its folders: {some(below)}); name the table after"
+    require(level, f"{lacks} it, or type --group-by-folder 1 if the folders in it are patients")
 
 
 def decode(path):
@@ -72,7 +91,7 @@ def decode(path):
     # UTF-16 comes first, as its bytes are valid in cp1252. Every second one is 0 in Latin text.
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         encodings = ["utf-16"]
-    elif b"\0" in data:
+    elif data.count(b"\0") > len(data) / 10:
         encodings = ["utf-16-le" if data.index(b"\0") % 2 else "utf-16-be"]
     for encoding in encodings:
         try:
@@ -83,7 +102,7 @@ def decode(path):
 
 
 def read_table(path, names=NAME):
-    """-> titles, rows (each as long as the titles), separator and encoding"""
+    """-> titles, and rows that are as long as these"""
     text, encoding = decode(path)
     text = re.sub(r'\A"?sep=.?"?[\r\n]+', "", text, flags=re.I)  # tells Excel the separator
 
@@ -100,10 +119,10 @@ def read_table(path, names=NAME):
         separator = max(",;\t", key=fit)
         titles, *rows = [*table(separator, strict=True, skipinitialspace=True)] or [[]]
     for row in rows:
-        fits = not any(row[len(titles) :])
-        require(fits, f"{path}: has more words than titles in {row}; put quotes around words")
-    rows = [(row + [""] * len(titles))[: len(titles)] for row in rows]
-    return titles, rows, separator, encoding
+        more = f"{path}: a row has more words than titles, {some(row)}; put quotes around words"
+        require(not any(row[len(titles) :]), f"{more}, and titles into the first row")
+    say(f"read {path}, in {encoding}, with {separator!r} between columns")
+    return titles, [(row + [""] * len(titles))[: len(titles)] for row in rows]
 
 
 # ---- Its columns -------------------------------------------------------------------------------
@@ -131,20 +150,64 @@ def column(titles, rows, wanted, flag="", typed=None):
     require(not typed, f"{flag} {typed}: is not among the titles {known}{again}")
 
 
-def one_hot(titles, rows, taken):
-    """-> the places of the columns of 0 and 1, if they are two or more and each row has one 1"""
-    places = [i for i, title in enumerate(titles) if title and i not in taken]
-    places = [i for i in places if all(re.fullmatch("[01]([.,]0+)?", row[i]) for row in rows)]
-    one_each = all([row[i][0] for i in places].count("1") == 1 for row in rows)
-    return places if len(places) > 1 and one_each else []
+def id_columns(titles, rows, typed):
+    """-> {column of vqldm.py: place}"""
+    if typed:
+        name = next((one for one in IDS if plain(one) == plain(typed)), "group")
+        return {name: column(titles, rows, (), "--group", typed)}
+    found = {name: column(titles, rows, wanted) for name, wanted in IDS.items()}
+    found = {name: place for name, place in found.items() if place is not None}
+    names = [titles[place] for place in found.values()]
+    require("group" not in found or len(found) < 2, f"which of {names} counts? Type --group TITLE")
+    # Elsewhere than in a table for vqldm.py, group may be what a study compares.
+    return found if "group" not in found or {*titles} <= {*vqldm.COLUMNS} else {}
+
+
+def yes_or_no(word):
+    """-> True, False, or None if it is neither"""
+    word = re.sub("[.,]0+$", "", word.lower())
+    return word in YES if word in YES | NO or is_empty(word) else None
+
+
+def one_hot(titles, rows, taken, folders):
+    """-> the places of all columns of 0 and 1, but for those of 0, and why these are no classes"""
+    bits = [i for i, title in enumerate(titles) if title and i not in taken]
+    bits = [i for i in bits if all(yes_or_no(row[i]) is not None for row in rows)]
+    bits = [i for i in bits if any(yes_or_no(row[i]) for row in rows)]
+    one_each = all(sum(yes_or_no(row[i]) for i in bits) == 1 for row in rows)
+    if len(bits) < 2 or folders and not one_each:
+        return [], ""
+    these = f"no classes from the columns of 0 and 1, {some([titles[i] for i in bits])}, as"
+    if not one_each:  # else no choice of fewer columns has a 1 in each row
+        return [], f"{these} some rows have not one 1"
+    return ([], f"{these} folders give some") if folders else (bits, "")
+
+
+def class_columns(titles, rows, typed, taken, folders):
+    """-> the places of the column of classes, or of those of 0 and 1, and what speaks against it"""
+    words = [word.strip() for word in (typed or "").split(",") if word.strip()]
+    if len(words) > 1 and plain(typed) not in map(plain, titles):
+        places = [column(titles, rows, (), "--class", word) for word in words]
+        for row in rows:
+            said = [yes_or_no(row[i]) for i in places]
+            fits = None not in said and said.count(True) < 2
+            told = [row[i] for i in places]
+            require(fits, f"--class {typed}: a row has {some(told)}, not 0 and at most one 1")
+        return places, ""
+    place = column(titles, rows, CLASS, "--class", typed)
+    if place is None:
+        return one_hot(titles, rows, taken, folders)
+    first = next((i for i, title in enumerate(titles) if plain(title) == "diagnosis1"), place)
+    half = [row for row in rows if is_empty(row[place]) and not is_empty(row[first])]
+    why = f"{len(half)} rows have no {titles[place]!r}, but {titles[first]!r}" if half else ""
+    return [place], "" if typed else why
 
 
 # ---- The files that it names -------------------------------------------------------------------
 def loosely(path):
-    """-> the parts of a path, all in the same form. Of an absolute one, only the file's name."""
+    """-> the parts of a path, all in the same form"""
     path = normalize("NFC", path.casefold()).replace("\\", "/")
-    parts = [part for part in path.split("/") if part not in ("", ".", "..")]
-    return parts[-1:] if re.match("/|~|[a-z]+:", path) else parts
+    return [part.strip() for part in path.split("/") if part not in ("", ".", "..")]
 
 
 def match(words, files):
@@ -165,7 +228,9 @@ def match(words, files):
             pairs = zip(folders[::-1], loosely(path)[-2::-1])
             if all(one == other for one, other in pairs):
                 paths.append(path)
-        require(len(paths) < 2, f"{word!r} may be any of {paths}; write its path below the folder")
+        if not paths and re.match(r"[/\\~]|[a-z]+:", word, re.I):  # absolute: other folders
+            paths = index.get(name, [])
+        require(len(paths) < 2, f"{word!r} may be {some(paths)}; write its path below the folder")
         return paths
 
     exact = set(files)
@@ -178,57 +243,71 @@ def match(words, files):
 
 
 # ---- Its entries -------------------------------------------------------------------------------
-def join_lesions(entries):
-    """Give all rows of a lesion the patient that any of them names."""
+def filled(words):
+    return {title: normalize("NFC", word) for title, word in words.items() if not is_empty(word)}
+
+
+def spell_once(entries):
+    """Write ids that differ only in form as the first of them is spelt -> {id: how it's written}"""
+    first, written = {}, {}  # first: {column and form: id}
+    for entry in entries:
+        for title in {*entry} & {*IDS}:
+            word = entry[title]
+            entry[title] = written[word] = first.setdefault((title, id_form(word)), word)
+    return written
+
+
+def join_lesions(entries, title):
+    """Give all rows of a lesion the patient that any of them names, and leave each row one id."""
     patients = {}  # {lesion: its patients}
     for entry in entries:
         if "lesion_id" in entry and "patient_id" in entry:
             patients.setdefault(entry["lesion_id"], set()).add(entry["patient_id"])
+    for lesion, found in patients.items():
+        more = f"lesion {lesion}: has {len(found)} patients, such as {sorted(found)[:3]}"
+        require(len(found) < 2, f"{more}; if each patient has a lesion {lesion}, --group {title!r}")
     for entry in entries:
         lesion = entry.get("lesion_id")
-        found = sorted(patients.get(lesion, ()))
-        require(len(found) < 2, f"lesion {lesion}: has the patients {found}; type --group TITLE")
-        if found:
-            entry["patient_id"] = found[0]
+        if lesion in patients:
+            [entry["patient_id"]] = patients[lesion]
+        if "patient_id" in entry:
+            entry.pop("lesion_id", None)
 
 
-def rows_to_write(entries, files):
-    """The entries and the file of each row -> one row for each file"""
-    found = {}
-    for entry, file in zip(entries, files):
-        if file:
-            entry = {"file_name": file, **entry}
-            require(found.setdefault(file, entry) == entry, f"{file}: has two rows that differ")
-            fits = file == file.strip().encode(errors="ignore").decode()
-            require(fits, f"{file!r}: this name fits in no table; rename the file")
-    spelling = {}
-    for entry in found.values():
-        name = entry.get("class", "")
-        other = spelling.setdefault(name.casefold(), name)
-        require(name == other, f"the classes {other!r} and {name!r} differ by capitals; use one")
+def rows_to_write(entries):
+    """The entries of rows that have a file -> one for each file, with one column of ids"""
+    found, spelling = {}, {}
+    for entry in entries:
+        file, name = entry["file_name"], entry.get("class", "")
+        require(found.setdefault(file, entry) == entry, f"{file}: has two rows that differ")
+        fits = file == file.strip().encode(errors="ignore").decode()
+        require(fits, f"{file!r}: this name fits in no table; rename the file")
+        other = spelling.setdefault(id_form(name), name)
+        require(name == other, f"the classes {other!r} and {name!r} differ only in form; use one")
+    if len({title for entry in found.values() for title in entry} & {*IDS}) > 1:
+        for entry in found.values():
+            for title in {*entry} & {*IDS}:
+                entry["group"] = f"{title.removesuffix('_id')} {entry.pop(title)}"
     return [*found.values()]
 
 
 def is_done(path, images, rows):
-    """Does vqldm.py read this table, and take the same from it? (There, unknown names a class.)"""
+    """Does vqldm.py read this table, and take the same from it?"""
     try:
         with redirect_stdout(io.StringIO()):
             there = vqldm.read_table(path, images)
     except UserError:
         return False
-    for words in there.values():
-        if is_empty(words.get("class", "")):
-            words.pop("class", None)
-    return [{"file_name": name, **words} for name, words in there.items()] == rows
+    there = [{"file_name": name, **words} for name, words in there.items()]
+    return [*map(filled, there)] == [*map(filled, rows)]  # unknown and an empty word are one class
 
 
 def write(path, rows):
     """Write beside it, and rename. What had the name, be it a file or a link, is kept."""
-    beside, kept = (
-        path.with_name(f".{path.name}.{os.getpid()}"),
-        path.with_stem("metadata.original"),
-    )
-    require(not os.path.lexists(path) or not os.path.lexists(kept), f"{kept}: is in the way")
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    kept = path.with_stem("metadata.original")
+    free = not os.path.lexists(path) or not os.path.lexists(kept)
+    require(free, f"{kept}: is in the way; rename it")
     titles = [title for title in vqldm.COLUMNS if any(title in row for row in rows)]
     try:
         with beside.open("x", encoding="utf-8", newline="") as file:
@@ -237,94 +316,145 @@ def write(path, rows):
             table.writerows(rows)
         if os.path.lexists(path):
             path.rename(kept)
-            print(path, "is kept as", kept)
+            say(path, "is kept as", kept)
         beside.rename(path)
     finally:
         beside.unlink(missing_ok=True)
 
 
+# ---- Its folders, and what may be missing ------------------------------------------------------
+def folders_of(file, level):
+    """-> the names of an image's folders that are its class, as in vqldm.py, and its patient"""
+    folders = Path(file or "").parent.parts
+    patient = folders[level - 1] if level and len(folders) >= level else ""
+    own = [one for one in folders[: level and level - 1] if one.lower() not in SETS]
+    return own[-1] if own and not is_empty(own[-1]) else "images", patient
+
+
+def class_folders(entries, level):
+    """-> the number of folders that may be classes. If they are called like their images' ids, or
+    are many with few images each, they look like patients, and there are none."""
+    ids = {}  # {folder: the forms of its images' ids}
+    for entry in entries:
+        folder, _ = folders_of(entry["file_name"], level)
+        forms = {id_form(entry[title]) for title in IDS if title in entry}
+        ids.setdefault(folder, set()).update(forms)
+    named = all(forms == {id_form(folder)} for folder, forms in ids.items())
+    many = len(ids) > 10 and len(entries) < 6 * len(ids)
+    return 0 if named or many or len(ids) < 2 else len(ids)
+
+
+def gaps(ids, n, taken, classes, why, folders, unused, args):
+    """-> what may be missing of n images, and which flag adds it. taken: the titles of classes"""
+    type_group = f"type --group TITLE (not used: {unused}), or --group-by-folder LEVEL"
+    type_class = f"type --class TITLE (not used: {unused})"
+    if not ids:
+        yield f"no ids, so a patient may be trained on and held out: {type_group}"
+    elif ids.total() < n:
+        without = n - ids.total()
+        yield f"{without} of {n} images have no id: write it into each row, or {type_group}"
+    for word, images in ids.most_common(1):
+        if images > max(10, n / 5) and not args.group:
+            yield f"{images} of {n} images have the id {word!r}: if it means none, {type_group}"
+    none = "no classes, only folders that look like patients" if len(classes) > 1 else "no classes"
+    if why or not taken and not folders:
+        yield f"{why or none}: {type_class}, or --class A,B for columns of 0 and 1"
+    few = len(classes) < folders and not args.level
+    if taken and not args.class_ and (few or len(classes) > max(10, n / 2)):
+        here = f"{len(classes)} classes in {taken}, but {n} images in {folders} folders of classes"
+        yield f"{here}: {type_class}, or delete this column"
+
+
 # ---- The command -------------------------------------------------------------------------------
-def find_columns(args, titles, rows, used):
-    """-> {column of vqldm.py: place}, and the places of the columns of 0 and 1 that are classes.
-    used: the rows that have a file."""
-    places = {"class": column(titles, used, CLASS, "--class", args.class_)}
-    if args.group:
-        title = next((one for one in IDS if plain(one) == plain(args.group)), "group")
-        places[title] = column(titles, rows, (), "--group", args.group)
-    else:
-        ours = {"group": ["group"]} if {*titles} <= {*vqldm.COLUMNS} else {}
-        for title, wanted in {**GROUPS, **ours}.items():
-            places[title] = column(titles, rows, wanted)
-    places = {title: place for title, place in places.items() if place is not None}
-    return places, [] if "class" in places else one_hot(titles, used, places.values())
-
-
-def entry_of(row, places, bits, titles):
-    """-> what a row says, {column of vqldm.py: word}, without empty words"""
-    words = {title: row[place] for title, place in places.items()}
-    for place in bits:
-        if row[place].startswith("1"):
-            words["class"] = titles[place]
-    return {title: normalize("NFC", word) for title, word in words.items() if not is_empty(word)}
-
-
-def some(words):
-    return f"{len(words)}, such as {words[:3]}" if words else "none"
+def find_files(names, folder, images, path):
+    """-> {name: file}, and the names that have none"""
+    file_of = match(names, images)
+    missing = [name for name in names if name not in file_of]
+    bare = {Path(file).stem.lstrip("0") for file in images if Path(file).name.startswith("0")}
+    lost = [name for name in missing if Path(name).stem.lstrip("0") in bare]
+    zeros = f"zeros are lost in {some(lost)}; save this column as text, so that they stay"
+    none = f"{path}: names {names[:3]}, but {folder} has {images[:3]}: none of them agree"
+    require(file_of, f"{none}, as {zeros}" if lost else none)
+    if lost:
+        say("WARNING", zeros)
+    return file_of, missing
 
 
 def convert(args):
     """Read a table by the rules above, show what was taken, and write metadata.csv."""
-    folder, target = Path(args.FOLDER), Path(args.FOLDER, "metadata.csv")
+    folder, target, level = Path(args.FOLDER), Path(args.FOLDER, "metadata.csv"), args.level
     require(folder.is_dir(), f"{folder}: is no folder")
     files = vqldm.list_files(folder)
     images = [name for name in files if Path(name).suffix.lower() in vqldm.SUFFIXES]
     endings = sorted({Path(name).suffix.lower() for name in files})
     require(images, f"{folder}: has no images that can be read, only files that end in {endings}")
-    path = choose_table(folder, files, args.TABLE)
-    titles, rows, separator, encoding = read_table(path, [args.name] if args.name else NAME)
-    known = [title for title in titles if title]
-
-    # ---- the file, the classes and the groups of each row ----
+    deep = not level or any(name.count("/") >= level for name in images)
+    require(deep, f"--group-by-folder {level}: no image lies so deep")
+    path = choose_table(folder, files, args.TABLE, level)
+    titles, rows = ["file_name"], [[name] for name in images]  # if there is no table
+    if path:
+        titles, rows = read_table(path, [args.name] if args.name else NAME)
     place = column(titles, rows, NAME, "--name", args.name)
-    require(place is not None, f"{path}: which of {known} has the names? Type --name TITLE")
-    names = [row[place] for row in rows]
-    file_of = match(names, images)
-    missing = [name for name in names if name not in file_of]
-    require(
-        file_of, f"{path}: names {names[:3]}, but {folder} has {images[:3]}: none of them agree"
-    )
-    used = [row for row, name in zip(rows, names) if name in file_of]
-    places, bits = find_columns(args, titles, rows, used)
-    entries = [entry_of(row, places, bits, titles) for row in rows]
-    join_lesions(entries)
-    table = rows_to_write(entries, map(file_of.get, names))
+    which = f"{path}: which of {[one for one in titles if one]} has the names? Type --name TITLE"
+    require(place is not None, f"{which} (the first row must hold the titles)")
+    file_of, missing = find_files([row[place] for row in rows], folder, images, path)
+
+    # ---- the id and the class of each row ----
+    ids, entries = {} if level else id_columns(titles, rows, args.group), []
+    for row in rows:
+        file = file_of.get(row[place])
+        words = {title: row[i] for title, i in ids.items()}
+        if level:
+            _, words["patient_id"] = folders_of(file, level)
+        entries.append({"file_name": file, **filled(words)})
+    written = spell_once(entries)
+    join_lesions(entries, titles[ids.get("patient_id", 0)])
+    rows = [row for row in rows if row[place] in file_of]
+    entries = [entry for entry in entries if entry["file_name"]]
+    folders = class_folders(entries, level)
+    places, why = class_columns(titles, rows, args.class_, {place, *ids.values()}, folders)
+    for entry, row in zip(entries, rows):
+        words = [row[i] for i in places]
+        if len(places) > 1:
+            words = [titles[i] for i in places if yes_or_no(row[i])]
+        entry.update(filled({"class": "".join(words)}))
+        if level:
+            entry.setdefault("class", folders_of(entry["file_name"], level)[0])
+    table = rows_to_write(entries)
 
     # ---- what was taken ----
-    print(f"read {path}, in {encoding}, with {separator!r} between columns")
-    taken = {"file_name": place, **places}
-    print("taken:", ", ".join(f"{title} from {titles[i]!r}" for title, i in taken.items()))
-    if bits:
-        print("taken: class from the columns of 0 and 1", [titles[i] for i in bits])
-    unused = [title for i, title in enumerate(titles) if i not in {*taken.values(), *bits}]
-    print("not used:", [title for title in unused if title])
+    taken = {"file_name": [place], **{title: [i] for title, i in ids.items()}, "class": places}
+    taken = {title: [titles[i] for i in places] for title, places in taken.items() if places}
+    say("taken:", ", ".join(f"{title} from {str(names)[1:-1]}" for title, names in taken.items()))
+    if level:
+        say("taken: patient_id from the folders at level", level)
+    unused = [title for title in titles if title and title not in sum(taken.values(), [])]
+    say("not used:", unused)
+    respelt = [f"{word} is {one}" for word, one in written.items() if word != one]
+    say("ids that differ only in form:", some(respelt))
     loose = [f"{name} is {file}" for name, file in file_of.items() if name != file]
-    print("names that are no path below the folder:", some(loose))
-    print("rows without a file:", some(missing))
+    say("names that are no path below the folder:", some(loose))
+    say("rows without a file:", some(missing))
     unnamed = {*images} - {row["file_name"] for row in table}
-    print("files without a row, left out:", some(sorted(unnamed)))
+    say("files without a row, left out:", some(sorted(unnamed)))
 
     # ---- metadata.csv, and what vqldm.py takes from it ----
     if os.path.lexists(target) and is_done(target, images, table):
-        print(target, "is in the format of vqldm.py: nothing to be done")
+        say(target, "is in the format of vqldm.py: nothing to be done")
     else:
         free = not os.path.lexists(target) or target.exists() and path.samefile(target)
         require(free, f"{target}: is there already; delete it if this tool wrote it, or move it")
         write(target, table)
-        print("wrote", target, "with", len(table), "images")
-    found = vqldm.find_images(folder)
-    classes = Counter(class_name for class_name, _, _ in found.values())
-    print("classes:", dict(sorted(classes.items())))
-    print("groups:", len({group or name for name, (_, group, _) in found.items()}))
+        say("wrote", target, "with", len(table), "images")
+    with redirect_stdout(io.StringIO()):
+        classes = Counter(class_name for class_name, *_ in vqldm.find_images(folder).values())
+    say("classes:", dict(sorted(classes.items())))
+    ids = Counter(row[title] for row in table for title in IDS if title in row)
+    say("groups:", len(ids) + len(table) - ids.total())
+    largest = [f"{word!r} {images}" for word, images in ids.most_common(3)]
+    say("largest groups:", ", ".join(largest) or "none")
+    for gap in gaps(ids, len(table), taken.get("class"), classes, why, folders, unused, args):
+        say("WARNING", gap)
 
 
 def main(argv):
@@ -335,13 +465,13 @@ def main(argv):
     parser.add_argument("TABLE", nargs="?", help="the table, if another is to be read")
     parser.add_argument("--name", metavar="TITLE", help="the column of names")
     parser.add_argument("--class", metavar="TITLE", dest="class_", help="the column of classes")
-    parser.add_argument("--group", metavar="TITLE", help="the column of patients, scenes and so on")
-    try:
+    ids = parser.add_mutually_exclusive_group()
+    ids.add_argument("--group", metavar="TITLE", help="the column of patients, scenes and so on")
+    level = dict(metavar="LEVEL", dest="level", type=int, choices=range(1, 10))
+    ids.add_argument("--group-by-folder", **level, help="the folders that are patients")
+    with vqldm.one_sentence():
         convert(parser.parse_args(argv))
-    except (UserError, OSError) as e:
-        vqldm.leave(e)
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # a console may lack é
     main(sys.argv[1:])
