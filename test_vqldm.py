@@ -1,34 +1,20 @@
 # SPDX-License-Identifier: MIT
 """Tests of vqldm.py, in the order of its sections. The name of a test is what the program promises.
-The strongest are the references in sections 4, 7 and 8. They contain both trainings and the
-sampler a second time, written as plainly as possible, and must arrive at the program's numbers.
-Where a test replaces a part of the program, another test checks that part itself. A limit is tested
-on both sides. No two numbers that could be mistaken for each other are equal, what is skipped has
+The strongest are the references in sections 4, 7, 8 and C. They contain both trainings, the sampler
+and the rules of what is held out a second time, written as plainly as possible, and must arrive at
+the program's numbers. Where a test replaces a part of the program, another test checks that part
+itself. No two numbers that could be mistaken for each other are equal, what is skipped has
 something good behind it, and every loop over batches has two that differ. No network, no GPU and no
-data set is needed.
-
-Contents   Helpers and fixtures     7. From noise to images    D. Device, chance, processes
-           1. Blocks                8. Stage 2: training       E. Keeping a run
-           2. Stage 1: the VQGAN    9. Sampling                F. Pictures
-           3. Stage 1: the losses   A. Reconstructions         G. Muon
-           4. Stage 1: training     B. Drawn lesions           H. Commands
-           5. Stage 2: diffusion    C. A folder of images      README and the pages in docs
-           6. Stage 2: the UNet                                The programs in tools
-Fixtures   plain_cpu: every test computes on a CPU, without pictures and without LPIPS
-           trained, copy_of: both stages, trained on photographs once for all tests, and copies
-           runs: both stages as the references compute them, in float32 and by the preset report
-           empty_folder, load, read: a folder to work in, and how images in it are read
-           printed, refused, settings_of: what a command prints, its error, its settings
-           lpips: LPIPS without a download · ldm: a stage 2 whose classes have odd names
-           evaluation: what evaluate says of photographs that no training has seen
-"""
+data set is needed. tools/test_tools.py has the tests of the tools, and uses the helpers here."""
 
 import copy, csv, functools, hashlib, inspect, io, itertools, json, math, multiprocessing, os, re
-import importlib.util, runpy, shlex, shutil, signal, sys
-from contextlib import redirect_stdout, suppress
-from dataclasses import fields
+import importlib.util, random, runpy, shlex, shutil, signal, sys
+from collections import Counter
+from contextlib import nullcontext, redirect_stdout, suppress
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args
 from unittest.mock import Mock
 
 import numpy as np
@@ -50,6 +36,7 @@ TOOLS = dict(classifier=classifier, evaluate=evaluate, letters=letters, table=ta
 torch.set_num_threads(1)  # with tensors as small as these, more threads only cost time
 ORIGINAL = SimpleNamespace(**vars(vqldm))  # the program before any test replaces a part of it
 inspect.getsource = functools.cache(inspect.getsource)  # it reads the whole file for each class
+CPU = torch.device("cpu")
 state_of = functools.partial(torch.load, weights_only=True)  # the path of a checkpoint -> its dict
 assert_equal = functools.partial(assert_close, rtol=0, atol=0)
 
@@ -207,7 +194,7 @@ def classes_of(images):
 def load(tmp_path):
     """A function that reads a folder (or "synthetic"), with settings of VQConfig -> Images."""
     return lambda data, size=16, **how: vqldm.read_images(
-        vqldm.VQConfig(data=str(data), size=size, **how), tmp_path / "cache"
+        vqldm.VQConfig(data=str(data), size=size, **how), tmp_path / "run"
     )
 
 
@@ -227,12 +214,9 @@ STAGES = {  # how the fixture `trained` trains: 12 steps of each stage. No two n
 }
 
 
-@pytest.fixture(scope="session")
-def trained(tmp_path_factory):
-    """A folder with photos of the classes mole and scar (24 and 12 in train, 8 and 4 in val), and
-    with both stages, trained on them in trained/vq and trained/ldm. The result has its path, what
-    each stage printed, the validations in its log, and all calls of draw_rows."""
-    folder = tmp_path_factory.mktemp("both stages")
+@functools.cache  # so that two files with tests, each with this fixture, train only once
+def both_stages(folder):
+    """Make photos in the folder, and train on them -> what the fixture `trained` is."""
     for part, n, colour in (("train", 36, (203, 119, 90)), ("val", 12, (90, 120, 200))):
         kinds = itertools.cycle(("mole", "mole", "scar"))
         names = [f"{part}/{kind}/{i}.bmp" for i, kind in zip(range(n), kinds)]
@@ -248,6 +232,14 @@ def trained(tmp_path_factory):
             made.printed[stage] = out.getvalue()
             made.validations[stage] = [row for row in log if "val_" in str(row)]
     return made
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A folder with photos of the classes mole and scar (24 and 12 in train, 8 and 4 in val), and
+    with both stages, trained on them in trained/vq and trained/ldm. The result has its path, what
+    each stage printed, the validations in its log, and all calls of draw_rows."""
+    return both_stages(tmp_path_factory.getbasetemp() / "both stages")
 
 
 def train(stage, out, *words):
@@ -268,7 +260,6 @@ def copy_stage(trained, to, stage, config=None, **parts):
 
 @pytest.fixture()
 def copy_of(trained, tmp_path):
-    """copy_stage, to tmp_path/vq or tmp_path/ldm."""
     return functools.partial(copy_stage, trained, tmp_path)
 
 
@@ -409,6 +400,9 @@ def test_codes_without_a_win_restart_beside_outputs_of_the_encoder():
     assert len(new.unique(dim=0)) == len(new) and not book.wins.any()
     book.restart_unused(randn(1, 4, 1, 1), rng(0))
     assert book.embedding.weight.isfinite().all()
+    book.wins.fill_(1)  # so none restarts
+    book.restart_unused(z, rng(0))
+    assert not book.wins.any()
 
 
 # ---- 3. Stage 1: the losses ----------------------------------------------------------------------
@@ -482,6 +476,18 @@ def test_a_step_follows_the_clipped_mean_gradient_or_none_if_it_is_not_finite(mo
         assert ("WARNING a gradient is not finite" in printed()) == (not any(step))
 
 
+def test_a_run_that_has_diverged_is_ended(trained, tmp_path, monkeypatch, refused):
+    """After 20 bad gradients in a row. A good one begins the count anew. Its files are whole."""
+    shown = itertools.chain([1] * 9, [math.nan] * 19, [1], itertools.repeat(math.nan))
+    augment = vqldm.augment
+    monkeypatch.setattr(vqldm, "augment", lambda x, turns: augment(x, turns) * next(shown))
+    words = *STAGES["vq"], "--epochs", 14, "--gan-weight", 0, "--out", tmp_path
+    assert "20 bad gradients in a row" in refused(*words)
+    state = vqldm.load_checkpoint(tmp_path, "", "vq")
+    assert (state["step"], state["steps"]) == (48, 60) and next(shown) is math.nan
+    assert all(part.isfinite().all() for part in state["model"].values())
+
+
 def test_learning_rates_rise_for_50_steps_and_fall_to_a_hundredth():
     points = (0, 0.0), (49, 0.1), (99, 0.2), (99, 0.7), (999, 0.999)
     factors = [vqldm.lr_factor(step, progress) for step, progress in points]
@@ -489,7 +495,122 @@ def test_learning_rates_rise_for_50_steps_and_fall_to_a_hundredth():
 
 
 # The references here and in 7 and 8 use the program's layers and Muon, which other tests check,
-# and draw random numbers by the same keys. They share none of its loops.
+# and draw random numbers by the same keys. They share none of its loops. 16 runs have all pairs of
+# values of these settings, and 12 steps in each stage. (In the first one, stage 1 has 52 steps.)
+CONFIGS = {"vq": vqldm.VQConfig, "ldm": vqldm.LDMConfig}
+SAME = {  # what all runs have. No number is the default, or equal to another one
+    "vq": dict(size=32, n_images=23, held_out=0.29, seed=36, widths=(4, 8), z_dim=5, codes=500)
+    | dict(commit_weight=0.3, lr=5e-4, codes_lr=0.003, d_lr=2e-3),
+    "ldm": dict(T=26, widths=(8, 12), lr=0.01, seed=6),
+}
+CHOSEN = {  # a setting, its values, and which of them run 0 has, run 1, and so on
+    "vq bf16": ((False, True), "0101101001010011"),  # is it fast on this CPU?
+    "vq upsample": (("nearest", "transposed"), "1010101000110001"),
+    "vq augment": (("all", "mirror", "none"), "1200211202110201"),
+    "vq lpips_weight": ((0, 0.5), "1010010111000101"),
+    "vq gan_weight": ((0, 0.4), "1111001111110110"),
+    "vq gan_start": ((0, 0.25, 0.6), "2011122002012120"),  # .25 is the progress of step 3 of 12
+    "vq lam_max": ((0.006, 1e4), "1010101010011100"),
+    "vq muon_lr": ((0, 0.005), "0101110011000111"),
+    "vq batch_size": ((4, 20), "0101011010110010"),  # there are 16 images to train on
+    "vq cut": ((False, True), "0110011000100000"),  # do its epochs end within a batch?
+    "vq stop": ((None, 3), "0101011011010111"),  # after how many steps it is stopped, and resumed
+    "ldm upsample": (("nearest", "transposed"), "0110011011001100"),
+    "ldm unconditional": ((False, True), "0011001100000001"),
+    "ldm balance": ((False, True), "1010100110011101"),
+    "ldm target": (("v", "eps"), "1000110110100100"),
+    "ldm schedule": (("cosine", "linear"), "0110010100111011"),
+    "ldm ema": ((0.3, 0.995), "1001101010111100"),
+    "ldm batch_size": ((5, 20), "1001010011011100"),
+    "ldm cut": ((False, True), "0110110001110101"),
+    "ldm stop": ((None, 3), "0110011010011010"),  # young follows ema in steps 0 to 2 of 12
+    "ldm eta": ((0.0, 0.7, 1.0), "0122101012200122"),
+    "ldm autoguidance": ((1.0, 1.7), "0110101001010011"),
+    "ldm class_guidance": ((1.0, 2.5), "0101100110010011"),
+    "ldm steps": ((7, 26), "0101011100001011"),
+}
+
+
+def chosen(i):
+    """-> {setting: value} of run i."""
+    return {name: values[int(which[i])] for name, (values, which) in CHOSEN.items()}
+
+
+def that_matter(settings):
+    """Those of some settings that change anything, given the others."""
+    without_gan = {"vq gan_start", "vq lam_max"} if settings.get("vq gan_weight") == 0 else set()
+    one_class = {"ldm class_guidance"} if settings.get("ldm unconditional") else set()
+    return [one for one in settings.items() if one[0] not in without_gan | one_class]
+
+
+def test_the_references_have_all_pairs_of_values_of_their_settings():
+    """Pairs in which both settings matter. And they have each alternative of each setting."""
+    pairs = functools.partial(itertools.combinations, r=2)
+    there = {pair for i in range(16) for pair in pairs(that_matter(chosen(i)))}
+    every = pairs([(name, value) for name, (values, _) in CHOSEN.items() for value in values])
+    apart = [pair for pair in every if pair[0][0] != pair[1][0]]
+    assert [pair for pair in apart if len(that_matter(dict(pair))) == 2 and pair not in there] == []
+    for stage, cls in CONFIGS.items():
+        kinds = {f.name: (False, True) if f.type is bool else get_args(f.type) for f in fields(cls)}
+        for name in kinds.keys() - {"preset", "resume"}:
+            assert kinds[name] in ((), CHOSEN.get(f"{stage} {name}", [()])[0]), name
+
+
+def configs(i, folder):
+    """-> the settings of both stages in run i."""
+    made = []
+    for stage, cls in CONFIGS.items():
+        own = [(name.split()[1], x) for name, x in chosen(i).items() if name.split()[0] == stage]
+        how = {**SAME[stage], **dict(own), "vq": str(folder / "vq"), "out": str(folder / stage)}
+        images = how["batch_size"] * (52 if (stage, i) == ("vq", 0) else 12)
+        how["epochs"] = (images - how["cut"] * how["batch_size"] // 2) / 16
+        made.append(cls(**{name: x for name, x in how.items() if hasattr(cls, name)}))
+    return made
+
+
+class Runs(SimpleNamespace):
+    def __repr__(self):  # pytest would write out all tensors
+        return self.name
+
+
+@pytest.fixture(scope="module", params=range(16), ids="run {}".format)
+def runs(request, tmp_path_factory):
+    """Both stages, trained by the program in one of the runs above, with all that it did in each
+    step. It validates only at the end, as ten times would take long."""
+    i, end_step, descend = request.param, vqldm.Run.end_step, vqldm.descend
+    runs = Runs(name=f"run {i}", bf16=chosen(i)["vq bf16"], did={})
+    runs.vq_cfg, runs.cfg = configs(i, tmp_path_factory.mktemp("runs"))
+
+    def end_and_perhaps_stop(run, losses):
+        if run.step + 1 == chosen(i)[f"{run.cfg.stage} stop"]:
+            run.signal = INT
+        return end_step(run, losses) and run.step == run.steps
+
+    def descend_and_record(loss, net, factor, *optimizers):
+        descend(loss, net, factor, *optimizers)
+        after = {name: (p.grad.clone(), p.detach().clone()) for name, p in net.named_parameters()}
+        runs.did.setdefault(type(net).__name__, []).append((factor, float(loss.detach()), after))
+
+    with pytest.MonkeyPatch.context() as patch:
+        use_plain_cpu(patch, runs.bf16)
+        lpips = (lambda device: error_of_means) if runs.vq_cfg.lpips_weight else None
+        patch.setattr(vqldm, "load_lpips", lpips)
+        patch.setattr(vqldm.Run, "end_step", end_and_perhaps_stop)
+        patch.setattr(vqldm, "descend", descend_and_record)
+        losses = recorded(patch, Diffusion, "loss")
+        encoded = recorded(patch, vqldm, "encode_images")
+        for train, cfg in ((vqldm.train_vq, runs.vq_cfg), (vqldm.train_ldm, runs.cfg)):
+            with suppress(SystemExit):
+                train(cfg, CPU)
+            if chosen(i)[f"{cfg.stage} stop"]:
+                train(cfg, CPU, vqldm.load_checkpoint(cfg.out, "--resume", cfg.stage))
+    runs.vq, runs.ldm = [vqldm.load_checkpoint(c.out, "", c.stage) for c in (runs.vq_cfg, runs.cfg)]
+    runs.model = vqldm.restore_ldm(runs.ldm, CPU)
+    runs.held_losses = losses[-1].result  # one for each held-out image
+    runs.k, runs.k_val = [call.result.long() for call in encoded[-2:]]  # (n,V,h,w)
+    return runs
+
+
 def drawn_images(cfg):
     """-> all drawn images in [-1,1], the rows to train on, and the held-out rows."""
 
@@ -506,7 +627,7 @@ def drawn_images(cfg):
 
 def steps_of(cfg, train):
     """Yield for each step its number, its rows, the progress, and the factor of the rates."""
-    orders = [torch.randperm(len(train), generator=rng(cfg.seed, "order", i)) for i in range(11)]
+    orders = [torch.randperm(len(train), generator=rng(cfg.seed, "order", i)) for i in range(20)]
     rows = train[torch.cat(orders)].split(cfg.batch_size)
     n = math.ceil(len(train) * cfg.epochs / cfg.batch_size)
     for i in range(n):
@@ -518,15 +639,31 @@ def adam(params, betas=(0.9, 0.99)):
     return torch.optim.Adam(params, 0.0, betas, fused=True)
 
 
-def step_along(net, loss, rates, factor):
-    """One step of each optimiser in rates, which is {optimiser: learning rate}."""
-    params = list(net.parameters())
-    for p, g in zip(params, torch.autograd.grad(loss, params)):
+def step_along(runs, step, net, loss, rates, factor):
+    """One step of each optimiser in rates, which is {optimiser: learning rate}. The first of its
+    quantities that differs from the program's is named. Then net gets the program's weights."""
+    kind, params = type(net).__name__, dict(net.named_parameters())
+    before = {name: p.detach().clone() for name, p in params.items()}
+    for p, g in zip(params.values(), torch.autograd.grad(loss, [*params.values()])):
         p.grad = torch.empty_like(p).copy_(g)  # fused Adam wants the memory layout of p
-    nn.utils.clip_grad_norm_(params, 1.0)
+    nn.utils.clip_grad_norm_(params.values(), 1.0)
     for optimizer, lr in rates.items():
         optimizer.param_groups[0]["lr"] = factor * lr
         optimizer.step()
+
+    other = f"{runs.name}, step {step}: the program has another {{}} of the {kind}".format
+    assert runs.did.get(kind), other("number of steps")
+    factor_there, loss_there, after = runs.did[kind].pop(0)
+    assert loss_there == pytest.approx(float(loss.detach()), rel=1e-4), other("loss")
+    off = 0.01 if runs.bf16 else 0.001
+    for name, p in params.items():
+        far, length = float((after[name][0] - p.grad).norm()), float(p.grad.norm())
+        assert far <= off * length + 1e-6, other(f"gradient of {name}")
+    assert factor_there == pytest.approx(factor), other("factor of the learning rates")
+    for name, p in params.items():
+        far, length = [float((p - one).detach().norm()) for one in (after[name][1], before[name])]
+        assert far <= off * length + 1e-6, other(f"step of the weight {name}")
+        p.data.copy_(after[name][1])
 
 
 def rates_of_vqgan(net, cfg):
@@ -545,8 +682,12 @@ def error_of_means(x_hat, x):
     return F.avg_pool2d(x_hat.float() - x, 4).square().mean((1, 2, 3))
 
 
-def plain_vq(cfg):
-    """Stage 1 written out -> VQGAN, D, how many codes restarted last, and the end of the log."""
+TURNS = {"all": torch.arange(8), "mirror": torch.tensor([0, 4]), "none": torch.tensor([0])}
+
+
+def plain_vq(runs):
+    """Stage 1 written out -> VQGAN, how many codes restarted last, and the end of the log."""
+    cfg = runs.vq_cfg
     images, train, val = drawn_images(cfg)
     torch.manual_seed(cfg.seed)
     net, disc = vqldm.VQGAN(cfg), vqldm.PatchDiscriminator(cfg.widths)
@@ -559,125 +700,64 @@ def plain_vq(cfg):
         if i % 50 == 0:
             restarts = int((book.wins == 0).sum())
             book.restart_unused(net.encoder(images[rows]), rng(cfg.seed, "restart", i))
-        turns = torch.randint(8, (len(rows),), generator=rng(cfg.seed, "turns", i))
-        x = vqldm.augment(images[rows], turns)
+        turns = TURNS[cfg.augment]
+        chosen = torch.randint(len(turns), (len(rows),), generator=rng(cfg.seed, "turns", i))
+        x = vqldm.augment(images[rows], turns[chosen])
 
         z = net.encoder(x)
         k = book.nearest(z)
         code = book.lookup(k)
         x_hat = net.decoder(z + (code - z).detach())
-        mse, lpips = F.mse_loss(x_hat, x), error_of_means(x_hat, x).mean()
+        rec = mse = F.mse_loss(x_hat, x)
         codebook, commit = F.mse_loss(code, z.detach()), F.mse_loss(z, code.detach())
-        rec = mse + cfg.lpips_weight * lpips
+        values = dict(mse=mse, codebook=codebook)
+        if cfg.lpips_weight:
+            values["lpips"] = error_of_means(x_hat, x).mean()
+            rec = mse + cfg.lpips_weight * values["lpips"]
         loss = rec + codebook + cfg.commit_weight * commit
-        gan_on = progress >= cfg.gan_start
+        gan_on = cfg.gan_weight > 0 and progress >= cfg.gan_start
         if gan_on:
             real, adversarial = disc(x), -disc(x_hat).mean()
             of = functools.partial(torch.autograd.grad, inputs=last, retain_graph=True)
             wanted = of(rec)[0].norm() / (of(adversarial)[0].norm() + 1e-4)
             lam = wanted.clamp(max=cfg.lam_max)
             loss = loss + cfg.gan_weight * lam * adversarial
-        step_along(net, loss, rates, factor)
+        step_along(runs, i, net, loss, rates, factor)
         book.wins += torch.bincount(k.flatten(), minlength=cfg.codes)
 
         if gan_on:
             fake = disc(x_hat.detach())
             d_loss = F.relu(1 - real).mean() / 2 + F.relu(1 + fake).mean() / 2
-            step_along(disc, d_loss, rates_d, factor)
-        if i % 10 == 9:
-            log.update(mse=mse, lpips=lpips, codebook=codebook)
-            if gan_on:
-                log.update(d_loss=d_loss, d_real=real.mean(), d_fake=-adversarial)
-                log.update(lam=lam, lam_wanted=wanted)
+            step_along(runs, i, disc, d_loss, rates_d, factor)
+            values.update(d_loss=d_loss, d_real=real.mean(), d_fake=-adversarial)
+            values.update(lam=lam, lam_wanted=wanted)
+        log = values if i % 10 == 9 else log
     x = images[val]
     with torch.no_grad():
         k = book.nearest(net.encoder(x))
         x_hat = net.decoder(book.lookup(k)).clamp(-1, 1)
     mse, p = (x_hat - x).square().mean((1, 2, 3)), torch.bincount(k.flatten()) / k.numel()
     log.update(val_mse=mse.mean(), val_psnr=(10 * (4 / mse).log10()).mean())
-    log.update(val_lpips=error_of_means(x_hat, x).mean(), codes=(p > 0).sum() / cfg.codes)
-    log.update(entropy=-torch.special.xlogy(p, p).sum())
-    return net, disc, restarts, {name: float(value.detach()) for name, value in log.items()}
+    if cfg.lpips_weight:
+        log.update(val_lpips=error_of_means(x_hat, x).mean())
+    log.update(val_codes_used_percent=100 * (p > 0).sum() / cfg.codes)
+    log.update(val_perplexity=(-torch.special.xlogy(p, p).sum()).exp())
+    return net, restarts, {name: float(value.detach()) for name, value in log.items()}
 
 
-@pytest.fixture(scope="module", params=["float32", "report"])
-def runs(request, tmp_path_factory):
-    """Both stages, trained by the program: in float32 with Muon, v and balanced classes, or by the
-    preset report in bf16. In float32 no number is the default, or equal to another one, and words
-    differ between the stages. (If the discriminator joined early, rounding errors would grow until
-    the reference chooses other codes.)"""
-    kind, folder = request.param, tmp_path_factory.mktemp("runs")
-    vq_cfg = vqldm.VQConfig(
-        **dict(size=32, n_images=46, held_out=0.22, widths=(4, 8), z_dim=5, codes=500, seed=7),
-        **dict(lpips_weight=0.5, commit_weight=0.3, gan_weight=0.4, lam_max=0.006, gan_start=0.75),
-        **dict(lr=5e-4, muon_lr=0.005, codes_lr=0.003, d_lr=2e-3, batch_size=4, epochs=6.5),
-        **dict(out=str(folder / "vq"), upsample="transposed"),
-    )
-    cfg = vqldm.LDMConfig(
-        **dict(T=40, widths=(8, 12), ema=0.6, lr=1e-2, batch_size=2, epochs=2.4, seed=8, steps=9),
-        **dict(eta=0.7, autoguidance=1.7, class_guidance=1.2, balance=True),
-        **dict(vq=vq_cfg.out, out=str(folder / "ldm")),
-    )
-    settings = [(getattr(one, f.name), f.default) for one in (vq_cfg, cfg) for f in fields(one)]
-    numbers = [(x, usual) for x, usual in settings if type(x) in (int, float, tuple)]
-    assert len(numbers) == 29 == len({x for x, usual in numbers if x != usual})
-    if kind == "report":
-        preset = vqldm.PRESETS["report"]
-        vq_cfg = vqldm.replace(vq_cfg, **{**preset["vq"], "epochs": 1.1})
-        cfg = vqldm.replace(cfg, **{**preset["ldm"], "epochs": 1, "steps": 40, "balance": False})
-    with pytest.MonkeyPatch.context() as patch:
-        use_plain_cpu(patch, bf16=kind == "report")
-        patch.setattr(vqldm, "load_lpips", lambda device: error_of_means)
-        losses = recorded(patch, Diffusion, "loss")
-        vqldm.train_vq(vq_cfg, torch.device("cpu"))
-        vqldm.train_ldm(cfg, torch.device("cpu"))
-    runs = SimpleNamespace(kind=kind, bf16=kind == "report", vq_cfg=vq_cfg, cfg=cfg)
-    runs.vq, runs.ldm = [vqldm.load_checkpoint(c.out, "", c.stage) for c in (vq_cfg, cfg)]
-    runs.model = vqldm.restore_ldm(runs.ldm, torch.device("cpu"))
-    runs.held_losses = losses[-1].result  # the last validation's, one for each held-out image
-    return runs
-
-
-def assert_same_weights(state, net, part):
-    for name, p in net.named_parameters():
-        where = f"{part} {name}: {{}}".format
-        assert_close(state[name], p.detach(), rtol=1e-3, atol=1e-4, msg=where)
-
-
-def test_reference_stage_1_ends_with_the_programs_weights_and_log(runs):
-    """If one rate, row, turn, loss or restart were wrong, weights would differ. So they would if
-    rounding decided between two equally near codes, but then few choices differ."""
-    net, disc, restarts, log = plain_vq(runs.vq_cfg)
-    assert runs.vq["lpips"] and "codebook.wins" in runs.vq["model"]  # a resumed run needs them
-    wins, want = runs.vq["model"]["codebook.wins"], net.codebook.wins
-    other = float((wins - want).abs().sum() / 2 / want.sum())
-    assert other < 0.01, f"{other:.1%} of the choices of codes differ, too many for rounding"
-    hint = f" ({other:.1%} of choices differ. If rounding did it, another seed helps.)"
-    assert_same_weights(runs.vq["model"], net, "VQGAN" + hint * (other > 0))
-    assert_same_weights(runs.vq["disc"], disc, "discriminator" + hint * (other > 0))
+def test_reference_stage_1_goes_the_programs_way_to_its_weights_and_log(runs):
+    """If one rate, row, turn, loss or restart were wrong, a loss, a gradient or a step would be
+    another."""
+    net, restarts, log = plain_vq(runs)
+    assert not runs.did["VQGAN"] and not runs.did.get("PatchDiscriminator"), "more steps there"
+    assert_close(runs.vq["model"], dict(net.state_dict()), rtol=0, atol=0)
     assert all(p.grad.any() for p in net.parameters())  # so every weight has really moved
-    assert 0 < restarts < 500 if runs.kind == "float32" else restarts == 500
+    assert 0 < restarts < 500 if runs.name == "run 0" else restarts == 500
+    assert runs.vq["lpips"] == (runs.vq_cfg.lpips_weight > 0)  # a resumed run needs it
     rows = runs.vq["log"]
     logged = {**[row for row in rows if "mse" in row][-1], **rows[-1]}
-    assert logged["val_codes_used_percent"] == pytest.approx(100 * log.pop("codes"), rel=0.02)
-    assert logged["val_perplexity"] == pytest.approx(math.exp(log.pop("entropy")), rel=0.02)
-    assert {name: logged[name] for name in log} == pytest.approx(log, rel=1e-3)
-
-
-def test_without_a_weight_there_is_no_gan_and_no_lpips(trained, tmp_path, monkeypatch):
-    gan = recorded(monkeypatch, vqldm, "adaptive_weight")
-    monkeypatch.setattr(vqldm, "load_lpips", None)
-    train("vq", tmp_path, *"--gan-start 0 --gan-weight 0 --epochs .01".split())
-    assert not gan
-
-
-@pytest.mark.parametrize("augment, want", [("mirror", {0, 4}), ("none", {0})])
-def test_both_stages_turn_images_only_as_allowed(trained, tmp_path, monkeypatch, augment, want):
-    shown = recorded(monkeypatch, vqldm, "augment")
-    for words in (["vq", "vq", "--augment", augment], ["ldm", "ldm", "--vq", tmp_path / "vq"]):
-        shown.clear()
-        train(words[0], tmp_path / words[1], *words[2:], "--epochs", 0.5)
-        assert {int(turn) for call in shown for turn in call.symmetries} == want
+    del logged["step"]
+    assert logged == pytest.approx(log, rel=1e-3), runs.name
 
 
 def test_each_validation_of_stage_1_draws_the_same_images_and_what_became_of_them(trained):
@@ -689,14 +769,6 @@ def test_each_validation_of_stage_1_draws_the_same_images_and_what_became_of_the
     assert len({*bytes_of([call.rows["original"] for call in drawn])}) == 1
     x, x_hat = [vqldm.to_float(drawn[-1].rows[name]) for name in ("original", "reconstruction")]
     assert len(x) == 18 and F.mse_loss(x_hat, x) == pytest.approx(log[-1]["val_mse"], 0.01)
-
-
-def test_stage_1_measures_the_first_256_of_many_held_out_images(trained, tmp_path, monkeypatch):
-    many = torch.arange(9), torch.arange(300) % 48, torch.zeros(0)
-    monkeypatch.setattr(vqldm, "split", lambda *a: many)
-    measured = recorded(monkeypatch, vqldm, "reconstruct")
-    train("vq", tmp_path, "--epochs", 0.1)
-    assert len(measured[0].pixels) == 256
 
 
 # ---- 5. Stage 2: diffusion -----------------------------------------------------------------------
@@ -726,39 +798,16 @@ def test_for_every_S_there_are_exactly_S_evenly_spaced_steps():
         assert {a - b for a, b in zip(t, prev)} <= {1000 // S, 1000 // S + 1}
 
 
-@pytest.mark.parametrize("steps", [60, 7])  # each level, or eight to nine levels at once
-@pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_with_eta_1_a_step_is_that_of_ddpms_algorithm_2(schedule, steps):
-    """In float64, line 4 as the paper prints it, with β̃, the second variance of its section 3.2. In
-    a step over several levels, α is the product of theirs. At the end σ is 0. Each step also gives
-    the estimate of z0, by equation 9."""
-    diffusion, beta = Diffusion(60, schedule, "eps"), betas(60, schedule)
-    alpha_bar = np.append(np.cumprod(1 - beta), 1)
-    diffusion.alpha_bar = torch.from_numpy(alpha_bar)
-    z, noise, *eps = randn(62, 2, 3, 4, 4).double()
-    walk = diffusion.sample(lambda z_t, t: eps[t[0]], z, steps, 1.0, lambda: noise)
-    for (t, prev), (now, z0_hat) in zip(diffusion.pairs(steps), walk, strict=True):
-        alpha = np.prod(1 - beta[prev + 1 : t + 1])
-        mean = (z - (1 - alpha) / np.sqrt(1 - alpha_bar[t]) * eps[t]) / np.sqrt(alpha)
-        variance = (1 - alpha_bar[prev]) / (1 - alpha_bar[t]) * (1 - alpha)
-        assert_close(now, mean + np.sqrt(variance) * noise, rtol=1e-9, atol=1e-9 * float(z.std()))
-        z0 = (z - np.sqrt(1 - alpha_bar[t]) * eps[t]) / np.sqrt(alpha_bar[t])
-        assert_close(z0_hat, z0, rtol=1e-9, atol=1e-9 * float(z0.std()))
-        z = now
-
-
-@pytest.mark.parametrize("T", [1, 3, 50, 1000, 3000])
+@pytest.mark.parametrize("T", [1, 3, 50, 1000, 10**6])  # there can't be more
 def test_sampling_gives_numbers_at_any_T_eta_and_number_of_steps(T):
-    """Roots of what rounding makes negative would be none, nor is 0/0, which the first levels give
-    if there are millions. Linear ends in noise only if T > 1. With eta 0 no noise is drawn."""
+    """Roots of what rounding makes negative would be none. Linear ends in noise only if T > 1. With
+    eta 0 no noise is drawn."""
     z, schedules = torch.ones(1, 1, 1, 1), ["cosine", "linear"][: 1 + (T > 1)]
     for schedule, eta in itertools.product(schedules, (0.0, 0.5, 1.0)):
         diffusion, noise = Diffusion(T, schedule), (lambda: z) if eta > 0 else None
-        for steps in (1, 2, 7, 10, 31, 99, 100):
+        for steps in {1, 2, 7, 10, 31, 99, 100} & {*range(T + 1)}:
             walk = diffusion.sample(lambda z_t, t: z_t, z, steps, eta, noise)
             assert [*walk][-1][0].isfinite(), (schedule, eta, steps)
-    diffusion.alpha_bar = torch.ones(T + 1)
-    assert [*diffusion.sample(lambda z_t, t: z_t, z, 2, 1.0, lambda: z)][-1][0].isfinite()
 
 
 # ---- 6. Stage 2: the UNet ------------------------------------------------------------------------
@@ -827,29 +876,23 @@ def plain_sample(runs, cfg, label, gens):
     return z
 
 
-DDIM = dict(eta=0.0, steps=7, autoguidance=3.0, class_guidance=0.5)
-DDPM = dict(eta=1.0, steps=7, autoguidance=1.0, class_guidance=2.5)
-
-
-@pytest.mark.parametrize("how", [DDIM, DDPM, {}], ids=["ddim", "ddpm", "as trained"])
-def test_reference_sampling_ends_with_the_programs_latents(runs, how, monkeypatch):
-    """The noise of an image depends on its id alone, not on its batch: here the program makes
-    batches of 32 and 4, and the reference one of 3. A guidance of 1 costs no call."""
+def test_reference_sampling_ends_with_the_programs_latents(runs, monkeypatch):
+    """The noise of an image depends on its id alone, not on its batch: here the program makes 36
+    at once or in batches, and the reference three of them. A guidance of 1 costs no time."""
     use_plain_cpu(monkeypatch)  # in bf16, rounding would depend on the size of the batch
     # a single class has no class guidance, with or without --unconditional
     monkeypatch.setattr(runs.model, "cfg", vqldm.replace(runs.cfg, unconditional=False))
-    how = {**{name: runs.ldm["config"][name] for name in vqldm.SAMPLING}, **how}
+    how = {name: runs.ldm["config"][name] for name in vqldm.SAMPLING}
     cfg = vqldm.SampleConfig(**how, seed=21)  # not that of the training
-    strong = recorded(monkeypatch, runs.model.ema, "forward")
     young = recorded(monkeypatch, runs.model.young, "forward")
     ids = torch.arange(0, 7001 * 36, 7001)  # torch's integers must do as well as Python's
     label = torch.tensor([2, 0, 1]).repeat(12) % len(runs.ldm["classes"])
     pictures, latents = runs.model.generate(cfg, ids, label)
-    assert len(young) == (2 * cfg.steps if cfg.autoguidance != 1 else 0)
-    assert len(strong) == 2 * cfg.steps * (1 + (len(runs.ldm["classes"]) > 1))
+    assert bool(young) == (cfg.autoguidance != 1)
     some = [33, 4, 9]
     z = plain_sample(runs, cfg, label[some], [rng(21, "sample", 7001 * i) for i in some])
-    assert_close(latents[some], z, rtol=1e-4, atol=1e-4 * float(z.std()))
+    far = float((latents[some] - z).norm() / z.norm())
+    assert far < 1e-4, f"{runs.name}: the program has other latents"
     mean, std = runs.ldm["scale"].view(2, -1, 1, 1)
     vqgan = runs.model.vqgan
     x = vqgan.decode(vqgan.codebook.nearest(latents[some] * std + mean)).clamp(-1, 1)
@@ -870,13 +913,17 @@ def plain_ldm(runs):
     the losses of UNet and mean on held-out images, and the loss that was logged last."""
     cfg, vq_cfg, vqgan = runs.cfg, runs.vq_cfg, runs.model.vqgan
     images, train, val = drawn_images(vq_cfg)
-    seed, B = cfg.seed, cfg.batch_size
-    turned = [vqldm.augment(images, [turn] * len(images)) for turn in range(8)]
+    seed, B, turns = cfg.seed, cfg.batch_size, TURNS[vq_cfg.augment]
+    turned = [vqldm.augment(images, [turn] * len(images)) for turn in turns]
     k = torch.stack([vqgan.codebook.nearest(vqgan.encoder(x)) for x in turned], 1)
-    codes = vqgan.codebook.embedding.weight[k]  # (n,8,h,w,d)
+    for rows, there in ((train, runs.k), (val, runs.k_val)):
+        far = (k[rows, : there.shape[1]] != there).float().mean()
+        assert far < 0.01, f"{runs.name}: the program has other codes, and not by rounding"
+        k[rows, : there.shape[1]] = there
+    codes = vqgan.codebook.embedding.weight[k]  # (n,V,h,w,d)
     std, mean = torch.std_mean(codes[train].double().flatten(0, -2), 0, correction=0)
     assert_close(runs.ldm["scale"].double(), torch.stack([mean, std]), rtol=1e-3, atol=1e-4)
-    latents = ((codes - mean) / std).float().movedim(-1, 2).detach()  # (n,8,d,h,w)
+    latents = ((codes - mean) / std).float().movedim(-1, 2).detach()  # (n,V,d,h,w)
     n_classes = 1 if cfg.unconditional else 4
     labels = torch.arange(len(latents)) % n_classes
     torch.manual_seed(seed)
@@ -888,17 +935,17 @@ def plain_ldm(runs):
         if cfg.balance:
             chance = 1 / torch.bincount(labels[train])[labels[train]]
             rows = train[torch.multinomial(chance, B, True, generator=gen)]
-        turns = torch.randint(8, (B,), generator=gen)
+        turn = torch.randint(len(turns), (B,), generator=gen)
         t = torch.randint(0, cfg.T, (B,), generator=gen)
         eps = torch.randn(B, *latents.shape[2:], generator=gen)
         label = torch.where(torch.rand(B, generator=gen) < 0.1, n_classes, labels[rows])
-        loss = losses_of(cfg, net, latents[rows, turns], t, eps, label)
+        loss = losses_of(cfg, net, latents[rows, turn], t, eps, label)
         if i % 10 == 9:
             logged = float(loss.mean().detach())
         if cfg.target == "v":
             a = Diffusion(cfg.T, cfg.schedule).alpha_bar[t]
             loss = loss * (2 * (a * (1 - a)).sqrt()).clamp(min=0.25)
-        step_along(net, loss.mean(), rates, factor)
+        step_along(runs, i, net, loss.mean(), rates, factor)
         keep = min(cfg.ema, (1 + i) / (10 + i))
         for m, p in zip(ema.parameters(), net.parameters()):
             m.data = keep * m.data + (1 - keep) * p.data
@@ -910,12 +957,15 @@ def plain_ldm(runs):
     return net, ema, young, of_net, of_mean, logged
 
 
-def test_reference_stage_2_ends_with_the_programs_weights_and_log(runs):
+def test_reference_stage_2_goes_the_programs_way_to_its_weights_and_log(runs):
     """A validation takes the loss of the running mean, and the std of 16 samples made in at most
     25 steps."""
     net, ema, young, of_net, of_mean, loss = plain_ldm(runs)
+    assert not runs.did["UNet"], "more steps there"
     for part, want in (("model", net), ("ema", ema), ("young", young)):
-        assert_same_weights(runs.ldm[part], want, part)
+        for name, p in want.named_parameters():
+            other = f"{runs.name}: the program has another {part} {name}"
+            assert_close(runs.ldm[part][name], p.detach(), rtol=1e-4, atol=1e-6, msg=other)
     assert all(p.grad.any() for p in net.parameters())  # so every weight has really moved
     rows = runs.ldm["log"]
     assert [row["loss"] for row in rows if "loss" in row][-1] == pytest.approx(loss, 1e-3)
@@ -951,23 +1001,16 @@ def test_stage_2_halves_a_grid_of_12_cells_at_most_twice(copy_of, refused):
     assert "--widths: too many halvings" in refused(*words)
 
 
-def test_stage_2_can_have_images_of_its_own(trained, tmp_path, monkeypatch, printed):
-    """It learns their classes. evaluate takes them, but not seen.bmp, which stage 1 has seen."""
-    own, ldm = fill(tmp_path / "own", "a/0.bmp a/1.bmp b/2.bmp val/a/3.bmp"), tmp_path / "ldm"
-    shutil.copy(next(Path("photos/train/mole").iterdir()), own / "val/a/seen.bmp")
-    fill(own, [f"val/{c}/{i}.bmp" for c in "ab" for i in range(4)], (99, 9, 9))
-    read = recorded(monkeypatch, vqldm, "read_images")
-    state = train("ldm", ldm, "--epochs", 1, "--data", own)
+def test_stage_2_can_have_images_of_its_own(trained, tmp_path, printed):
+    """It learns their classes. What stage 1 has seen is not forgotten."""
+    own = fill(tmp_path / "own", "a/0.bmp a/1.bmp b/2.bmp val/a/3.bmp")
+    state = train("ldm", tmp_path / "ldm", "--epochs", 1, "--data", own)
     assert state["classes"] == ["a", "b"] and "WARNING" not in printed()
     assert torch.isin(state_of("trained/vq/last.pt")["seen"], state["seen"]).all()
-    assert cli("evaluate", "--ckpt", ldm, "--n", 2) == 0
-    assert cli("evaluate", "--ckpt", "trained/ldm", "--n", 2, "--out", ldm) == 0
-    assert [call.cfg.data for call in read] == [str(own)] * 2 + [f"{trained.folder}/photos"]
-    assert "to measure on: 9 unseen images" in printed()
 
 
 # ---- 9. Sampling ---------------------------------------------------------------------------------
-NAMES = ["$m\udcf6le, new", "É"]  # no names of files, and one that was a folder without UTF-8
+NAMES = ["$m\udcf6le, É", "É"]  # no names of files, and one that was a folder without UTF-8
 
 
 @pytest.fixture()
@@ -977,19 +1020,17 @@ def ldm(copy_of, empty_folder):
 
 
 TYPED = "--n 5 --class É --eta .2 --steps 2 --autoguidance 4 --class-guidance 3"
-AS_TRAINED = ("--n 70", [0.6, 3, 1.7, 1.5], 35 * [0, 1], 27)
-AS_TYPED = (TYPED, [0.2, 2, 4, 3], 5 * [1], 6)
+AS_TRAINED = ("--n 70", [0.6, 3, 1.7, 1.5], 35 * [0, 1])
+AS_TYPED = (TYPED, [0.2, 2, 4, 3], 5 * [1])
 
 
-@pytest.mark.parametrize("words, how, want, calls", [AS_TRAINED, AS_TYPED])
-def test_sample_makes_images_of_all_classes_or_of_one(ldm, monkeypatch, words, how, want, calls):
-    """They are made as was recorded, or as is typed, 64 at a time. With two classes, three networks
-    answer in each step of a batch of 32."""
+@pytest.mark.parametrize("words, how, want", [AS_TRAINED, AS_TYPED])
+def test_sample_makes_images_of_all_classes_or_of_one(ldm, monkeypatch, words, how, want):
+    """They are made as was recorded, or as is typed."""
     made = recorded(monkeypatch, vqldm.LatentDiffusion, "generate")
-    asked = recorded(monkeypatch, vqldm.UNet, "forward")
     drawn = recorded(monkeypatch, vqldm, "draw_rows")
     assert cli("sample", "--ckpt", ldm, "--out", "a/new/folder", *words.split()) == 0
-    assert len(asked) == calls and [*drawn[0].rows] == [NAMES[c] for c in sorted({*want})]
+    assert [*drawn[0].rows] == [NAMES[c] for c in sorted({*want})]
     for call in made:
         assert [getattr(call.settings, field.name) for field in fields(vqldm.Sampling)] == how
     assert [int(i) for call in made for i in call.ids] == [*range(len(want))]
@@ -998,8 +1039,7 @@ def test_sample_makes_images_of_all_classes_or_of_one(ldm, monkeypatch, words, h
 
 def test_samples_can_be_read_as_a_folder_even_if_the_command_is_stopped(ldm, load, monkeypatch):
     """metadata.csv names their classes, which here come in threes, so that 64 are not full rounds.
-    It is read before each batch is made, and by then the rows of all images so far are on the
-    disk."""
+    It is read before each batch is made: by then the rows of all images so far are on the disk."""
     monkeypatch.setattr(vqldm, "wanted_classes", lambda *a: torch.tensor([0, 1, 1]))
     table, rows = fill(Path("new")) / "metadata.csv", []  # an empty folder may be there
     look = "generate", lambda call: rows.append(table.read_text("utf8").splitlines())
@@ -1008,7 +1048,7 @@ def test_samples_can_be_read_as_a_folder_even_if_the_command_is_stopped(ldm, loa
     assert rows == [["file_name,class"], table.read_text("utf8").splitlines()[:65]]
     images = load("new", size=32)  # without grid.png, sorted by name, and so by number
     assert_equal(images.pixels[:], torch.cat([call.result[0] for call in made]))
-    assert classes_of(images) == (["$m?le, new", "É", "É"] * 24)[:70]
+    assert classes_of(images) == (["$m?le, É", "É", "É"] * 24)[:70]
     assert_equal(images.labels, torch.cat([call.label for call in made]))
 
 
@@ -1024,16 +1064,12 @@ def test_sample_shows_the_first_64_images_and_their_latents_std(ldm, monkeypatch
 
 
 # ---- A. Reconstructions --------------------------------------------------------------------------
-def test_lpips_is_squeezenets_with_the_weights_that_its_authors_learned(printed, lpips):
-    """Random weights would have nearly the sum 0, and a distance could be negative."""
-    assert "Fire" in repr(lpips) and not printed()  # only SqueezeNet has these blocks
+def test_lpips_is_squeezenets_with_its_authors_weights_frozen_and_passes_gradients(lpips):
+    """Random weights would have nearly the sum 0. Its dropout must be off."""
+    assert "Fire" in repr(lpips) and "Dropout" in repr(lpips)  # only SqueezeNet has Fire
     assert sum(float(p.sum()) for p in lpips.lins.parameters()) == pytest.approx(173.44, abs=0.01)
-
-
-def test_lpips_is_frozen_and_passes_gradients_to_images(lpips):
-    """It has dropout, which must be off."""
     assert not any(p.requires_grad for p in lpips.parameters())
-    assert "Dropout" in repr(lpips) and not any(m.training for m in lpips.modules())
+    assert not any(m.training for m in lpips.modules())
     x, x_hat = randn(2, 2, 3, 64, 64).requires_grad_()
     assert not lpips(x, x).any()
     assert torch.autograd.grad(lpips(x_hat, x).sum(), x_hat)[0].any()
@@ -1052,10 +1088,8 @@ def test_without_lpips_a_warning_says_what_to_do(monkeypatch, printed):
 def test_psnr_stays_a_number_if_there_is_no_error():
     """Infinity would be no JSON. The limit is 10 lg(4/1e-10) = 106 dB. What the decoder gives lies
     beyond [-1,1] here, and is cut off as in pictures."""
-    x, k = torch.ones(1, 3, 4, 4), torch.zeros(1, 1, 1).long()
-    perfect = SimpleNamespace(
-        codebook=vqldm.Codebook(1, 3), encode=lambda x: k, decode=lambda k: 2 * x
-    )
+    x, k, book = torch.ones(1, 3, 4, 4), torch.zeros(1, 1, 1).long(), vqldm.Codebook(1, 3)
+    perfect = SimpleNamespace(codebook=book, encode=lambda x: k, decode=lambda k: 2 * x)
     measures, recon = vqldm.reconstruct(perfect, vqldm.to_bytes(x))
     assert measures["psnr"] == pytest.approx(106.02, abs=0.01) and measures["mse"] == 0
     assert vqldm.to_bytes(torch.tensor([-9.0, -1, 1, 9])).tolist() == [0, 0, 255, 255]
@@ -1102,48 +1136,93 @@ def images_with_ids(content, group, test=False):
     return vqldm.Images(i, i % 2, ["a", "b"], content, group, test.bool().expand(len(i)))
 
 
-def test_a_share_of_the_groups_is_held_out_as_a_whole():
-    """The last four digits of a group's number decide, so a larger share contains a smaller one.
-    Images in folders called val or test are held out at any share."""
-    group = 3 * torch.arange(20_000).repeat(2)  # 3 x takes on all values of four digits
-    images = images_with_ids(torch.arange(40_000) + 100_000, group, group == 3 * 9999)
-    for share in (0, 0.0001, 0.1, 0.25, 0.5):
-        train, val, seen = vqldm.split(images, share)
-        held = (group % 10_000 < 10_000 * share) | images.test
-        assert_equal(val.sort().values, held.nonzero()[:, 0])
-        assert_equal(train, (~held).nonzero()[:, 0])
-        assert_equal(seen, torch.cat([images.checksum[train], images.group[train]]).unique())
-        assert share == 0 or not torch.equal(val, val.sort().values)  # their order is random
+# The rules of docs/USING.md once more, in plain Python, for folders that are drawn at random.
+PARTS = "train Training val VALID validation Test testing".split()
+KINDS = ["Mole", "acne", "latest"]  # the last one ends in test, but is a class
+IDS = ["patient_id", "lesion_id", "group"]
+WORDS = {"class": ["", "unknown", "Mole", 'acne, "dark"'], **{one: ["", "1", "G,H"] for one in IDS}}
 
 
-def test_what_was_ever_trained_on_is_not_held_out_and_not_forgotten(printed):
-    """Image 1 and group 1001 have been seen. Image 1 is in the groups 4 and 8, so these are known,
-    too. All but image 6 lie in a folder called test, but only image 5 can be held out."""
-    content, group = [2, 3, 1, 4, 5, 6, 1], [1001, 8, 4, 4, 5, 6000, 8]
-    images = images_with_ids(content, group, [1, 1, 1, 1, 1, 0, 1])
-    train, val, seen = vqldm.split(images, 0.1, torch.tensor([1, 1001, 77]))
-    assert (train.tolist(), val.tolist(), seen.tolist()) == ([5], [4], [1, 6, 77, 1001, 6000])
-    assert "to train on: 1 images: {'b': 1}\nheld out: 1 images: {'a': 1}\n" in printed()
+def drawn_folder(draw, folder):
+    """Images with names of up to four folders. Some are copies, and some broken. Perhaps there is a
+    metadata.csv of some of them -> {name: {column: word}}, without empty words, and its columns."""
+    names = [f"{i}.bmp" for i in range(draw.randint(4, 14))]
+    names = ["/".join([*draw.choices(PARTS + 3 * KINDS, k=draw.randint(0, 4)), x]) for x in names]
+    fill(folder, names)
+    for _ in range(draw.randint(0, 3)):
+        (folder / draw.choice(names)).write_bytes((folder / draw.choice(names)).read_bytes())
+    rows = {name: {} for name in draw.sample(names, draw.randint(3, len(names)))}
+    columns = draw.choice([[], ["class"]]) + draw.sample(IDS, draw.randint(0, 1))
+    for row in rows.values():
+        words = [(column, draw.choice(WORDS[column])) for column in columns]
+        row.update({column: word for column, word in words if word})
+    if draw.random() < 0.4:
+        rows, columns = {name: {} for name in names}, None
+    else:
+        (folder / "other.csv").write_text("file_name,class\n")  # it is not looked at
+        encoding = draw.choice(["utf-8", "utf-8-sig"])
+        with (folder / "metadata.csv").open("w", encoding=encoding, newline="") as file:
+            table = csv.DictWriter(file, draw.sample(["file_name", *columns], 1 + len(columns)))
+            table.writeheader()
+            table.writerows([dict(row, file_name=f" {x} ") for x, row in rows.items()] + [{}])
+    for name in draw.sample(sorted(rows), draw.choice([0, 0, 2])):
+        (folder / name).write_text("no image")
+    return rows, columns
 
 
-def test_training_and_unseen_images_never_share_a_group_or_a_content(printed):
-    """In 300 tables, drawn at random, in which contents come twice, in several groups, in folders
-    called test, and in what an earlier stage has seen."""
-    splits = 0
-    for key in range(300):
-        gen, n = rng("tables", key), 12 + key % 9
-        content, patient = torch.randint(14, (2, n), generator=gen)
-        group = torch.where(torch.rand(n, generator=gen) < 0.6, 10_000 + 7919 * patient, content)
-        images = images_with_ids(content, group, torch.rand(n, generator=gen) < 0.1)
-        earlier = torch.cat([content, group])[torch.randint(2 * n, (key % 4,), generator=gen)]
-        with suppress(vqldm.UserError):  # too few groups
-            train, val, seen = vqldm.split(images, 0.3, earlier)
-            splits += 1
-            for ids in (images.checksum, images.group):
-                assert not torch.isin(ids[val], ids[train]).any()
-                assert not torch.isin(ids[val], earlier).any()
-            assert_equal(val.sort().values, (~images.known(seen)).nonzero()[:, 0])
-    assert splits > 200
+@pytest.mark.parametrize("key", range(60))
+def test_reference_classes_groups_and_splits_are_those_of_the_rules(tmp_path, load, printed, key):
+    """Of folders, tables, copies, any share (at a group's number, and beside it), and whatever an
+    earlier training has seen."""
+    draw = random.Random(key)
+    rows, columns = drawn_folder(draw, folder := tmp_path / "Test")
+    data = {name: (folder / name).read_bytes() for name in sorted(rows)}
+    names = [name for name in data if data[name] != b"no image"]
+    content = [vqldm.digest(hashlib.sha256(data[name]).digest()) for name in names]
+    column = (columns or [""])[-1]  # that of the ids, if there is one
+    told = any("class" in row for row in rows.values())
+    classes, group, test = [], [*content], []
+    for i, name in enumerate(names):
+        *folders, _ = name.split("/")
+        kinds = [one for one in folders if one not in PARTS]
+        classes += [rows[name].get("class", "unknown") if told else ["images", *kinds][-1]]
+        test += [any(one in PARTS[2:] for one in folders)]
+        if column in IDS and column in rows[name]:
+            group[i] = vqldm.digest((column, rows[name][column]))
+    images = load(folder)
+    assert classes_of(images) == classes and images.classes == sorted({*classes})
+    assert (images.checksum.tolist(), images.group.tolist()) == (content, group)
+    assert images.test.tolist() == test
+
+    at = draw.choice(group) % 10_000
+    share = draw.choice([0, 0.3, 0.5, at / 10_000, (at + 0.5) / 10_000])
+    seen = {77, *draw.sample(content + group, draw.choice([0, 0, 0, 1, 3]))}
+    earlier = torch.tensor(sorted(seen))
+    held = [test[i] or group[i] % 10_000 < round(10_000 * share, 1) for i in range(len(names))]
+    train = [i for i in range(len(names)) if not held[i]]
+    seen |= {one for i in train for one in (content[i], group[i])}
+    known = {group[i] for i in range(len(names)) if {content[i], group[i]} & seen}
+    val = [i for i in range(len(names)) if group[i] not in known]
+    val = [val[i] for i in torch.randperm(len(val), generator=rng("held out"))]
+    with nullcontext() if train and val else pytest.raises(vqldm.UserError, match="too few groups"):
+        a, b, after = vqldm.split(images, share, earlier)
+        assert (a.tolist(), b.tolist(), after.tolist()) == (train, val, sorted(seen))
+
+    n, m = len(rows), sum(column in row for row in rows.values() if column in IDS)
+    here = [[classes[i] for i in part] for part in (train, val)]
+    counts = [{one: part.count(one) for one in images.classes} for part in here]
+    by = Counter(column if column in IDS and column in rows[name] else "image" for name in data)
+    lines = {  # what is said, and when
+        f"classes by {'class' if told else 'folder'} - images split by {dict(by)}\n": True,
+        f"names {n} of {len([*folder.rglob('*.bmp')])} images, and": columns is not None,
+        f"WARNING {n - m} of {n} images have no {column}: ": 0 < m < n,
+        f"data {folder} {len(names)} images in {len({*group})} groups\n": True,
+        f"to train on: {len(train)} images: {counts[0]}\n": True,
+        f"held out: {len(val)} images: {counts[1]}\n": True,
+        **{f"WARNING skipped '{name}' (": name not in names for name in rows},
+    }
+    said = printed()
+    assert {line: line in said for line in lines} == lines
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -1163,10 +1242,13 @@ def test_a_resumed_run_holds_out_nothing_that_it_has_seen(copy_of, tmp_path, mon
     assert after["step"] > before["step"] and identical(after.get("scale"), before.get("scale"))
 
 
-def test_a_batch_may_span_several_epochs():
-    """The reference of section 4 has the usual case, in which a batch is shorter than an epoch."""
-    epochs = torch.cat([vqldm.next_rows(3, step, 10, 0) for step in range(6)]).view(20, 3)
-    assert_equal(epochs.sort().values, torch.arange(3).expand(20, 3))
+@pytest.mark.parametrize("key", range(40))
+def test_reference_the_rows_of_all_steps_are_one_stream_reshuffled_every_epoch(key):
+    draw = random.Random(key)
+    n, size, step = draw.randint(1, 12), draw.randint(1, 30), draw.randint(0, 40)
+    epochs = range(1 + (step + 1) * size // n)
+    order = torch.cat([torch.randperm(n, generator=rng(key, "order", i)) for i in epochs])
+    assert_equal(vqldm.next_rows(n, step, size, key), order[step * size :][:size])
 
 
 # ---- C. A folder of images: reading --------------------------------------------------------------
@@ -1220,19 +1302,20 @@ def test_transparent_pixels_are_white_whatever_colour_lies_below(read):
 def test_images_of_all_formats_and_modes_are_read_in_the_order_of_their_names(tmp_path, load):
     names = "0.bmp 1.gif 2.jpeg 3.jpg 4.png 5.tif 6.tiff 7.webp 8.jpe 9.jfif a/train/8.png".split()
     folder = fill(tmp_path / "photos", [*names, "b/ä b.JPeG", "z.TIFF"], size=(200, 200))
-    for name, mode in (("0.bmp", "L"), ("4.png", "LA"), ("5.tif", "CMYK"), ("6.tiff", "P")):
+    modes = "0.bmp 1 4.png LA 5.tif CMYK 6.tiff P 8.jpe L z.TIFF YCbCr".split()
+    for name, mode in zip(modes[::2], modes[1::2]):
         Image.open(folder / name).convert(mode).save(folder / name)
     images = load(folder)
     assert classes_of(images) == ["images"] * 10 + ["a", "b", "images"]
     assert len(images.pixels[:].unique(dim=0)) == 13
-    assert images.pixels[10:, 0, 8, 3].tolist() == [10, 11, 12]  # red counts up, see fill
+    assert images.pixels[10:12, 0, 8, 3].tolist() == [10, 11]  # red counts up, see fill
 
 
 def test_what_is_no_image_is_not_opened_or_skipped(tmp_path, load, printed, monkeypatch):
-    """Hidden files and other formats are not opened, but the latter are counted by their endings.
-    Links to folders are not followed. There is a WARNING of an image that ends too early, of three
-    that would be black or white, of one so large that PIL calls it a bomb, and of PostScript called
-    x.png, for which PIL would start Ghostscript. The images around them keep their classes."""
+    """Hidden files, pipes and other formats are not opened, but the latter are counted. Links to
+    folders are not followed. There is a WARNING of an image that ends too early, one that must not
+    be read, three that would be black or white, one so large that PIL calls it a bomb, and of
+    PostScript, for which PIL would start Ghostscript. The images around them keep their classes."""
     folder = fill(tmp_path / "photos", "a/1.png cut.jpg z/2.png", size=(200, 200))
     rest = "a.txt .git/x.png b.heic c.HEIF d.avif e.jp2 f.mpo g.jxl .hidden.png a/.b/c/1.png png"
     for name in [*rest.split(), "c/text.jpg"]:
@@ -1240,6 +1323,8 @@ def test_what_is_no_image_is_not_opened_or_skipped(tmp_path, load, printed, monk
         (folder / name).write_text("no image")
     (folder / "album.jpg").mkdir()
     (folder / "a/up").symlink_to("..")
+    (folder / "gone.png").symlink_to("nowhere.png")
+    os.mkfifo(folder / "pipe.png")
     (folder / "cut.jpg").write_bytes((folder / "cut.jpg").read_bytes()[:-300])
     Image.new("F", (9, 9)).save(folder / "floats.tiff")
     for name, order in (("deep.png", "<"), ("deep.tif", ">")):
@@ -1247,11 +1332,14 @@ def test_what_is_no_image_is_not_opened_or_skipped(tmp_path, load, printed, monk
     Image.new("L", (400, 400)).save(folder / "giant.png")
     Image.new("RGB", (9, 9)).save(folder / "x.eps")
     (folder / "x.eps").rename(folder / "x.png")
+    (folder / "locked.png").touch()
+    locked = lambda call: call.self.name == "locked.png" and open("/nowhere")  # noqa: E731
+    recorded(monkeypatch, Path, "read_bytes", locked)
     monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", ghostscript := Mock(side_effect=OSError))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 200 * 200)
     images = load(folder)
-    bad = "c/text.jpg cut.jpg deep.png deep.tif floats.tiff giant.png x.png".split()
-    told = printed()
+    bad = "c/text.jpg cut.jpg deep.png deep.tif floats.tiff giant.png locked.png x.png".split()
+    assert "broken links or pipes: ['gone.png', 'pipe.png']\n" in (told := printed())
     assert re.findall(r"WARNING skipped '(\S+)' \(", told) == bad and not ghostscript.called
     assert "not read: 1 .txt, 1 .heic, 1 .heif, 1 .avif, 1 .jp2, 1 .mpo, 1 .jxl, 1 without" in told
     assert classes_of(images) == images.classes == ["a", "z"]  # and there is no class c
@@ -1300,9 +1388,7 @@ def test_the_cache_notices_a_file_that_was_rewritten(tmp_path, decoded_anew):
         assert red in decoded_anew(folder).pixels[:, 0, 8, 3]
 
 
-def test_the_cache_notices_folder_group_class_size_pillow_and_code(
-    tmp_path, decoded_anew, monkeypatch
-):
+def test_the_cache_notices_what_images_depend_on(tmp_path, decoded_anew, monkeypatch):
     folder = fill(tmp_path / "all", "a/1.bmp b/1.bmp")
     assert decoded_anew(folder).classes == ["a", "b"]
     other = decoded_anew(fill(tmp_path / "other", "a/1.bmp b/1.bmp", (5, 0, 99)))
@@ -1314,21 +1400,15 @@ def test_the_cache_notices_folder_group_class_size_pillow_and_code(
     assert decoded_anew(folder, size=32).pixels.shape == (2, 3, 32, 32)
     monkeypatch.setattr(vqldm.Image, "__version__", "0")
     decoded_anew(folder)
-    monkeypatch.setattr(vqldm, "read_image", lambda *a: torch.zeros(3, 16, 16).byte())
-    assert not decoded_anew(folder).pixels[:].any()
-    for part in (None, vqldm.decode_images, vqldm.Images):  # None: no part has changed
-        monkeypatch.setattr(inspect, "getsource", lambda one, part=part: str((one, one is part)))
-        decoded_anew(folder)
-
-
-def test_the_cache_notices_the_colours_and_the_code_of_drawn_images(decoded_anew, monkeypatch):
-    """The same ones are always held out, because an image is marked by its seed and number."""
     grey, images = dict.fromkeys(vqldm.LESIONS, ("808080 " * 4, 0, 0)), []
     for name, new in dict(n=1, SKIN="ffffff " * 5, LESIONS=grey, synthetic=lambda *a: 99).items():
         monkeypatch.setattr(vqldm, name, new, raising=False)
         images.append(decoded_anew("synthetic", n_images=4))
     assert len(torch.cat([x.pixels[:] for x in images]).unique(dim=0)) == 13
-    assert all(torch.equal(x.group, images[0].group) for x in images)
+    assert all(torch.equal(x.group, images[0].group) for x in images)  # always held out alike
+    for part in (None, vqldm.read_image, vqldm.decode_images, vqldm.Images):
+        monkeypatch.setattr(inspect, "getsource", lambda one, part=part: str((one, one is part)))
+        decoded_anew(folder)
 
 
 def test_a_damaged_cache_is_refused(tmp_path, load):
@@ -1342,11 +1422,11 @@ def test_a_damaged_cache_is_refused(tmp_path, load):
             load(folder)
 
 
-def test_a_folder_or_file_that_cannot_be_opened_ends_the_run(tmp_path, load, monkeypatch, refused):
-    """If it were skipped, a class might be missing. Next time it is there."""
+def test_a_locked_folder_or_lack_of_memory_ends_the_run(tmp_path, load, monkeypatch, refused):
+    """If images were skipped, a class might be missing. Next time they are there."""
     locked = PermissionError(13, "no", "out of memory.bmp")  # a name that says what is looked for
-    places = {"os.scandir": locked, "pathlib.Path.read_bytes": locked}
-    for place, error in {**places, "PIL.Image.open": MemoryError()}.items():
+    lack = RuntimeError("DefaultCPUAllocator: can't allocate memory")
+    for place, error in {"os.scandir": locked, "PIL.Image.open": lack}.items():
         folder = fill(tmp_path / place, "a/1.bmp b/1.bmp b/val/2.bmp")
         with monkeypatch.context() as patch:
             patch.setattr(place, Mock(side_effect=error))
@@ -1354,69 +1434,21 @@ def test_a_folder_or_file_that_cannot_be_opened_ends_the_run(tmp_path, load, mon
         assert "out of memory" in told and len(load(folder, size=32).labels) == 3
 
 
+@pytest.mark.parametrize("data, lost", [("1", "ImageOps"), ("1", "Image"), ("synthetic", "F")])
+def test_a_mistake_in_the_code_for_images_is_raised(tmp_path, load, monkeypatch, data, lost):
+    """If each image were skipped, whoever changes read_image would not see which line fails."""
+    fill(folder := tmp_path / "1", "1.bmp 2.bmp")
+    monkeypatch.setattr(vqldm, lost, SimpleNamespace(__version__="1"))
+    with pytest.raises(AttributeError):
+        load(data if data == "synthetic" else folder)
+
+
 # ---- C. A folder of images: classes and groups ---------------------------------------------------
-def test_folders_tell_the_class_and_what_is_held_out(tmp_path, load):
-    """The class is the innermost folder that is not called train, val or so (`latest` is a class,
-    although it ends in test). Folders above the one that is read do not count. If a table tells the
-    classes, folders still tell what is held out."""
-    want = {"a.bmp": ("images", False), "testing/a.bmp": ("images", True)}
-    for part in "Test testing VALID val validation training Train".split():
-        for kind in ("basal cell carcinoma", "latest", "runs"):
-            for place in (f"x/{part}/{kind}", f"{kind}/{part}"):
-                want[f"{place}/1.bmp"] = kind, part not in ("training", "Train")
-    names = sorted(want)
-    images = load(folder := fill(tmp_path / "Skin/test", names))
-    assert [*zip(classes_of(images), images.test.tolist())] == [want[name] for name in names]
-    table = "\n".join(["file_name,class", *[f"{name},mole" for name in names]])
-    (folder / "metadata.csv").write_text(table)
-    assert_equal(load(folder).test, images.test)
-
-
-def test_a_group_is_a_patient_a_lesion_a_group_or_all_copies_of_an_image(tmp_path, load, printed):
-    """They are known by their names in the first of these columns that an image fills, and images
-    by their content."""
-    names = "0.bmp 1.bmp 2.bmp 3.bmp copies/2.bmp copies/3.bmp".split()
-    folder = fill(tmp_path / "all", names)
-    shutil.copy(folder / "2.bmp", folder / "copies")
-    ids = "patient_id,lesion_id,group", "P,L,", ",L,G", ",,", ",,G", ",,", "P,,G"
-    rows = [",".join(pair) for pair in zip(["file_name", *names], ids)]
-    (folder / "metadata.csv").write_text("\n".join(rows))
-    content = [hashlib.sha256((folder / name).read_bytes()).digest() for name in names]
-    patient, lesion, group = ("patient_id", "P"), ("lesion_id", "L"), ("group", "G")
-    images = load(folder)
-    assert images.checksum.tolist() == [vqldm.digest(one) for one in content]
-    keys = patient, lesion, content[2], group, content[2], patient
-    assert images.group.tolist() == [vqldm.digest(key) for key in keys]
-    told = "classes by folder - images split by {'patient_id': 2, 'lesion_id': 1, 'image': 2, "
-    assert f"{told}'group': 1}}\ndata {folder} 6 images in 4 groups\n" in printed()
-
-
 PHOTOS = "a.bmp b.bmp nevus/c.bmp nevus/d.bmp twice.bmp scar/twice.bmp"
-TABLES = [  # a table, in which | begins a line, the classes in the order of paths, what is printed
-    # Blanks around words do not count, and images without a row are left out.
-    (
-        " file_name , class ,patient_id|a.bmp, mole ,P|b.bmp,scar,||,,|nevus/d.bmp,,P",
-        ["mole", "scar", "unknown"],
-        "metadata.csv names 3 of 6 images, and only these are used\nclasses by class -",
-    ),
-    # Columns have any order, and words in quotes may have commas.
-    (
-        'class,file_name|unknown,scar/twice.bmp|na, "nevus/c.bmp"|"mole, ""dark"" one",a.bmp',
-        ['mole, "dark" one', "na", "unknown"],
-        "classes by class -",
-    ),
-    # Folders are the classes if no row has one.
-    (
-        "file_name,class,group|a.bmp,,G|nevus/c.bmp,,",
-        ["images", "nevus"],
-        "classes by folder - images split by {'group': 1, 'image': 1}",
-    ),
-]
 REFUSED_TABLES = {  # a table, and what the sentence names that refuses it
     "image,class|a.bmp,scar": "['image', 'class']",
     "file_name,class,Patient ID|a.bmp,scar,P": "['file_name', 'class', 'Patient ID']",
     "file_name,class,class|a.bmp,scar,scar": "['file_name', 'class', 'class']",
-    "file_name;class|a.bmp;scar": "['file_name;class']",
     "": "['']",
     "file_name|a.bmp|b.bmp|a.bmp": "a.bmp",  # has two rows
     "file_name|a.bmp|c.bmp|b.bmp": "['c.bmp']",
@@ -1425,29 +1457,22 @@ REFUSED_TABLES = {  # a table, and what the sentence names that refuses it
     'file_name,class|a.bmp,mole|b.bmp,"scar': "unexpected end of data",  # an open quote
     "file_name,class|a.bmp,\udce9": "UnicodeDecodeError",  # é as older systems write it
     "file_name,patient_id|a.bmp,P|b.bmp,NaN": "patient_id 'NaN'",
-    "file_name,lesion_id|a.bmp,NA": "lesion_id 'NA'",
     "file_name,group|a.bmp,-": "group '-'",
+    "file_name,group,class,lesion_id|a.bmp,G,scar,": "only one of ['lesion_id', 'group']",
 }
 
 
 @pytest.fixture()
 def with_table(tmp_path, load):
-    """A function that reads a folder of PHOTOS with this table as its metadata.csv -> Images. The
-    table begins with a byte order mark, as Excel writes it. Another table is not looked at."""
+    """A function that reads a folder of PHOTOS with this table as its metadata.csv -> Images."""
 
     def call(text):
         folder = fill(tmp_path / "my photos", PHOTOS)
-        (folder / "other.csv").write_text("file_name,class\na.bmp,other\nb.bmp,other")
-        text = "\ufeff" + text.replace("|", "\n")
-        (folder / "metadata.csv").write_bytes(text.encode("utf8", "surrogateescape"))
+        text = text.replace("|", "\n").encode("utf8", "surrogateescape")
+        (folder / "metadata.csv").write_bytes(text)
         return load(folder)
 
     return call
-
-
-@pytest.mark.parametrize("table, classes, told", TABLES)
-def test_metadata_csv_tells_classes_and_groups(with_table, printed, table, classes, told):
-    assert classes_of(with_table(table)) == classes and told in printed()
 
 
 @pytest.mark.parametrize("table", REFUSED_TABLES)
@@ -1459,15 +1484,46 @@ def test_a_table_in_another_format_is_left_to_the_tool(tmp_path, with_table, tab
     assert f"ype python tools/table.py '{tmp_path}/my photos'" in told
 
 
-@pytest.mark.parametrize("name", "labels.csv Metadata.CSV x.tsv x.xlsx a/metadata.csv".split())
-def test_a_table_that_was_meant_is_not_overlooked(tmp_path, name):
+@pytest.mark.parametrize(
+    "name", "x.csv Metadata.CSV x.tsv x.xlsx x.xls x.ods a/metadata.csv".split()
+)
+def test_a_table_that_was_meant_is_not_overlooked(tmp_path, printed, name):
     folder = fill(tmp_path / "photos", "0.bmp a/1.bmp")
     (folder / name).touch()
     with pytest.raises(vqldm.UserError, match=f"python tools/table.py {folder} {name}"):
         vqldm.find_images(folder)
     (folder / name).rename(folder / "a/other.csv")
     (folder / "~$labels.xlsx").touch()  # Excel makes it while labels.xlsx is open
-    assert len(vqldm.find_images(folder)) == 2
+    assert len(vqldm.find_images(folder)) == 2 and "not read: 1 .csv\n" in printed()
+
+
+def test_ids_of_one_form_are_known_and_told(tmp_path, with_table, printed):
+    """They may differ in capitals, blanks, dashes, zeros, by what cannot be seen, and by what Excel
+    makes of numbers. No two of the others are one id."""
+    for alike in (
+        "P1 p-001 p_1",
+        "12-3 12_3 12\u20133",
+        "101 101,00 0101",
+        "\ufb01x FIX FI\u200bX",
+    ):
+        assert len({vqldm.id_form(word) for word in f"{alike} \t{alike}\t".split(" ")}) == 1
+    apart = "12-3 1-23 123 A1-2 A12 A-B AB 1.5 15 1.0.1 P10 P1 10 P \u03b11".split()
+    assert len({*map(vqldm.id_form, apart)}) == len(apart)
+    with_table("file_name,patient_id|a.bmp,P1|b.bmp,p 01|twice.bmp,P2")
+    told = "WARNING ids that differ in form only, ['P1', 'p 01']: to join them, type "
+    assert f"{told}python tools/table.py '{tmp_path}/my photos'\n" in printed()
+
+
+@pytest.mark.parametrize("n, each, warned", [(11, 5, 1), (11, 6, 0), (10, 1, 0)])
+def test_many_small_folders_may_be_patients_which_is_told(tmp_path, printed, n, each, warned):
+    """Those are meant that hold fewer than six images, and more than ten of them."""
+    fill(tmp_path, [f"x/{i}/{j}.bmp" for i in range(n) for j in range(each)])
+    vqldm.find_images(tmp_path)
+    told = "type python tools/table.py {} --group-by-folder 2\n".format(tmp_path)
+    assert printed().count(told) == warned
+    (tmp_path / "metadata.csv").write_text("file_name,group\nx/1/0.bmp,G")
+    vqldm.find_images(tmp_path)
+    assert "small folders" not in printed()
 
 
 # ---- D. Device, chance, processes ----------------------------------------------------------------
@@ -1498,13 +1554,6 @@ def test_random_numbers_follow_from_their_key_in_any_process():
     assert rng(0, "a").initial_seed() == 3057973756231466050
 
 
-def test_what_is_said_is_not_kept_back(monkeypatch):
-    """Python would keep it back in a file, until there are some thousand letters."""
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw := io.BytesIO()))
-    vqldm.say("half", "way")
-    assert raw.getvalue() == b"half way\n"
-
-
 def test_a_training_goes_on_if_nobody_reads_what_it_says(trained, tmp_path, monkeypatch):
     """As in `train-vq | head -3`, where the pipe is closed after three lines, or if the terminal is
     gone. stderr, on which bars are drawn, may be closed from the start."""
@@ -1514,9 +1563,8 @@ def test_a_training_goes_on_if_nobody_reads_what_it_says(trained, tmp_path, monk
 
 
 def test_a_process_of_torchrun_knows_its_number_and_takes_its_gpu(monkeypatch):
-    """It is process 5 of 8, and the second one on its machine, so it takes GPU 1 before it meets
-    the others. Batch systems set such variables, too, but without torchrun's own one there is a
-    single process."""
+    """It is process 5 of 8, and the second one on its machine: it takes GPU 1 and meets the others.
+    Batch systems set such variables, too, but without torchrun's own one it is alone."""
     for name, value in dict(RANK="5", LOCAL_RANK="1", WORLD_SIZE="8").items():
         monkeypatch.setenv(name, value)
     asked = []
@@ -1589,37 +1637,28 @@ def test_a_training_prints_its_images_what_it_logs_and_what_comes_next(trained, 
     rows = json.loads(Path("trained", stage, "log.json").read_text())
     assert rows == state_of(f"trained/{stage}/last.pt")["log"]
     assert [row["step"] for row in rows] == [2, 3, 4, 5, 6, 8, 9, 10, 10, 11, 12]
-    validations = [
-        f"{row['step'] / 12:4.0%} val: "
-        + " ".join(f"{name[4:]} {value:.4g}" for name, value in row.items() if name != "step")
-        for row in trained.validations[stage]
-    ]
     kind, following = "samples", "sample --ckpt"
     if stage == "vq":
         kind, following = "recon", "train-ldm --preset default --vq"
     drawn = [str(call.path) for call in trained.drawn]
     assert f"trained/{stage}/{kind}_step_000012.png" in drawn
     assert trained.drawn[-1].rows["samples"].shape == (16, 3, 32, 32)
-    assert trained.printed[stage].splitlines() == [
-        "device cpu, with matrix products in float32",
-        *(["from trained/vq/last.pt at step 12 of 12"] if stage == "ldm" else []),
-        "classes by folder - images split by {'image': 48}",
-        f"data {trained.folder / 'photos'} 48 images in 48 groups",
-        "to train on: 30 images: {'mole': 20, 'scar': 10}",
-        "held out: 18 images: {'mole': 12, 'scar': 6}",
-        "steps to go: 12 of 12",
-        *validations,
-        f"look at trained/{stage}/{kind}_step_000012.png and trained/{stage}/curves.png",
-        f"next: python vqldm.py {following} trained/{stage}",
-    ]
+    told = trained.printed[stage].splitlines()
+    measured = [line for line in told if "val:" in line]
+    for line, row in zip(measured, trained.validations[stage], strict=True):
+        values = [f"{name[4:]} {value:.4g}" for name, value in row.items() if name != "step"]
+        assert line == f"{row['step'] / 12:4.0%} val: {' '.join(values)}"
+    assert told[0] == "device cpu, with matrix products in float32"
+    place = f"trained/{stage}"
+    shown = f"look at {place}/{kind}_step_000012.png and {place}/curves.png"
+    assert told[-2:] == [shown, f"next: python vqldm.py {following} {place}"]
 
 
 INT, TERM, HUP = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
-STOPS = [("vq", 0, INT), ("vq", 5, TERM), ("vq", 11, HUP), ("ldm", 2, INT), ("ldm", 9, TERM)]
+STOPS = [("vq", 0, INT), ("vq", 5, TERM), ("vq", 11, HUP), ("ldm", 1, INT), ("ldm", 2, TERM)]
 
 
 def handlers():
-    """What Ctrl-C, SIGTERM and SIGHUP do."""
     return [signal.getsignal(one) for one in (INT, TERM, HUP)]
 
 
@@ -1637,6 +1676,14 @@ def test_a_signal_ends_a_training_after_its_step(tmp_path, printed, number):
         run.finish("recon", "train-ldm")
     told = "saved at step 1 -- to go on, type the same command with --resume"
     assert printed().splitlines() == ["steps to go: 300 of 300", told]
+
+
+def test_a_step_that_is_not_ended_once_is_told(tmp_path):
+    """Without end_step, as after `continue`, the same step would come for ever."""
+    for times in (0, 2):
+        run = vqldm.Run(vqldm.VQConfig(out=str(tmp_path / str(times))), 800, {}, None)
+        with pytest.raises(AssertionError, match="end_step"):
+            [[run.end_step({}) for _ in range(times)] for _ in zip(run, range(3))]
 
 
 def test_nohup_lets_a_training_outlive_its_terminal(tmp_path):
@@ -1696,7 +1743,7 @@ def test_the_next_command_can_be_typed_as_it_is_printed(copy_of, tmp_path, print
 
 
 MAY_CHANGE = "--device another --data another --epochs 7.5"
-SAMPLED_OTHERWISE = "--eta .5 --steps 9 --autoguidance 2.5 --class-guidance 3.5"
+SAMPLED_OTHERWISE = "--eta .5 --steps 4 --autoguidance 2.5 --class-guidance 3.5"
 OTHERWISE = {bool: "", tuple: "=3,5,7", str: "=other", int: "=99", float: "=.123"}
 
 
@@ -1782,7 +1829,9 @@ def test_a_full_disk_or_memory_harms_no_checkpoint(copy_of, tmp_path, monkeypatc
     before = (out / "last.pt").read_bytes()
     for place, told, error in (
         ("torch.save", ".pt: cannot be written", RuntimeError("[enforce fail] No space")),
+        ("torch.save", "out of memory", OSError(12, "Cannot allocate memory")),
         ("torch.load", "out of memory", MemoryError),
+        ("torch.load", "out of memory", RuntimeError("std::bad_alloc")),
         ("vqldm.augment", "out of memory", torch.OutOfMemoryError("CUDA out of memory.")),
         ("vqldm.augment", "out of memory", lambda *a: torch.empty(2**62, dtype=torch.uint8)),
     ):
@@ -1859,13 +1908,6 @@ def test_a_validation_comes_at_each_tenth_and_after_ten_minutes(tmp_path, monkey
     assert [row for row in run.log if "a" in row] == tens
 
 
-def test_a_validation_is_saved_before_it_is_drawn(trained, tmp_path, monkeypatch, refused):
-    """So a full disk costs less. Here the picture of the second validation finds it full."""
-    monkeypatch.setattr(vqldm, "draw_rows", Mock(side_effect=[None, OSError(28, "No space")]))
-    assert "No space" in refused(*STAGES["vq"], "--epochs", 2.5, "--out", tmp_path)
-    assert state_of(tmp_path / "last.pt")["step"] == 3
-
-
 # ---- F. Pictures ---------------------------------------------------------------------------------
 @pytest.mark.parametrize("side, times", [(8, 2), (63, 2), (64, 1)])
 def test_rows_of_pictures_are_drawn_under_their_names(tmp_path, side, times):
@@ -1927,6 +1969,17 @@ def test_muon_keeps_the_directions_of_the_mean_gradient_and_evens_out_their_stre
             assert 0.6 < s.min() and s.max() < 1.3
 
 
+def test_muon_moves_kernels_whatever_their_names_but_no_first_and_last_layer():
+    net = vqldm.VQGAN(vqldm.VQConfig(size=32, widths=(4, 8), codes=9))
+    net.encoder.mid.first_of_last = own = nn.Conv2d(4, 4, 3)
+    _, muon, _ = vqldm.vq_optimizers(net, nn.Linear(1, 1), net.cfg)
+    moved = {*muon.param_groups[0]["params"]}
+    ends = [
+        layer.weight for part in (net.encoder, net.decoder) for layer in (part.first, part.last)
+    ]
+    assert own.weight in moved and not moved & {*ends}
+
+
 # ---- H. Commands ---------------------------------------------------------------------------------
 FOLDERS = {"one": "a.bmp", "b-in-val": "a/0.bmp val/b/3.bmp", "none": ""}
 MISTAKES = [  # a command, and what the sentence says that refuses it
@@ -1934,9 +1987,8 @@ MISTAKES = [  # a command, and what the sentence says that refuses it
     ("train-vq --data photos --out photos", "--out photos: holds the images; name another"),
     ("train-vq --size 40", "--size: must be a multiple of 16 above 16"),
     ("train-vq --size 16", "--size: must be a multiple of 16 above 16"),
-    ("train-vq --size 48 --widths 8,8,8,8,8", "--size: must be a multiple of 128 above 16"),
     ("train-vq --device cuda:77", "--device cuda:77: cannot be used here, --device cpu can"),
-    ("train-vq --data nowhere", "[Errno 2] No such file or directory: '{}/nowhere'"),
+    ("train-vq --data nowhere", "--data {}/nowhere: is no folder"),
     ("train-vq --data none", "--data {}/none: no usable image is there, not read: nothing"),
     ("train-vq --data trained/vq", "--data {}/trained/vq: is a run, not a folder of images"),
     ("train-vq --data one --held-out 0", "--held-out, --data, --n-images: too few groups to split"),
@@ -1945,26 +1997,24 @@ MISTAKES = [  # a command, and what the sentence says that refuses it
     ("train-vq --resume", "--resume runs/vq/last.pt: no checkpoint is there. Run train-vq first"),
     ("train-ldm", "--vq runs/vq: no checkpoint is there. Run train-vq first"),
     ("train-ldm --vq trained/ldm", "--vq trained/ldm: is not of train-vq"),
-    ("train-ldm --vq trained/vq --T 1 --schedule linear", "--T: too few levels to end in noise"),
-    ("train-ldm --vq trained/vq --eta 1.1", "--eta 1.1: must be from 0 to 1"),
-    ("train-ldm --vq trained/vq --ema 1.1", "--ema 1.1: must be from 0 to 1"),
+    (
+        "train-ldm --vq trained/vq --T 1 --steps 1 --schedule linear",
+        "--T: too few levels to end in noise",
+    ),
+    ("train-ldm --vq trained/vq --T 49", "--steps: at most 49, as this model has T = 49 levels"),
+    ("train-ldm --vq trained/vq --out photos --data photos", "--out photos: holds the images"),
     ("train-ldm --vq trained/vq --data b-in-val", "--data: no image to train on of ['b']"),
-    ("sample", "--ckpt runs/ldm: no checkpoint is there. Run train-ldm first"),
     ("sample --ckpt ~no-such-user/x", "--ckpt ~no-such-user/x: no checkpoint is there"),
     ("sample --ckpt trained/ldm --class Mole", "--class Mole: choose one of ['mole', 'scar']"),
     ("sample --ckpt trained/ldm --out one", "--out one: is not empty; name a new folder"),
-    ("classifier trained/ldm 4 wart", "CLASS wart: choose from ['mole', 'scar']"),
-    ("classifier trained/vq 4 scar", "RUN trained/vq: is not of train-ldm"),
-    ("evaluate --ckpt trained/ldm --folders one", "--folders one: is not empty; name a new folder"),
-    ("evaluate --ckpt trained/ldm --data one --out one", "--out one: holds the images; name"),
-    ("evaluate --ckpt trained/ldm --n 1", "--n 1: must be at least 2, since pairs of images"),
-    ("evaluate --ckpt trained/ldm --data one", "--class, --data: 0 unseen images are too few, 4"),
+    ("sample --ckpt trained/ldm --steps 6", "--steps: at most 5, as this model has T = 5 levels"),
 ]
 
 
-@pytest.mark.parametrize("command, told", MISTAKES)
-def test_a_mistake_ends_in_one_sentence(trained, empty_folder, monkeypatch, refused, command, told):
-    """Nothing is written but a cache of images, and no run is lost. No image is drawn."""
+@pytest.fixture()
+def mistaken(trained, empty_folder, monkeypatch, refused):
+    """A function that runs a command, which must be refused in a sentence that says this. Nothing
+    is written but a cache of images, and no run is lost. No image is drawn."""
     monkeypatch.setattr(vqldm, "synthetic", lambda *a: 1 / 0)
     for name, names in FOLDERS.items():
         fill(Path(name), names)
@@ -1975,23 +2025,27 @@ def test_a_mistake_ends_in_one_sentence(trained, empty_folder, monkeypatch, refu
         paths = itertools.chain(trained.folder.rglob("*.*"), empty_folder.rglob("*.*"))
         return {path: path.read_bytes() for path in paths if "cache" not in path.parts}
 
-    before = files()
-    assert told.format(empty_folder) in refused(*command.split())
-    assert files() == before
+    def call(command, told):
+        before = files()
+        assert told.format(empty_folder) in refused(*command.split())
+        assert files() == before
+
+    return call
 
 
-WRONG = {  # settings of train-vq, and the sentence that refuses them
-    "--codes 0": "--codes 0: must be at least 1",
-    "--codes 1.5": "--codes 1.5: must be a whole number",
-    "--codes 1000000000000000001": "--codes 1000000000000000001: must be from 1 to 1e+18",
-    "--lr x": "--lr x: must be a number",
-    "--lr nan": "--lr nan: must be at least 0",
-    "--lr inf": "--lr inf: must be from 0 to 1e+30",
-    "--held-out .7": "--held-out .7: must be from 0 to 0.5",
-    "--size 65537": "--size 65537: must be from 1 to 65536",
-    f"--seed {2**64}": f"--seed {2**64}: must be from -9.22337e+18 to 1.84467e+19",
-    "--n-images 1000000001": "--n-images 1000000001: must be from 1 to 1e+09",
-    "--epochs 0": "--epochs 0: must be from 1e-06 to 1e+06",
+@pytest.mark.parametrize("command, told", MISTAKES)
+def test_a_mistake_ends_in_one_sentence(mistaken, command, told):
+    mistaken(command, told)
+
+
+WRONG = {  # settings of train-vq, and what the sentence says that refuses them
+    "--codes 0": "--codes 0: must be a whole number from 1",
+    "--codes 1.5": "--codes 1.5: must be a whole number from",
+    f"--codes {10**99}": f"--codes {10**99}: must be a whole number from 1 to",
+    "--lr x": "--lr x: must be a number from 0",
+    "--lr nan": "--lr nan: must be a number from 0",
+    "--held-out .7": "--held-out .7: must be a number from 0 to 0.5",
+    "--epochs 0": "--epochs 0: must be a number from",
     "--widths 16,0": "--widths 16,0: must be whole numbers such as 16,64",
     "--data=": "--data : must be a folder",
     "--epoch 3": "--epoch: is unknown. Did you mean --epochs?",
@@ -2001,14 +2055,21 @@ WRONG = {  # settings of train-vq, and the sentence that refuses them
 
 @pytest.mark.parametrize("words", WRONG)
 def test_a_wrong_setting_is_told_what_it_must_be(refused, words):
-    assert refused("train-vq", *words.split()) == f"vqldm: {WRONG[words]}\n"
+    assert WRONG[words] in refused("train-vq", *words.split())
 
 
-def test_the_outermost_settings_are_allowed():
-    """What lies beyond is refused, see WRONG."""
-    words = f"--codes 1 --codes {10**18} --lr 0 --lr 9.9e29 --held-out .5 --size 65536 "
-    words += f"--seed {2**64 - 1} --n-images 1000000000 --epochs 1e-6"
-    vqldm.parser_of("train-vq", vqldm.VQConfig).parse_args(words.split())
+class WithoutHelp(vqldm.Settings):
+    rate: float = 0.1
+
+
+class WithoutType(vqldm.Settings):
+    rate: float | None = None  # a rate
+
+
+def test_a_new_setting_without_help_or_of_an_unknown_type_is_told():
+    for cls in (WithoutHelp, WithoutType):
+        with pytest.raises(vqldm.UserError, match="^rate: a setting must be a line such as"):
+            vqldm.parser_of("", dataclass(frozen=True)(cls))
 
 
 def test_a_folder_is_recorded_with_its_full_path(empty_folder, monkeypatch):
@@ -2021,11 +2082,6 @@ def test_a_folder_is_recorded_with_its_full_path(empty_folder, monkeypatch):
     assert parse(["--vq", "runs/./vq/"]).vq == "runs/vq"  # as the run on it may have recorded it
     assert vqldm.VQConfig(out="~/x").folder == empty_folder / "x"
     assert vqldm.VQConfig(out="~no-such-user/x").folder == Path("~no-such-user/x")
-
-
-def test_a_class_is_meant_by_exactly_its_name():
-    cfg = vqldm.SampleConfig(class_="a")
-    assert vqldm.wanted_classes(cfg, ["A", "an a", "a"]).tolist() == [2]
 
 
 @pytest.mark.parametrize("command", [*vqldm.COMMANDS, "evaluate"])
@@ -2082,8 +2138,8 @@ SETTINGS = [  # what is typed, and some settings that the command then has
     ("train-vq --out new --codes 9 --preset tiny --seed 3", dict(codes=9, epochs=4, seed=3)),
     ("train-vq --resume --out vq", dict(codes=16, epochs=2.8, preset="tiny", device="cpu")),
     ("train-vq --resume --out vq --preset tiny --epochs 7", dict(codes=16, epochs=7.0)),
-    ("train-ldm --resume --out ldm --steps 9", dict(steps=9, T=5, widths=(12,), autoguidance=1.5)),
-    ("sample --ckpt ldm/last.pt --steps 50 --seed 4", dict(steps=50, seed=4, eta=0.0, n=64)),
+    ("train-ldm --resume --out ldm --steps 4", dict(steps=4, T=5, widths=(12,), autoguidance=1.5)),
+    ("sample --ckpt ldm/last.pt --steps 5 --seed 4", dict(steps=5, seed=4, eta=0.0, n=64)),
     ("evaluate --ckpt ldm --autoguidance 2", dict(autoguidance=2.0, steps=3, n=500, data="")),
 ]
 
@@ -2202,467 +2258,3 @@ def test_each_change_of_changing_passes_its_check(empty_folder, monkeypatch, hea
     monkeypatch.setattr(changed, "load_lpips", lambda device: None)
     monkeypatch.setitem(sys.modules, "vqldm", changed)
     exec(check, {})
-
-
-# ---- tools/evaluate.py ---------------------------------------------------------------------------
-@pytest.mark.parametrize("side", [64, 300])
-def test_features_are_the_means_of_the_last_map_of_lpips(lpips, side):
-    """Images are brought to 224×224 pixels. Larger ones are smoothed first, to avoid aliasing."""
-    few = (60 * randn(2, 3, side, side).clamp(-2, 2) + 128).byte()
-    images = few[[0] + 5 * [1]]  # six images need more than one batch
-    x = F.interpolate(few / 255 * 2 - 1, (224, 224), mode="bilinear", antialias=True)
-    want = lpips.net(lpips.scaling_layer(x))[-1].mean((2, 3))
-    assert want.shape == (2, 512)
-    assert_close(evaluate.features(lpips, images)[[0, 5]].float(), want, rtol=1e-4, atol=1e-5)
-
-
-def test_kernel_distance_is_the_unbiased_sum_over_pairs():
-    """No image is paired with itself, nor with the one that has its place in the other set."""
-    a, b = randn(5, 3).double(), randn(5, 3, key=1).double() + 1
-    want = 0
-    for u, v, sign in ((a, a, 1), (b, b, 1), (a, b, -2)):
-        for i, j in itertools.permutations(range(5), 2):
-            want += sign * float(u[i] @ v[j] / 3 + 1) ** 3 / 20
-    assert evaluate.kernel_distance(a, b) == pytest.approx(want)
-
-
-@pytest.mark.parametrize("n, rows", [(300, [7, 255, 256, 257, 299, 0]), (256, [0, 255]), (1, [0])])
-def test_the_nearest_training_image_is_found_in_all_symmetries(n, rows):
-    """Training images are searched in parts of 256. One picture is no copy, and a search in float64
-    tells its distance. The others are turned copies of these rows. All come 50 times."""
-    pixels = torch.randint(256, (301, 3, 128, 128), generator=rng(1)).byte()
-    small = pixels.double().unflatten(3, (32, 4)).unflatten(2, (32, 4)).mean((3, 5)) / 127.5 - 1
-    every = np.stack([symmetries(x) for x in small[1 : n + 1].numpy()])
-    away = np.sqrt(((every - small[0].numpy()) ** 2).sum((2, 3, 4)).min(1))
-    turned = vqldm.augment(pixels[1:][rows], torch.arange(len(rows)) + 1)
-    pictures = torch.cat([pixels[:1], turned] * 50)
-    distance, row = evaluate.nearest_trained(pictures, pixels[1 : n + 1])
-    assert row.tolist() == [away.argmin(), *rows] * 50
-    assert distance[0] == pytest.approx(away.min(), rel=1e-4)
-    assert distance[1 : 1 + len(rows)].max() < 0.1
-
-
-def with_unseen_images(trained, folder):
-    """Make a copy of stage 2 in folder/ldm, and 52 photographs in folder/all. The model has seen 36
-    of them. Of the others, two show patient P, who is known, and two show acne, a class that the
-    model does not have. So 12 are unseen: six moles, of which one is a training image, saved again
-    with another pixel, and six scars, which are greener, one by far. The result has the pixels of
-    the 36 images, and a function that tells which images are green."""
-    photos = shutil.copytree(trained.folder / "photos/train", folder / "all/train").parent
-    seen = sorted(photos.rglob("*.bmp"))
-    checksums = [vqldm.digest(hashlib.sha256(path.read_bytes()).digest()) for path in seen]
-    known = torch.tensor([*checksums, vqldm.digest(("patient_id", "P"))])
-    copy_stage(trained, folder, "ldm", seen=known, step=11)
-    fill(photos, [f"mole/{i}.bmp" for i in range(7)], (180, 120, 90))
-    fill(photos, [f"scar/{i}.bmp" for i in range(7)], (200, 140, 90))
-    fill(photos, ["scar/6.bmp"], (190, 250, 190))
-    fill(photos, "acne/a.bmp acne/b.bmp")
-    with Image.open(seen[0]) as again:
-        again.putpixel((0, 0), (9, 9, 9))
-        again.save(photos / "mole/6.bmp")
-    rows = [f"{p.relative_to(photos)},{'P' * (p.stem == '0')}" for p in photos.rglob("*.bmp")]
-    (photos / "metadata.csv").write_text("\n".join(["file_name,patient_id", *rows]))
-    pixels = torch.stack([vqldm.read_image(path.read_bytes(), 32) for path in seen])
-    return SimpleNamespace(seen=pixels, are_green=lambda x: (x[:, 1, 20, 20] > 130).tolist())
-
-
-@pytest.fixture(scope="module")
-def evaluation(trained, tmp_path_factory):
-    """What evaluate says of nine samples, of which four are really training images. Three of these
-    are turned, and one has few colours."""
-    folder, generate = tmp_path_factory.mktemp("evaluation"), vqldm.LatentDiffusion.generate
-    e = with_unseen_images(trained, folder)
-
-    def with_copies(self, settings, ids, label):
-        pictures, z0 = generate(self, settings, ids, label)
-        pictures[4:7] = vqldm.augment(e.seen[[7, 3, 30]] // 4 * 4, [2, 5, 0])
-        pictures[8] = e.seen[9] // 12 * 12
-        return pictures, z0
-
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as out:
-        use_plain_cpu(patch)
-        patch.chdir(folder)
-        lpips = random_lpips(patch)
-        patch.setattr(vqldm.LatentDiffusion, "generate", with_copies)
-        patch.setattr(vqldm, "load_lpips", lambda device: lpips)
-        patch.setattr(vqldm, "draw_rows", ORIGINAL.draw_rows)
-        reconstruct, drawn = [recorded(patch, vqldm, x) for x in ("reconstruct", "draw_rows")]
-        features = recorded(patch, evaluate, "features")
-        e.nearest = recorded(patch, evaluate, "nearest_trained")
-        e.told = recorded(patch, evaluate, "in_words")
-        made = recorded(patch, vqldm.LatentDiffusion, "generate")
-        words = "evaluate --ckpt ldm --data all --n 9 --autoguidance 2.5 "
-        words += "--out new/results --folders new/folders"
-        assert cli(*words.split()) == 0
-    e.folder, e.printed, e.drawn, e.made = folder, out.getvalue(), drawn[0], made[0]
-    e.numbers = json.loads((folder / "new/results/metrics.json").read_text())
-    e.samples, e.latents = e.made.result
-    e.real, e.other = [call.pixels for call in reconstruct]  # two sets of unseen images
-    (e.measures, e.recon), (_, e.perfect) = [call.result for call in reconstruct]
-    e.features = {call.pixels.numpy().tobytes(): call.result for call in features}
-    return e
-
-
-def test_evaluate_measures_two_halves_of_what_no_training_has_seen(evaluation):
-    """Both have six images, in which the classes are mixed. Samples are of the classes of the first
-    half, and made as is typed, or else as stage 2 was told when it was trained."""
-    e, green = evaluation, evaluation.are_green
-    assert len(e.real) == len(e.other) == e.numbers["unseen_images"] == 6
-    assert len({*bytes_of(e.real), *bytes_of(e.other)}) == 12
-    assert {*green(e.real)} == {True, False} and sum(green(e.real) + green(e.other)) == 6
-    assert e.made.label.tolist() == [int(green(e.real)[i % 6]) for i in range(9)]
-    assert (e.made.settings.steps, e.made.settings.autoguidance) == (3, 2.5)
-
-
-def test_evaluate_writes_its_settings_and_measures(evaluation):
-    """The kernels are distances from the first half."""
-    e = evaluation
-    want = dict(ckpt="ldm", data=str(e.folder / "all"), n=9, steps=3, autoguidance=2.5, class_="")
-    want |= {**e.measures, "latent_std": float(e.latents.std()), "step": 11}
-    sets = {"kernel": e.samples[:6], "kernel_perfect": e.perfect, "kernel_recon": e.recon}
-    for name, images in {**sets, "kernel_real": e.other}.items():
-        a, b = [e.features[one.numpy().tobytes()] for one in (e.real, images)]
-        want[name] = evaluate.kernel_distance(a, b)
-    assert {name: e.numbers[name] for name in want} == pytest.approx(want)
-    assert e.told[0].gap == e.numbers["kernel"] - e.numbers["kernel_perfect"]
-    assert (e.folder / "new/cache").is_dir()  # beside the folder of the results
-
-
-def test_evaluate_prints_what_it_measures_on_and_all_that_it_measures(evaluation):
-    e = evaluation
-    told = {name: float(value) for name, value in re.findall(r"^(\w+) +(\S+)$", e.printed, re.M)}
-    settings = {field.name for field in fields(evaluate.EvaluateConfig)}
-    assert told.keys() == e.numbers.keys() - settings and len(told) == 17
-    assert told == pytest.approx({name: e.numbers[name] for name in told}, rel=1e-3)
-    assert "12 unseen images of known classes: {'mole': 6, 'scar': 6}\nWARNING each" in e.printed
-    assert e.printed.splitlines()[-1].startswith("6 unseen images in each set are too few")
-
-
-def test_evaluate_counts_near_copies(evaluation):
-    """A near copy is closer to a training image than half the median distance of unseen images. So
-    here are three samples, and the mole that was saved again. Half the mean distance is larger, as
-    one image is far off, and a fourth sample is less far away than that."""
-    e = evaluation
-    (distance, _), (usual, _) = [call.result for call in e.nearest]
-    assert_equal(e.nearest[0].pictures, e.samples)
-    assert {*bytes_of(e.nearest[1].pictures)} == {*bytes_of(e.real), *bytes_of(e.other)}
-    assert {*bytes_of(e.nearest[0].trained)} == {*bytes_of(e.seen)}
-    assert sorted(usual)[5] / 2 < distance[8] < usual.mean() / 2
-    half = sorted(usual.tolist())[5] / 2  # torch's median of 12 numbers is the sixth
-    assert (distance < half).tolist() == [4 <= i < 7 for i in range(9)]
-    want = dict(near_copies=3, near_copies_percent=100 / 3, near_copies_unseen=1)
-    want |= dict(near_copies_unseen_percent=100 / 12, training_images_found=36)
-    assert {name: e.numbers[name] for name in want} == pytest.approx(want)
-
-
-def test_copies_are_sought_among_all_training_images(trained, tmp_path, monkeypatch):
-    """Samples are compared with all of them, and so are 1,000 of the unseen images."""
-    state = vqldm.load_checkpoint("trained/ldm", "", "ldm")
-    many = images_with_ids(*[range(2300)] * 2)
-    many.pixels, many.classes = torch.zeros(2300, 3, 32, 32).byte(), ["mole", "scar"]
-    monkeypatch.setattr(vqldm, "read_images", lambda *a: many)
-    nearest = Mock(side_effect=lambda a, b: (torch.ones(len(a)), torch.zeros(len(a)).long()))
-    monkeypatch.setattr(evaluate, "nearest_trained", nearest)
-    cfg = evaluate.EvaluateConfig(n=2, out=str(tmp_path))
-    evaluate.evaluate(cfg, torch.device("cpu"), {**state, "seen": torch.arange(1100)})
-    sizes = [tuple(map(len, call.args)) for call in nearest.call_args_list]
-    assert sizes == [(2, 1100), (1000, 1100)]
-
-
-def test_evaluate_draws_each_set_and_writes_it_into_a_folder(evaluation):
-    """The worst copies are drawn first. The folders are for other programs, which compare them."""
-    e = evaluation
-    distance, row = e.nearest[0].result
-    order = distance.argsort()
-    want = dict(real=e.real, recon=e.recon, samples=e.samples)
-    want["samples nearest to a training image"] = e.samples[order]
-    want["that image"] = e.nearest[0].trained[row[order]]
-    assert identical(e.drawn.rows, want) and [*e.drawn.rows] == [*want]
-    assert e.drawn.path == Path("new/results/evaluate.png")
-    assert sorted(os.listdir(e.folder / "new/folders")) == ["real", "recon", "samples"]
-    for name in ("real", "recon", "samples"):
-        paths = sorted((e.folder / "new/folders" / name).iterdir())
-        written = [vqldm.pil_to_tensor(Image.open(path)) for path in paths]
-        assert_equal(torch.stack(written), want[name])
-
-
-@pytest.mark.parametrize("there, n, few", [(4, 9, 2), (39, 500, 19), (40, 500, 0), (99, 19, 19)])
-def test_evaluate_warns_if_each_set_has_fewer_than_20_images(printed, there, n, few):
-    """Two sets of one image would leave no pair to compare, so fewer than four are refused."""
-    images, model = images_with_ids(*[range(there)] * 2), SimpleNamespace(classes=["a", "b"])
-    cfg, seen = evaluate.EvaluateConfig(n=n), torch.tensor([-1])
-    rows, _ = evaluate.unseen_images(cfg, model, images, seen)
-    assert len(rows.diff().unique()) > there // 5  # in random order
-    assert re.findall("WARNING .* only (.*) unseen images", printed()) == [str(few)] * (few > 0)
-    with pytest.raises(vqldm.UserError, match="3 unseen images are too few, 4 are needed"):
-        evaluate.unseen_images(cfg, model, images_with_ids([1, 2, 3], [1, 2, 3]), seen)
-
-
-def test_evaluate_can_measure_one_class_on_the_same_images_at_any_seed(evaluation, monkeypatch):
-    monkeypatch.chdir(evaluation.folder)
-    calls = recorded(monkeypatch, vqldm, "reconstruct")
-    made = recorded(monkeypatch, vqldm.LatentDiffusion, "generate")
-    read = recorded(monkeypatch, vqldm, "read_images")
-    for seed in (0, 7):
-        assert cli(*f"evaluate --ckpt ldm --data all --class scar --n 2 --seed {seed}".split()) == 0
-    assert [call.cfg.seed for call in read] == [0, 0]  # drawn images stay those of stage 1
-    assert_equal(calls[0].pixels, calls[1].pixels)
-    assert evaluation.are_green(calls[0].pixels) == [True] * 2
-    assert [call.label.tolist() for call in made] == [[1] * 2] * 2
-
-
-def test_evaluate_needs_no_classes_no_training_images_and_no_lpips(trained, tmp_path, printed):
-    """Copies and kernels are left out then. Without --out the results lie beside the checkpoint."""
-    train("ldm", tmp_path / "ldm", "--unconditional")
-    assert cli("evaluate", "--ckpt", tmp_path / "ldm/last.pt", "--data", "photos/val") == 0
-    numbers = json.loads((tmp_path / "ldm/metrics.json").read_text())
-    assert "12 unseen images of known classes: {'images': 12}" in printed()
-    assert numbers["training_images_found"] == 0
-    assert not [name for name in numbers if "kernel" in name or "near" in name]
-
-
-def test_the_last_line_of_evaluate_says_what_kernel_means():
-    """From how far kernel is above kernel_perfect, what chance does, and the number of images."""
-    told = evaluate.in_words
-    assert told(6.4, 0.8, 20).startswith("kernel is above kernel_perfect by 6.4, give or take 0.8.")
-    assert told(0.6, 0.8, 300).startswith("300 images are too few to tell kernel from")
-    assert told(-0.6, 0.8, 300).startswith("300 images are too few to tell kernel from")
-    assert told(-2.6, 0.8, 300).startswith("kernel is below kernel_perfect by 2.6, give or take")
-    assert told(99.0, 8.0, 19).startswith("19 unseen images in each set are too few to tell how")
-
-
-def test_chance_is_how_much_the_gap_of_two_kernels_varies_from_set_to_set():
-    """Of samples that are off by a third of a standard deviation. Perfect ones are not off."""
-    found = []
-    for i in range(30):
-        real, made, perfect = randn(3, 40, 4, key=("sets", i)).double()
-        made = made + 0.33
-        gap = evaluate.kernel_distance(real, made) - evaluate.kernel_distance(real, perfect)
-        found.append(evaluate.gap_and_chance(real, made, perfect))
-        assert found[-1][0] == gap
-    gap, chance = torch.tensor(found).T
-    assert 0.8 < chance.mean() / (2 * gap.std()) < 1.5
-
-
-# ---- tools/table.py ------------------------------------------------------------------------------
-def photos(names, **tables):
-    """Make empty files of these names in photos/, as tools/table.py looks at names only, and tables
-    of these texts, in which | begins a line."""
-    for name in names.split(" & "):
-        Path("photos", name).parent.mkdir(parents=True, exist_ok=True)
-        Path("photos", name).touch()
-    for name, text in tables.items():
-        data = text if isinstance(text, bytes) else text.replace("|", "\n").encode()
-        Path("photos", name.replace("_csv", ".csv")).write_bytes(data)
-
-
-def converted(*words):
-    """Run tools/table.py photos -> the lines of metadata.csv."""
-    assert cli("table", "photos", *words) == 0
-    return Path("photos/metadata.csv").read_text("utf-8").splitlines()
-
-
-# What a case is about (with flags), a table as people save it, and below it the metadata.csv that
-# comes of it. The files that this names are there, and those that stand after "beside".
-AS_SAVED = """\
-titles with capitals, blanks and hyphens: IMAGE Name;Diagnosis;Patient-ID;lesion\u00a0ID|a;mole;P;L
-file_name,class,patient_id,lesion_id|a.jpg,mole,P,L
-German --name Bild --class befund --group FALL: Bild;Befund;Fall;class|a;Mal;1;x|b;Narbe;1;y
-file_name,class,group|a.jpg,Mal,1|b.jpg,Narbe,1
-known columns in their order, but not empty ones: \
-label,class,diagnosis,dx,diagnosis_1,diagnosis_3,isic_id,image|,,,,5,,a,b|1,2,3,4,6,NA,b,a|,,,,,7,9,
-file_name,class|a.jpg,5|b.jpg,6
-capitals, endings, \\, folders of the disk: image|IMG_1.jpg|IMG_2|rare\\1.JPG|3.jpg
-file_name|IMG_1.JPG|img_2.jpg|rare/1.jpg|x/3.jpg
-folders of the table, absolute paths: \
-image|old/x/1.jpg|C:\\me\\2.jpg|/home/me/3.jpg|\\\\me\\4.jpg|~/me/5.jpg|../z/6.jpg
-file_name|x/1.jpg|y/2.jpg|3.jpg|4.jpg|y/5.jpg|z/6.jpg
-an exact name rules out all others: image|1.jpg|x/1.jpg|X/1.jpg
-file_name|1.jpg|x/1.jpg|X/1.jpg
-a folder that differs, one column of 1, beside P/x/1.jpg: image,ok|Q/x/1.jpg,1|P/x/2.jpg,1
-file_name|P/x/2.jpg
-files that were converted, if no row has the new name, beside 3.jpg: \
-image|1.HEIC|2.tif|2.b.jpg|2.jpg|3.2
-file_name|1.jpg|2.b.png|2.jpg
-both forms of é: image,class,patient_id|\u00e9 1,\u00e9,\u00e9|e\u0301 2,e\u0301,e\u0301
-file_name,class,patient_id|e\u0301 1.jpg,\u00e9,\u00e9|\u00e9 2.jpg,\u00e9,\u00e9
-blanks, also a Mac's, and quotes:  image , class |a\u202fb , mole\u00a0|  c,  "scar; ""old"", 5"
-file_name,class|a\u202fb.jpg,mole|c.jpg,"scar; ""old"", 5"
-blank rows and titles, as Excel leaves them: sep=;|image;class;;|a;mole;;|;;;|b;scar|;;;
-file_name,class|a.jpg,mole|b.jpg,scar
-tabs, and a first column without a title: \timage\tdx\tPatient|0\ta\tmole\tP|1\tb\tscar\tQ
-file_name,class,patient_id|a.jpg,mole,P|b.jpg,scar,Q
-words that mean none --group Patient-ID: \
-image,class,patient_id|a,NULL,-|b,mole,?|c,unknown,missing|d,None,0|e,N/A,#N/A
-file_name,class,patient_id|a.jpg,,|b.jpg,mole,|c.jpg,,|d.jpg,,0|e.jpg,,
-a lesion's patient, of any row: image,lesion_id,patient_id|a,L,|b,L,P|c,M,|d,N,|e,,Q|9,N,R
-file_name,patient_id,lesion_id|a.jpg,P,L|b.jpg,P,L|c.jpg,,M|d.jpg,R,N|e.jpg,Q,
-a column of 0 and 1 for each class: image;age;MEL;NV|a;1;0.0;1,0|b;50;1;0|9;60;;
-file_name,class|a.jpg,NV|b.jpg,MEL
-columns of 0 and 1 that are no classes: image,a,b|a,1,1|b,0,1
-file_name|a.jpg|b.jpg
-a study's groups, which are to be compared: image,dx,group|a,mole,treated|b,scar,control
-file_name,class|a.jpg,mole|b.jpg,scar
-columns of 0 and 1 of which a row has none: image,a,b|a,0,0|b,0,1
-file_name|a.jpg|b.jpg
-classes before sexes, equal rows: image,male,female,dx|a,1,0,mole|b,0,1,scar|a.jpg,0,1,mole
-file_name,class|a.jpg,mole|b.jpg,scar
-the program's own format: class,file_name,group|mole,a.jpg,|scar,b.jpg,G
-file_name,class,group|a.jpg,mole,|b.jpg,scar,G
-HAM10000's table: lesion_id,image_id,dx,dx_type,age,sex|H_8,I_9,bkl,histo,80.0,male
-file_name,class,lesion_id|part_1/I_9.jpg,bkl,H_8"""
-AS_SAVED = [(*a.split(": ", 1), b) for a, b in zip(*[iter(AS_SAVED.split("\n"))] * 2)]
-
-
-@pytest.mark.parametrize("about, text, want", AS_SAVED, ids=[case[0] for case in AS_SAVED])
-def test_the_table_tool_reads_tables_as_people_save_them(empty_folder, about, text, want):
-    """The program accepts what it writes, with these images and no others."""
-    names = [row["file_name"] for row in csv.DictReader(want.split("|"))]
-    photos(" & ".join([*names, *about.split(" beside ")[1:]]), labels_csv=text)
-    assert converted(*"".join(about.partition("--")[1:]).split()) == want.split("|")
-    assert [*vqldm.find_images(Path("photos"))] == sorted(names)
-
-
-ENCODINGS = "utf-8 utf-8-sig utf-16 utf-16-le utf-16-be cp1252".split()
-
-
-@pytest.mark.parametrize("encoding, end", [*zip(ENCODINGS, 2 * ["\r\n", "\r", "\n"])])
-def test_the_table_tool_reads_encodings_and_ends_of_lines(empty_folder, printed, encoding, end):
-    photos("a.jpg & b.jpg", x_csv=f"image;class{end}a;Hämangiom{end}b;Nävus".encode(encoding))
-    assert converted() == ["file_name,class", "a.jpg,Hämangiom", "b.jpg,Nävus"]
-    assert f"read photos/x.csv, in {encoding.removesuffix('-sig')}, with ';'" in printed()
-
-
-REFUSED_BY_THE_TOOL = {  # a table of a.jpg, b.jpg, x/1.jpg, y/1.jpg, and what the sentence says
-    "image|c": "x.csv: names ['c'], but photos has ['a.jpg', 'b.jpg', 'x/1.jpg']",
-    "Bild,dx|a,x": "which of ['Bild', 'dx'] has the names? Type --name",
-    "": "x.csv: which of [] has the names?",
-    "image|b|1|a": "'1' may be any of ['x/1.jpg', 'y/1.jpg']",
-    "image,Patient ID,patient_id|a,x,y": "['Patient ID', 'patient_id'] are one title",
-    "image,dx|a,Nevus|b,nevus": "'Nevus' and 'nevus' differ by capitals",
-    "image,lesion_id,patient_id|a,L,P|b,L,Q": "L: has the patients ['P', 'Q']",
-    "image,dx|a,mole|a.jpg,scar|b,mole": "a.jpg: has two rows that differ",
-    "image,dx|a,mole, old|b,scar": "more words than titles in ['a', 'mole', 'old']",
-    'image,dx|a,"mole': "x.csv: cannot be read",
-    "PK\3\4": "x.csv: is a spreadsheet; save it as CSV (in Excel: CSV UTF-8)",
-    b"image\n\x81\xff": "is not in UTF-8, UTF-16 or cp1252",
-    "image|a --class du": "--class du: is not among the titles",
-    "image|a y.csv": "y.csv: is no file, here or in photos",
-}
-
-
-@pytest.mark.parametrize("text", REFUSED_BY_THE_TOOL)
-def test_the_table_tool_refuses_what_it_would_have_to_guess(empty_folder, refused, text):
-    words = text.split(" ")[1:] if text[:8] == "image|a " else []
-    photos("a.jpg & b.jpg & x/1.jpg & y/1.jpg", x_csv=text[:7] if words else text)
-    assert REFUSED_BY_THE_TOOL[text] in refused("table", "photos", *words)
-    assert len([*Path("photos").iterdir()]) == 5  # nothing is written
-
-
-CHOICES = [  # tables, the one that is typed, and the one that is read, or why none is
-    ("metadata_csv a_csv b.tsv", "", "metadata.csv"),
-    ("a_csv b.tsv c.txt d.xlsx x/b_csv", "", "a.csv"),
-    ("b.tsv c.txt .a_csv", "", "b.tsv"),
-    ("a_csv x/metadata_csv", "x/metadata.csv", "x/metadata.csv"),
-    ("a_csv A.CSV", "", "photos: has the tables ['A.CSV', 'a.csv']; name one"),
-    ("x.txt", "", "photos: has no .csv or .tsv; name the table after the folder"),
-    ("x.xlsx", "", "x.xlsx: is a spreadsheet"),
-    ("a_csv b.tsv", "b.tsv", "b.tsv: is here and in photos; type its whole path"),
-    ("metadata_csv a_csv", "a.csv", "metadata.csv: is there already"),
-    ("metadata_csv metadata.original_csv", "", "metadata.original.csv: is in the way"),
-]
-
-
-@pytest.mark.parametrize("tables, typed, told", CHOICES)
-def test_the_table_tool_chooses_a_table(empty_folder, capsys, tables, typed, told):
-    photos("x/a.jpg", **dict.fromkeys(tables.split(), "image|a"))
-    Path("b.tsv").touch()
-    status, (out, error) = cli("table", "photos", *typed.split()), capsys.readouterr()
-    assert f"read photos/{told}, in utf-8" in out if status == 0 else told in error
-    assert (status == 0) == (" " not in told)
-
-
-@pytest.mark.parametrize("name", ["metadata.csv", "labels.csv"])
-def test_the_table_tool_overwrites_nothing_and_does_nothing_twice(empty_folder, printed, name):
-    photos("a.jpg & b.jpg", **{name: "image;dx|a;mole|b;scar"})
-    want = ["file_name,class", "a.jpg,mole", "b.jpg,scar"]
-    assert converted(name) == want and "nothing to be done" not in printed()
-    there = {path: path.stat() for path in Path("photos").iterdir()}
-    assert converted(name) == want and "nothing to be done" in printed()
-    assert {path: path.stat() for path in Path("photos").iterdir()} == there and len(there) == 4
-    kept = Path("photos", name.replace("metadata", "metadata.original"))
-    assert kept.read_text() == "image;dx\na;mole\nb;scar"
-    Path("photos", name).write_text("image;dx\na;scar\nb;scar")
-    assert cli("table", "photos", name) == 2
-
-
-def test_the_table_tool_replaces_a_link_and_does_not_write_through_it(empty_folder):
-    photos("a.jpg")
-    Path("theirs.csv").write_text("image;dx\na;mole")
-    Path("photos/metadata.csv").symlink_to("../theirs.csv")
-    assert converted() == ["file_name,class", "a.jpg,mole"]
-    assert Path("theirs.csv").read_text() == "image;dx\na;mole"
-    assert Path("photos/metadata.original.csv").readlink() == Path("../theirs.csv")
-
-
-def test_the_table_tool_shows_what_it_took(empty_folder, printed):
-    titles = "Image,Diagnosis,class,Patient ID,lesion_id,,Age"
-    rows = "w,scar,x,Q,,,7|x,scar,x,Q,,,7|y,scar,x,Q,,,7|z,scar,x,Q,,,7"
-    rows = f"1.jpg,mole,x,P,L,,7|2.jpg,mole,x,P,,,7|3.jpg,scar,x,,M,,7|4.jpg,,x,,,,7|{rows}"
-    photos(" & ".join(f"{i}.jpg" for i in range(2, 9)) + " & 1.JPG", x_csv=f"{titles}|{rows}")
-    converted()
-    told = """read photos/x.csv, in utf-8, with ',' between columns
-taken: file_name from 'Image', class from 'Diagnosis', patient_id from 'Patient ID', \
-lesion_id from 'lesion_id'
-not used: ['class', 'Age']
-names that are no path below the folder: 1, such as ['1.jpg is 1.JPG']
-rows without a file: 4, such as ['w', 'x', 'y']
-files without a row, left out: 4, such as ['5.jpg', '6.jpg', '7.jpg']
-wrote photos/metadata.csv with 4 images
-photos/metadata.csv names 4 of 8 images, and only these are used
-classes by class - images split by {'patient_id': 2, 'lesion_id': 1, 'image': 1}
-classes: {'mole': 2, 'scar': 1, 'unknown': 1}
-groups: 3
-"""
-    assert printed() == told
-    for titles in (table.NAME, table.CLASS):  # the order that --help promises
-        assert f" {', '.join(titles[:-1])} or {titles[-1]}" in table.__doc__
-
-
-# ---- tools/letters.py and tools/classifier.py ----------------------------------------------------
-def test_letters_draws_a_folder_for_each_class(empty_folder):
-    letters.draw_letters("letters", 2)
-    classes = sorted(c for c, *_ in vqldm.find_images(Path("letters")).values())
-    assert classes == sorted(2 * "ABEFGKPR")
-    letters.draw_letters("again", 2)
-    one, two = [sorted(Path(folder).rglob("*.png")) for folder in ("letters", "again")]
-    assert [path.read_bytes() for path in one] == [path.read_bytes() for path in two]
-
-
-def test_the_classifier_gives_all_classes_equal_weight():
-    """Two classes overlap, and one is ten times as frequent. Each is found equally often."""
-    label = (torch.arange(1100) >= 1000).long()
-    x = randn(1100, 1) + 2 * label[:, None]
-    found = classifier.found(classifier.fit(x, label, 2), x, label, ["often", "rare"])
-    assert found["often"] == pytest.approx(found["rare"], abs=6)
-
-
-def test_the_classifier_compares_samples_with_duplicates(copy_of, tmp_path, monkeypatch, printed):
-    """Stage 2 has photos of its own here. Patient P was trained on, and so is no test, in two of
-    them. Classes have equal weight in what is printed."""
-    own = shutil.copytree("photos", tmp_path / "own")
-    rows = [f"{p.relative_to(own)},{'P' * (p.stem == '0')}" for p in own.rglob("*.bmp")]
-    (own / "metadata.csv").write_text("\n".join(["file_name,patient_id", *rows]))
-    copy_of("ldm", dict(data=str(own)))
-    monkeypatch.setattr(vqldm, "load_lpips", lambda device: "LPIPS")
-    monkeypatch.setattr(evaluate, "features", lambda net, x: F.avg_pool2d(x.double(), 8).flatten(1))
-    fits, tests = [recorded(monkeypatch, classifier, name) for name in ("fit", "found")]
-    assert cli("classifier", tmp_path / "ldm", 4, "scar") == 0
-    trained_on = {*bytes_of(fits[0].x)}
-    assert len(trained_on) == 31 and {len(call.x) for call in tests} == {4, 17}
-    assert all({*bytes_of(call.x)} == trained_on for call in fits[2::2])  # with duplicates
-    assert len({*bytes_of([call.x[31:] for call in fits[1::2]])}) == 3  # other samples each time
-    told, shares = printed(), [*tests[0].result.values()]
-    assert f"photographs alone balanced accuracy {sum(shares) / 2:.1f}" in told
-    assert told.count("with samples balanced accuracy") == 3
-    assert told.count("with as many duplicates balanced accuracy") == 3
