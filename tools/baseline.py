@@ -186,13 +186,14 @@ def baseline(args):
     state = vqldm.load_checkpoint(args.like, "--like", "ldm")
     run = vqldm.restore_ldm(state, device)
     data = replace(run.vqgan.cfg, data=run.cfg.data or run.vqgan.cfg.data)
-    images = vqldm.read_images(data, state["folder"].parent / "cache", run.cfg.unconditional)
+    images = vqldm.read_images(data, state["folder"], run.cfg.unconditional)
     train, _, seen = vqldm.split(images, data.held_out, state["seen"])
     lpips = vqldm.load_lpips(device)
     torch.manual_seed(args.seed)
     symmetries = vqldm.SYMMETRIES[data.augment]
     coder = train_coder(form, images, train, symmetries, lpips, args, device)
     kept = symmetries[: max(1, 20_000 // len(images.labels))]  # as in train_ldm
+    coder.cfg = data  # whose batch size is used to encode
     k = vqldm.encode_images(coder, images.pixels, train, kept)
     model = Model(form, coder, k, run.classes, device)
     step = model.train(k, images.labels[train], args)
@@ -217,13 +218,11 @@ def main(argv=None):
     add("--seed", type=int, default=0, help="random seed [0]")
     add("--out", default="runs/baseline", help="folder for results [runs/baseline]")
     add("--device", default="auto", help="auto, or a device of torch, such as cpu or cuda:1")
-    try:
+    with vqldm.one_sentence():
         args = parser.parse_args(argv)
         vqldm.require(min(args.minutes) > 0, "--minutes: must be above 0")
         vqldm.require(not any(Path(args.out).glob("*")), f"--out {args.out}: is not empty")
         baseline(args)
-    except (vqldm.UserError, OSError) as e:
-        vqldm.leave(e)
 
 
 if __name__ == "__main__":

@@ -135,17 +135,21 @@ def evaluate(cfg, device, state):
     model = vqldm.restore_ldm(state, device)
     data = replace(model.vqgan.cfg, data=cfg.data or model.cfg.data or model.vqgan.cfg.data)
     images = vqldm.read_images(data, folder, model.cfg.unconditional)
+    measure(cfg, folder, model, images, state["seen"], state["step"], lpips)
 
+
+def measure(cfg, folder, model, images, seen, step, lpips):
+    """Measure a model that was trained on the images in seen. (baseline.py gives it diffusers'.)"""
     # ---- two sets of unseen images, and samples of the classes of the first ----
-    unseen, label = unseen_images(cfg, model, images, state["seen"])
+    unseen, label = unseen_images(cfg, model, images, seen)
     n = min(cfg.n, len(unseen) // 2)
     real, other = images.pixels[unseen[: 2 * n]].split(n)
     made, z0 = model.generate(cfg, range(cfg.n), label[unseen[torch.arange(cfg.n) % n]])
     measures, recon = vqldm.reconstruct(model.vqgan, real, lpips)
-    measures.update(unseen_images=n, step=state["step"], latent_std=float(z0.std()))
+    measures.update(unseen_images=n, step=step, latent_std=float(z0.std()))
     strips = {"real": real, "recon": recon, "samples": made}
     if cfg.folders:
-        write_folders(folders, strips)
+        write_folders(Path(os.path.expanduser(cfg.folders)), strips)
 
     # ---- kernel: distances from real. Samples of a perfect stage 2 would look like `other`,
     # encoded and decoded. So kernel_perfect is the best that kernel can reach. ----
@@ -160,7 +164,7 @@ def evaluate(cfg, device, state):
             measures[name] = kernel_distance(a, b)
 
     # ---- near copies: less than half the usual distance to a training image ----
-    trained = images.pixels[torch.isin(images.checksum, state["seen"])]
+    trained = images.pixels[torch.isin(images.checksum, seen)]
     measures["training_images_found"] = len(trained)
     if len(trained):
         distance, nearest = nearest_trained(made, trained)
