@@ -15,8 +15,8 @@ FOLDER's metadata.csv, else the only .csv there, else the only .tsv. What is tak
   Ids      patient_id (or patient) and lesion_id, or --group. Images of one id are held out
            together. A row's id is its patient, else its lesion's patient in any row, else its
            lesion. If some rows keep a patient and others a lesion, the column is called group.
-           A column group in the table counts if all its titles are those of vqldm.py. Beside
-           patients or lesions it is refused.
+           The table's own group counts if all of its titles are ones that vqldm.py knows, and is
+           refused beside patients or lesions.
   Folders  --group-by-folder LEVEL takes folders for patients, at level 1 those in FOLDER, at 2
            those in these, and no column of ids. There may be no table. A row without a class is
            of the folder above its patient's, or of the class images.
@@ -26,13 +26,11 @@ FOLDER's metadata.csv, else the only .csv there, else the only .tsv. What is tak
            names some of them. (True, yes and x are 1, and false, no and an empty cell are 0.)
            Else vqldm.py takes the innermost folders. If they are called like their images' ids,
            or are more than ten of fewer than six images, they count as patients here.
-  Spelling Ids that differ only in form are one, as first spelt: P1, p-001 and "P 1", or 101 and
-           101.0. Classes that differ only in form are refused.
+  Spelling P1, p-001 and "P 1" are one id, as are 7 and 7.0. Classes that differ so are refused.
   Empty    na, n/a, nan, none, null, unknown, missing, - and ? count as empty, but 0 does not.
 
-A WARNING names the flag to type if ids or classes may be missing. What may mean two things is
-refused, and then nothing is written. No file is overwritten: if the table is FOLDER's
-metadata.csv, it is kept as metadata.original.csv."""
+A WARNING names the flag if ids or classes may be missing. What may mean two things is refused. No
+file is overwritten: if the table is FOLDER's metadata.csv, it is kept as metadata.original.csv."""
 
 import argparse
 import csv
@@ -78,8 +76,8 @@ def choose_table(folder, files, typed, level):
         if fit:
             return folder / fit[0]
     below = [name for name in files if Path(name).suffix.lower() in {".csv", ".tsv"}]
-    lacks = f"{folder}: has no .csv or .tsv (in its folders: {some(below)}); name the table after"
-    require(level, f"{lacks} it, or type --group-by-folder 1 if the folders in it are patients")
+    lacks = f"{folder}: has no .csv or .tsv (in its folders: {some(below)}); add the table's name"
+    require(level, f"{lacks}, or --group-by-folder 1 if the folders in it are patients")
 
 
 def decode(path):
@@ -179,8 +177,8 @@ def one_hot(titles, rows, taken, folders):
         return [], ""
     these = f"no classes from the columns of 0 and 1, {some([titles[i] for i in bits])}, as"
     if not one_each:  # else no choice of fewer columns has a 1 in each row
-        return [], f"{these} some rows have not one 1"
-    return ([], f"{these} folders give some") if folders else (bits, "")
+        return [], f"{these} some rows have not one 1:"
+    return ([], f"{these} folders give some:") if folders else (bits, "")
 
 
 def class_columns(titles, rows, typed, taken, folders):
@@ -191,16 +189,20 @@ def class_columns(titles, rows, typed, taken, folders):
         for row in rows:
             said = [yes_or_no(row[i]) for i in places]
             fits = None not in said and said.count(True) < 2
-            told = [row[i] for i in places]
-            require(fits, f"--class {typed}: a row has {some(told)}, not 0 and at most one 1")
+            require(fits, f"--class {typed}: {[row[i] for i in places][:3]} is not 0 and one 1")
         return places, ""
     place = column(titles, rows, CLASS, "--class", typed)
     if place is None:
         return one_hot(titles, rows, taken, folders)
     first = next((i for i, title in enumerate(titles) if plain(title) == "diagnosis1"), place)
-    half = [row for row in rows if is_empty(row[place]) and not is_empty(row[first])]
-    why = f"{len(half)} rows have no {titles[place]!r}, but {titles[first]!r}" if half else ""
-    return [place], "" if typed else why
+    lost = [row for row in rows if is_empty(row[place]) and not is_empty(row[first])]
+    blank = [row for row in rows if not row[place]]
+    title = titles[place]
+    if lost and not typed:
+        return [place], f"{len(lost)} rows have no {title!r}, but {titles[first]!r}:"
+    if 2 * len(blank) > len(rows):
+        return [place], f"{len(blank)} of {len(rows)} rows have no {title!r}: write it there, or"
+    return [place], ""
 
 
 # ---- The files that it names -------------------------------------------------------------------
@@ -248,13 +250,13 @@ def filled(words):
 
 
 def spell_once(entries):
-    """Write ids that differ only in form as the first of them is spelt -> {id: how it's written}"""
+    """Write ids that differ only in form as the first of them is spelt -> which these are"""
     first, written = {}, {}  # first: {column and form: id}
     for entry in entries:
         for title in {*entry} & {*IDS}:
             word = entry[title]
             entry[title] = written[word] = first.setdefault((title, id_form(word)), word)
-    return written
+    return [f"{word} is {one}" for word, one in written.items() if word != one]
 
 
 def join_lesions(entries, title):
@@ -328,7 +330,7 @@ def folders_of(file, level):
     folders = Path(file or "").parent.parts
     patient = folders[level - 1] if level and len(folders) >= level else ""
     own = [one for one in folders[: level and level - 1] if one.lower() not in SETS]
-    return own[-1] if own and not is_empty(own[-1]) else "images", patient
+    return own[-1] if own else "images", patient
 
 
 def class_folders(entries, level):
@@ -347,7 +349,7 @@ def class_folders(entries, level):
 def gaps(ids, n, taken, classes, why, folders, unused, args):
     """-> what may be missing of n images, and which flag adds it. taken: the titles of classes"""
     type_group = f"type --group TITLE (not used: {unused}), or --group-by-folder LEVEL"
-    type_class = f"type --class TITLE (not used: {unused})"
+    type_class = f"type --class TITLE, or A,B for columns of 0 and 1 (not used: {unused})"
     if not ids:
         yield f"no ids, so a patient may be trained on and held out: {type_group}"
     elif ids.total() < n:
@@ -356,13 +358,15 @@ def gaps(ids, n, taken, classes, why, folders, unused, args):
     for word, images in ids.most_common(1):
         if images > max(10, n / 5) and not args.group:
             yield f"{images} of {n} images have the id {word!r}: if it means none, {type_group}"
-    none = "no classes, only folders that look like patients" if len(classes) > 1 else "no classes"
-    if why or not taken and not folders:
-        yield f"{why or none}: {type_class}, or --class A,B for columns of 0 and 1"
+    if why:
+        yield f"{why} {type_class}"
+    elif not taken and not folders and (unused or not args.level):
+        patients = ", only folders that look like patients (--group-by-folder)" * (len(classes) > 1)
+        yield f"no classes{patients}: {type_class}"
     few = len(classes) < folders and not args.level
     if taken and not args.class_ and (few or len(classes) > max(10, n / 2)):
-        here = f"{len(classes)} classes in {taken}, but {n} images in {folders} folders of classes"
-        yield f"{here}: {type_class}, or delete this column"
+        here = f"{some(sorted(classes))} from {taken}, but {folders} folders of classes, {n} images"
+        yield f"classes: {here}: {type_class}, or delete this column"
 
 
 # ---- The command -------------------------------------------------------------------------------
@@ -407,7 +411,7 @@ def convert(args):
         if level:
             _, words["patient_id"] = folders_of(file, level)
         entries.append({"file_name": file, **filled(words)})
-    written = spell_once(entries)
+    respelt = spell_once(entries)
     join_lesions(entries, titles[ids.get("patient_id", 0)])
     rows = [row for row in rows if row[place] in file_of]
     entries = [entry for entry in entries if entry["file_name"]]
@@ -430,7 +434,6 @@ def convert(args):
         say("taken: patient_id from the folders at level", level)
     unused = [title for title in titles if title and title not in sum(taken.values(), [])]
     say("not used:", unused)
-    respelt = [f"{word} is {one}" for word, one in written.items() if word != one]
     say("ids that differ only in form:", some(respelt))
     loose = [f"{name} is {file}" for name, file in file_of.items() if name != file]
     say("names that are no path below the folder:", some(loose))
