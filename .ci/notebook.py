@@ -67,7 +67,10 @@ def executed():  # as it is saved
     first = SOURCES[CODE[0]].splitlines()
     need(len(first) < 17 and not any(";" in line for line in first), "a short first cell")
     lines = [line for i in CODE for line in SOURCES[i].splitlines()]
-    need(max(map(len, lines)) <= 100, "no line of code above 100 columns,", len(lines), "lines")
+    need(max(map(len, lines)) <= 100, "no line of code above 100 columns")
+    texts = [source for i, source in enumerate(SOURCES) if i not in CODE]
+    words = len(" ".join(texts).split())
+    need(words <= 8500 and len(lines) <= 650, words, "words and", len(lines), "lines of code")
 
 
 def whole():
@@ -178,6 +181,9 @@ def bets():
         need(not literal, "no answer in the cell:", question)
         need(bool(computed and "was()" not in below) != (question in told), "known:", question)
         need(SOURCES[i + 1].startswith(FOLD), "what follows is folded:", question)
+        numbers = set(re.findall(r"\d+", veil(told.get(question, ""))))
+        odd = numbers - set(re.findall(r"\d+", SOURCES[i + 1].split("</details>")[0]))
+        need(not odd, "the answer's numbers stand in the fold:", question, *odd)
         # Skipped alone, what is first written below the bet is missed by no later cell.
         mine = names_in(below, ast.Store) - names_in(above, ast.Store)
         earlier = set().union(*(names_in(SOURCES[j], ast.Store) for j in CODE if j < i))
@@ -216,9 +222,10 @@ def unanswered():  # and then the wrong answers all the same, each of which spoi
     fresh_page()
     said = [run(SOURCES[i]) for i in CODE]
     need(not any("an error" in one or "✓" in one for one in said), "nothing answered")
-    exercises = {int(n) for n in re.findall(r">Solution (\d+)<", "".join(SOURCES))}
-    need(exercises == {*range(1, len(exercises) + 1)}, "exercises are numbered from 1 on")
-    need("".join(said).count("○") == len(exercises), "nothing answered,", len(exercises), "times")
+    solutions = re.findall(r">Solution (\d+)(.*?)<", "".join(SOURCES))
+    exercises = [int(n) for n, half in solutions if not half]
+    need(exercises == [*range(1, len(exercises) + 1)], "exercises are numbered from 1 on")
+    need("".join(said).count("○") == len(solutions), "nothing answered,", len(solutions), "times")
     (last,) = [SOURCES[i] for i in CODE if "last, last_z0 = " in SOURCES[i]]
     run(last)
     before = PAGE["last"]
