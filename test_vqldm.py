@@ -2217,8 +2217,8 @@ def test_each_flag_that_the_pages_name_exists(printed):
     for words in (["train-vq"], ["train-ldm"], ["sample"], ["evaluate"], ["table"]):
         assert cli(*words, "--help") == 0
     pages = "".join(text for name, text in PAGES.items() if name != "TEACHING.md")
-    others = "--index-url --nproc-per-node --install --depth --collections --search --limit --cpu "
-    others += "--kid --kid-subset-size --input1 --input2"  # of other programs
+    others = "--index-url --nproc-per-node --install --search --limit --cpu "
+    others += "--kid --kid-subset-size --input1 --input2 --minutes --tuned"  # need more packages
     named = {*re.findall(r"(?<![\w-])--[a-z][\w-]+", pages)}
     assert named <= {*re.findall(r"--[\w-]+", printed()), *others.split()}
 
