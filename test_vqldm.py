@@ -2218,7 +2218,7 @@ def test_each_flag_that_the_pages_name_exists(printed):
         assert cli(*words, "--help") == 0
     pages = "".join(text for name, text in PAGES.items() if name != "TEACHING.md")
     others = "--index-url --nproc-per-node --install --search --limit --cpu "
-    others += "--kid --kid-subset-size --input1 --input2 --minutes --tuned"  # need more packages
+    others += "--kid --kid-subset-size --input1 --input2 --minutes --tuned --like"  # of others
     named = {*re.findall(r"(?<![\w-])--[a-z][\w-]+", pages)}
     assert named <= {*re.findall(r"--[\w-]+", printed()), *others.split()}
 
