@@ -1664,9 +1664,9 @@ def handlers():
 
 @pytest.mark.parametrize("number", [INT, TERM, HUP])
 def test_a_signal_ends_a_training_after_its_step(tmp_path, printed, number):
-    """The exit status tells which one it was. The same once more would end the program at
-    once. Afterwards all three do what they did before."""
-    usual, run = handlers(), vqldm.Run(vqldm.VQConfig(out=str(tmp_path)), 800, {}, None)
+    """The exit status tells which one it was. The same once more would end the program at once.
+    Afterwards all three do what they did before. A last part of a batch is a step of its own."""
+    usual, run = handlers(), vqldm.Run(vqldm.VQConfig(out=str(tmp_path)), 801, {}, None)
     for _ in run:
         signal.raise_signal(number)
         assert signal.getsignal(number) == signal.default_int_handler
@@ -1675,7 +1675,7 @@ def test_a_signal_ends_a_training_after_its_step(tmp_path, printed, number):
     with pytest.raises(SystemExit, match=f"^{128 + number}$"):
         run.finish("recon", "train-ldm")
     told = "saved at step 1 -- to go on, type the same command with --resume"
-    assert printed().splitlines() == ["steps to go: 300 of 300", told]
+    assert printed().splitlines() == ["steps to go: 301 of 301", told]
 
 
 def test_a_step_that_is_not_ended_once_is_told(tmp_path):
