@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Tests of the programs in tools, with the helpers and fixtures of test_vqldm.py."""
 
-import csv, hashlib, io, itertools, json, os, re, runpy, shutil, sys
+import csv, functools, hashlib, io, itertools, json, os, re, runpy, shutil, sys
 from contextlib import redirect_stdout
 from dataclasses import fields
 from pathlib import Path
@@ -604,6 +604,8 @@ def baseline(monkeypatch):
         monkeypatch.setitem(form, "batch", (4, 5))
     monkeypatch.setitem(TOOLS, "baseline", baseline)
     monkeypatch.setattr(baseline, "clock", lambda *a: [(0, 0.0), (1, 0.3), (2, 0.6)])
+    few = functools.partial(evaluate.EvaluateConfig, n=3, steps=2)
+    monkeypatch.setattr(evaluate, "EvaluateConfig", few)
     return baseline
 
 
