@@ -1302,7 +1302,8 @@ def test_transparent_pixels_are_white_whatever_colour_lies_below(read):
 def test_images_of_all_formats_and_modes_are_read_in_the_order_of_their_names(tmp_path, load):
     names = "0.bmp 1.gif 2.jpeg 3.jpg 4.png 5.tif 6.tiff 7.webp 8.jpe 9.jfif a/train/8.png".split()
     folder = fill(tmp_path / "photos", [*names, "b/ä b.JPeG", "z.TIFF"], size=(200, 200))
-    modes = "0.bmp 1 4.png LA 5.tif CMYK 6.tiff P 8.jpe L z.TIFF YCbCr".split()
+    old = Image.__version__ < "13"  # cannot read what it writes in YCbCr
+    modes = f"0.bmp 1 4.png LA 5.tif CMYK 6.tiff P 8.jpe L z.TIFF {'L' if old else 'YCbCr'}".split()
     for name, mode in zip(modes[::2], modes[1::2]):
         Image.open(folder / name).convert(mode).save(folder / name)
     images = load(folder)
@@ -1974,10 +1975,9 @@ def test_muon_moves_kernels_whatever_their_names_but_no_first_and_last_layer():
     net.encoder.mid.first_of_last = own = nn.Conv2d(4, 4, 3)
     _, muon, _ = vqldm.vq_optimizers(net, nn.Linear(1, 1), net.cfg)
     moved = {*muon.param_groups[0]["params"]}
-    ends = [
-        layer.weight for part in (net.encoder, net.decoder) for layer in (part.first, part.last)
-    ]
-    assert own.weight in moved and not moved & {*ends}
+    coders = net.encoder, net.decoder
+    ends = {layer.weight for part in coders for layer in (part.first, part.last)}
+    assert own.weight in moved and not moved & ends
 
 
 # ---- H. Commands ---------------------------------------------------------------------------------
@@ -2243,14 +2243,13 @@ def test_readmes_example_runs_and_seeds_nothing(copy_of, empty_folder, monkeypat
 
 @pytest.mark.parametrize("heading", re.findall("^### (.*)", PAGES["CHANGING.md"], re.M))
 def test_each_change_of_changing_passes_its_check(empty_folder, monkeypatch, heading):
-    """A part of its diff stands once in the program, if comments do not count."""
+    """A part of its diff stands once in the program."""
     text = section("CHANGING.md", heading)
     (diff,), (check,) = blocks("diff", text), blocks("python", text)
     lines = Path(vqldm.__file__).read_text(encoding="utf8").split("\n")
     for _, *part in [hunk.split("\n") for hunk in diff.strip().split("@@ ")[1:]]:
-        old = [without_comments(line[1:]) for line in part if line[:1] in ("-", " ")]
-        plain = [without_comments(line) for line in lines]
-        (at,) = [i for i in range(len(lines)) if plain[i : i + len(old)] == old]
+        old = [line[1:] for line in part if line[:1] in ("-", " ")]
+        (at,) = [i for i in range(len(lines)) if lines[i : i + len(old)] == old]
         lines[at : at + len(old)] = [line[1:] for line in part if line[:1] != "-"]
     Path("vqldm.py").write_text("\n".join(lines), encoding="utf8")
     spec = importlib.util.spec_from_file_location("vqldm", "vqldm.py")
