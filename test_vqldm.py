@@ -1501,12 +1501,8 @@ def test_a_table_that_was_meant_is_not_overlooked(tmp_path, printed, name):
 def test_ids_of_one_form_are_known_and_told(tmp_path, with_table, printed):
     """They may differ in capitals, blanks, dashes, zeros, by what cannot be seen, and by what Excel
     makes of numbers. No two of the others are one id."""
-    for alike in (
-        "P1 p-001 p_1",
-        "12-3 12_3 12\u20133",
-        "101 101,00 0101",
-        "\ufb01x FIX FI\u200bX",
-    ):
+    forms = "P1 p-001 p_1|12-3 12_3 12\u20133|101 101,00 0101|\ufb01x FIX FI\u200bX".split("|")
+    for alike in forms:
         assert len({vqldm.id_form(word) for word in f"{alike} \t{alike}\t".split(" ")}) == 1
     apart = "12-3 1-23 123 A1-2 A12 A-B AB 1.5 15 1.0.1 P10 P1 10 P \u03b11".split()
     assert len({*map(vqldm.id_form, apart)}) == len(apart)
@@ -1518,13 +1514,15 @@ def test_ids_of_one_form_are_known_and_told(tmp_path, with_table, printed):
 @pytest.mark.parametrize("n, each, warned", [(11, 5, 1), (11, 6, 0), (10, 1, 0)])
 def test_many_small_folders_may_be_patients_which_is_told(tmp_path, printed, n, each, warned):
     """Those are meant that hold fewer than six images, and more than ten of them."""
-    fill(tmp_path, [f"x/{i}/{j}.bmp" for i in range(n) for j in range(each)])
+    fill(tmp_path, names := [f"x/{i}/{j}.bmp" for i in range(n) for j in range(each)])
     vqldm.find_images(tmp_path)
     told = "type python tools/table.py {} --group-by-folder 2\n".format(tmp_path)
     assert printed().count(told) == warned
-    (tmp_path / "metadata.csv").write_text("file_name,group\nx/1/0.bmp,G")
-    vqldm.find_images(tmp_path)
-    assert "small folders" not in printed()
+    for column, words in {"group": n * "G", "class": "abcdefghijk"}.items():
+        rows = [f"{name},{word}" for name, word in zip(names[::each], words)]
+        (tmp_path / "metadata.csv").write_text("\n".join([f"file_name,{column}", *rows]))
+        vqldm.find_images(tmp_path)
+        assert "small folders" not in printed()
 
 
 # ---- D. Device, chance, processes ----------------------------------------------------------------
@@ -2239,6 +2237,7 @@ def test_readmes_example_runs_and_seeds_nothing(copy_of, empty_folder, monkeypat
     exec(code, there := {})
     assert [call.name for call in devices] == ["auto"] and torch.initial_seed() == 7
     assert there["images"].shape == there["recon"].shape == (4, 3, 32, 32)
+    assert not there["model"].vqgan.decode(there["k"]).requires_grad  # it is frozen
 
 
 @pytest.mark.parametrize("heading", re.findall("^### (.*)", PAGES["CHANGING.md"], re.M))
