@@ -1602,6 +1602,7 @@ def test_two_processes_end_with_the_weights_of_one(trained, tmp_path, capfd, sta
     both = [context.Process(target=one_of_two, args=(i, words, tmp_path / "x")) for i in (0, 1)]
     [process.start() for process in both]
     [process.join(100) for process in both]
+    [process.kill() for process in both]  # one that hangs would keep pytest from ending
     assert [process.exitcode for process in both] == [0, 0]
     texts = told, capfd.readouterr().out
     a, b = [re.sub(r"val:.*|/(one|two)", "", text).splitlines() for text in texts]
