@@ -64,6 +64,10 @@ def compare(run, n, rare):
 
     known = images.known(state["seen"])  # either stage was trained on these
     label = images.labels
+    vqldm.require(not known.all(), "RUN: no unseen image is left, to test the classifier on")
+    trained = set(label[known].tolist())
+    gone = [name for name in rare if images.classes.index(name) not in trained]
+    vqldm.require(not gone, f"CLASS: no photograph that RUN was trained on is left of {gone}")
     x = evaluate.features(lpips, images.pixels).float()
     accuracies = {}
 
@@ -101,12 +105,10 @@ def main(argv=None):
     parser.add_argument("RUN", help="run folder or checkpoint of train-ldm, such as runs/my-ldm")
     parser.add_argument("N", type=int, help="how many samples of each class, such as 200")
     parser.add_argument("CLASS", nargs="+", help="a class, such as dermatofibroma")
-    try:
+    with vqldm.one_sentence():
         args = parser.parse_args(argv)
         vqldm.require(args.N > 0, f"N {args.N}: must be at least 1")
         compare(args.RUN, args.N, args.CLASS)
-    except (vqldm.UserError, OSError) as e:
-        vqldm.leave(e)
 
 
 if __name__ == "__main__":

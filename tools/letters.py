@@ -7,10 +7,14 @@ They are the same in every run."""
 
 import argparse
 import random
+import sys
 from pathlib import Path
 
 from matplotlib import get_data_path
 from PIL import Image, ImageDraw, ImageFont
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where vqldm.py lies
+import vqldm
 
 
 def draw_letters(folder, n=512):
@@ -40,13 +44,11 @@ def draw_letters(folder, n=512):
 def main(argv=None):
     about = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("tools/letters.py", None, __doc__, formatter_class=about)
-    parser.error = lambda text: parser.exit(2, f"letters: {text}\n")  # without the usage
-    parser.parse_args(argv)
-    try:
+    parser.error = lambda text: vqldm.require(False, text)  # one sentence, without the usage
+    with vqldm.one_sentence():
+        parser.parse_args(argv)
         draw_letters("letters")
-    except OSError as e:
-        parser.error(e)
-    print("drew 4,096 letters, in folders below letters/")
+        vqldm.say("drew 4,096 letters, in folders below letters/")
 
 
 if __name__ == "__main__":

@@ -544,11 +544,12 @@ def test_the_table_tool_knows_folders_of_patients(empty_folder, printed):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
-def test_the_table_tool_ends_as_the_program_does(empty_folder, capsys, monkeypatch, error):
-    monkeypatch.setattr(table, "match", Mock(side_effect=error))
-    photos("a.jpg", x_csv="image|a")
+def test_a_tool_ends_as_the_program_does(capsys, monkeypatch, error):
     status, told = (130, "stopped") if error is KeyboardInterrupt else (2, "out of memory")
-    assert cli("table", "photos") == status and f"vqldm: {told}" in capsys.readouterr().err
+    works = {"table photos": "convert", "letters": "draw_letters", "classifier run 1 a": "compare"}
+    for words, work in works.items():
+        monkeypatch.setattr(TOOLS[words.split()[0]], work, Mock(side_effect=error))
+        assert cli(*words.split()) == status and f"vqldm: {told}" in capsys.readouterr().err
 
 
 # ---- tools/letters.py and tools/classifier.py ----------------------------------------------------
