@@ -253,6 +253,7 @@ def copy_stage(trained, to, stage, config=None, **parts):
     replaced, and settings in its config."""
     folder = shutil.copytree(trained.folder / "trained" / stage, to / stage)
     state = {**state_of(folder / "last.pt"), **parts}
+    state = {name: part for name, part in state.items() if part is not None}
     state["config"].update(config or {})
     torch.save(state, folder / "last.pt")
     return folder
@@ -522,6 +523,7 @@ CHOSEN = {  # a setting, its values, and which of them run 0 has, run 1, and so 
     "ldm schedule": (("cosine", "linear"), "0110010100111011"),
     "ldm ema": ((0.3, 0.995), "1001101010111100"),
     "ldm batch_size": ((5, 20), "1001010011011100"),
+    "ldm muon_lr": ((0, 0.003), "1001101110111000"),
     "ldm cut": ((False, True), "0110110001110101"),
     "ldm stop": ((None, 3), "0110011010011010"),  # young follows ema in steps 0 and 1
     "ldm eta": ((0.0, 0.7, 1.0), "0122101012200122"),
@@ -666,14 +668,13 @@ def step_along(runs, step, net, loss, rates, factor):
         p.data.copy_(after[name][1])
 
 
-def rates_of_vqgan(net, cfg):
-    """Muon, if it has a rate, moves the kernels inside. Adam moves the rest, and the codes."""
-    ends = {*net.encoder.first.parameters(), *net.encoder.last.parameters()}
-    ends |= {*net.decoder.first.parameters(), *net.decoder.last.parameters()}
-    kernels = [p for p in net.parameters() if cfg.muon_lr and p.dim() == 4 and p not in ends]
-    code = net.codebook.embedding.weight
-    rest = [p for p in net.parameters() if p is not code and p not in {*kernels}]
-    return {adam(rest): cfg.lr, adam([code]): cfg.codes_lr, vqldm.Muon(kernels, 0.0): cfg.muon_lr}
+def rates_of(cfg, *nets):
+    """Muon, if it has a rate, moves the kernels inside the networks. Adam moves the rest."""
+    ends = {p for net in nets for layer in (net.first, net.last) for p in layer.parameters()}
+    params = [p for net in nets for p in net.parameters()]
+    kernels = [p for p in params if cfg.muon_lr and p.dim() == 4 and p not in ends]
+    rest = [p for p in params if p not in {*kernels}]
+    return {adam(rest): cfg.lr, vqldm.Muon(kernels, 0.0): cfg.muon_lr}
 
 
 def error_of_means(x_hat, x):
@@ -694,7 +695,7 @@ def plain_vq(runs):
     for part in (net, disc):
         part.to(memory_format=torch.channels_last)  # so that rounding is the same
     book, last, log = net.codebook, net.decoder.last.weight, {}
-    rates = rates_of_vqgan(net, cfg)
+    rates = rates_of(cfg, net.encoder, net.decoder) | {adam([book.embedding.weight]): cfg.codes_lr}
     rates_d = {adam(disc.parameters(), (0.5, 0.9)): cfg.d_lr}
     for i, rows, progress, factor in steps_of(cfg, train):
         if i % 50 == 0:
@@ -929,7 +930,7 @@ def plain_ldm(runs):
     torch.manual_seed(seed)
     net = vqldm.UNet(vq_cfg.z_dim, cfg.widths, n_classes, cfg.upsample)
     net.to(memory_format=torch.channels_last)
-    ema, young, rates = copy.deepcopy(net), None, {adam(net.parameters()): cfg.lr}
+    ema, young, rates = copy.deepcopy(net), None, rates_of(cfg, net)
     for i, rows, progress, factor in steps_of(cfg, train):
         gen = rng(seed, "step", i)
         if cfg.balance:
@@ -1771,6 +1772,7 @@ def test_a_resume_without_what_the_run_began_with_is_refused(copy_of, monkeypatc
     for stage, epochs, told, config, parts, load_lpips in (
         ("vq", 2, "fewer --epochs", {}, {}, no_lpips),
         ("ldm", 4, "classes have changed", {}, dict(classes=["mole", "wart"]), no_lpips),
+        ("ldm", 4, "an older program", {}, dict(muon=None), no_lpips),
         ("vq", 4, "began with LPIPS and can't", dict(lpips_weight=1), dict(lpips=True), no_lpips),
         ("vq", 4, "began without LPIPS and can't", dict(lpips_weight=1), {}, with_lpips),
     ):
@@ -1972,7 +1974,7 @@ def test_muon_keeps_the_directions_of_the_mean_gradient_and_evens_out_their_stre
 def test_muon_moves_kernels_whatever_their_names_but_no_first_and_last_layer():
     net = vqldm.VQGAN(vqldm.VQConfig(size=32, widths=(4, 8), codes=9))
     net.encoder.mid.first_of_last = own = nn.Conv2d(4, 4, 3)
-    _, muon, _ = vqldm.vq_optimizers(net, nn.Linear(1, 1), net.cfg)
+    _, muon = vqldm.optimizers([net.encoder, net.decoder], net.cfg)
     moved = {*muon.param_groups[0]["params"]}
     coders = net.encoder, net.decoder
     ends = {layer.weight for part in coders for layer in (part.first, part.last)}
@@ -1984,6 +1986,7 @@ FOLDERS = {"one": "a.bmp", "b-in-val": "a/0.bmp val/b/3.bmp", "none": ""}
 MISTAKES = [  # a command, and what the sentence says that refuses it
     ("train", "train: is no command, see --help and tools/evaluate.py"),
     ("train-vq --data photos --out photos", "--out photos: holds the images; name another"),
+    ("train-vq --data photos --out /proc/nope", "'/proc/cache'"),
     ("train-vq --size 40", "--size: must be a multiple of 16 above 16"),
     ("train-vq --size 16", "--size: must be a multiple of 16 above 16"),
     ("train-vq --device cuda:77", "--device cuda:77: cannot be used here, --device cpu can"),
@@ -1996,10 +1999,7 @@ MISTAKES = [  # a command, and what the sentence says that refuses it
     ("train-vq --resume", "--resume runs/vq/last.pt: no checkpoint is there. Run train-vq first"),
     ("train-ldm", "--vq runs/vq: no checkpoint is there. Run train-vq first"),
     ("train-ldm --vq trained/ldm", "--vq trained/ldm: is not of train-vq"),
-    (
-        "train-ldm --vq trained/vq --T 1 --steps 1 --schedule linear",
-        "--T: too few levels to end in noise",
-    ),
+    ("train-ldm --vq trained/vq --T 1 --steps 1 --schedule linear", "--T: too few levels to end"),
     ("train-ldm --vq trained/vq --T 49", "--steps: must be at most T = 49"),
     ("train-ldm --vq trained/vq --out photos --data photos", "--out photos: holds the images"),
     ("train-ldm --vq trained/vq --data b-in-val", "--data: no image to train on of ['b']"),
@@ -2158,16 +2158,16 @@ PRESETS = {  # what can be typed instead of --preset
     "--gan-start .1 --muon-lr .02 --codes-lr .02 --d-lr .0004 --batch-size 8 --epochs 3",
     "train-ldm --preset default": "--seed 0 --device auto --upsample nearest --lr .001 "
     "--vq runs/vq --T 1000 --schedule cosine --target v --widths 64,128 --ema .995 --batch-size 32 "
-    "--epochs 27 --eta 0 --steps 50 --autoguidance 1.5 --class-guidance 1.5",
+    "--muon-lr .01 --epochs 23 --eta 0 --steps 50 --autoguidance 1.5 --class-guidance 1.5",
     "train-vq --preset tiny": "--size 32 --n-images 200 --widths 16,32 --codes 64 --epochs 4",
     "train-ldm --preset tiny": "--T 200 --widths 32,64 --batch-size 16 --epochs 16",
     "train-vq --preset quick": "--n-images 800 --held-out .05 --epochs 2.4",
-    "train-ldm --preset quick": "--epochs 19",
+    "train-ldm --preset quick": "--epochs 16",
     "train-vq --preset report": "--upsample transposed --lpips-weight 1 --commit-weight 1 "
     "--gan-weight 1 --lam-max 10000 --gan-start .267 --epochs 30 --lr .0003 --muon-lr 0 "
     "--codes-lr .0003 --d-lr .0003",
-    "train-ldm --preset report": "--upsample transposed --unconditional --target eps "
-    "--schedule linear --eta 1 --steps 1000 --autoguidance 1 --class-guidance 1",
+    "train-ldm --preset report": "--upsample transposed --unconditional --target eps --eta 1 "
+    "--schedule linear --steps 1000 --autoguidance 1 --class-guidance 1 --muon-lr 0",
 }
 
 

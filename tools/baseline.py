@@ -30,7 +30,7 @@ import vqldm
 try:
     from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel, VQModel
 except ImportError:
-    vqldm.leave("diffusers is missing: type pip install diffusers")
+    VQModel = None  # main says so, after --help
 
 
 def cosine(step, progress):  # as diffusers' schedule of this name, with its warm-up
@@ -72,6 +72,7 @@ def clock(minutes, device, name):
             line.update(int(passed) - line.n)
             yield step, passed / seconds
             step += 1
+    vqldm.require(step, f"--minutes: too few for a step of {name}")
     vqldm.say(name, "took", step, "steps")
 
 
@@ -186,6 +187,7 @@ def baseline(args):
     state = vqldm.load_checkpoint(args.like, "--like", "ldm")
     run = vqldm.restore_ldm(state, device)
     data = replace(run.vqgan.cfg, data=run.cfg.data or run.vqgan.cfg.data)
+    vqldm.require(data.size % 16 == 0, "--like: diffusers' UNet halves sizes that 16 divides only")
     images = vqldm.read_images(data, state["folder"], run.cfg.unconditional)
     train, _, seen = vqldm.split(images, data.held_out, state["seen"])
     lpips = vqldm.load_lpips(device)
@@ -220,8 +222,13 @@ def main(argv=None):
     add("--device", default="auto", help="auto, or a device of torch, such as cpu or cuda:1")
     with vqldm.one_sentence():
         args = parser.parse_args(argv)
-        vqldm.require(min(args.minutes) > 0, "--minutes: must be above 0")
-        vqldm.require(not any(Path(args.out).glob("*")), f"--out {args.out}: is not empty")
+        vqldm.require(VQModel, "diffusers is missing: type pip install diffusers")
+        enough = all(0.01 <= minutes < math.inf for minutes in args.minutes)
+        vqldm.require(enough, "--minutes: must be finite, and long enough for a step")
+        out = Path(args.out)
+        vqldm.require(not out.exists() or out.is_dir(), f"--out {out}: is a file")
+        vqldm.require(not any(out.glob("*")), f"--out {out}: is not empty")
+        out.mkdir(parents=True, exist_ok=True)
         baseline(args)
 
 

@@ -646,5 +646,15 @@ def test_the_tuned_baseline_does_not_swap_the_codebooks_two_losses(baseline, for
 def test_without_diffusers_the_baseline_says_what_to_install(monkeypatch, refused):
     monkeypatch.setitem(sys.modules, "diffusers", None)  # import then fails
     path = str(Path(evaluate.__file__).with_name("baseline.py"))
-    monkeypatch.setitem(TOOLS, "baseline", SimpleNamespace(main=lambda words: runpy.run_path(path)))
-    assert "type pip install diffusers" in refused("baseline")
+    monkeypatch.setitem(TOOLS, "baseline", SimpleNamespace(main=runpy.run_path(path)["main"]))
+    assert "type pip install diffusers" in refused(*"baseline --like x --minutes 1 1".split())
+    assert cli("baseline", "--help") == 0
+
+
+BAD = {"inf 1": "finite", "1 nan": "finite", "1 1e-9": "finite", "1 1 --out vqldm.py": "a file"}
+
+
+@pytest.mark.parametrize("words", BAD)
+def test_the_baseline_refuses_at_once_what_would_fail_late(baseline, refused, monkeypatch, words):
+    monkeypatch.chdir(Path(vqldm.__file__).parent)
+    assert BAD[words] in refused(*f"baseline --like x --minutes {words}".split())
