@@ -122,7 +122,7 @@ ANSWERS = {
     "in strong noise the guesses lie": "jm#wkf#njggof#le#boo#sljmwp",
     "out of forty points come": "nlpwoz#`lsjfp#le#wkf#elqwz",
     "at t = 190 it guesses": "wkf#nfbm#le#wkf#`obpp",
-    "you can tell at step": r"wkf#`obpp#bw#lm`f/#wkf#lvwojmf#az#balvw#25",
+    "you can tell the outline at step": "balvw#25",
     "C, D: which loss shows it?": "@9#wkf#kfog.lvw#olpp/#G9#mlmf",
 }
 SAID = {}  # {question: [what was guessed or None, what it was]}
