@@ -99,7 +99,7 @@ def in_one_line(shell, kind, error, trace, tb_offset=None):
 
 def refused(error):
     """The program's own one-sentence errors, without what they say of the command line."""
-    return f"{str(error).split('. ')[0].strip().rstrip('.')}. Train it again, in chapter 0 or 7"
+    return f"{str(error).split('. ')[0].strip().rstrip('.')}. Train it again, in chapter 0 or 6"
 
 
 @contextlib.contextmanager
