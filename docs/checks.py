@@ -9,6 +9,7 @@ place. What is wrong ends in NotYet, which Jupyter shows as one line.
 import inspect
 import math
 import re
+import time
 import traceback
 import types
 import zlib
@@ -185,7 +186,8 @@ def name_of(answer, page):
 def where_it_stops(name, answer, error):
     """One line about an error that a student's function has raised."""
     said = (str(error).splitlines() or [""])[0]
-    need("ellipsis" not in said, "there is still a ... in your function")
+    dots = re.search(r"'ellipsis'|not ellipsis|got \(.*ellipsis", said)  # not in indices or einsum
+    need(not dots, "there is still a ... in your function")
     file = getattr(getattr(inspect.unwrap(answer), "__code__", None), "co_filename", None)
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.line for frame in frames if frame.filename == file and frame.line]
@@ -225,6 +227,11 @@ def same(a, b, tolerance=1e-3):
     return torch.is_tensor(a) and a.shape == b.shape and bool(((a - b).abs() <= tolerance).all())
 
 
+def steady(a, b):
+    """Do two calls give the same? (Where both give nan, they do.)"""
+    return not torch.is_tensor(a) or same(a.nan_to_num(), b.nan_to_num())
+
+
 def single(x):
     """Double precision is as good as single where a loss is meant."""
     return x.float() if torch.is_tensor(x) and x.dtype == torch.float64 else x
@@ -252,6 +259,7 @@ def compare(mine, true, what, slips=(), tolerance=1e-3):
     need(mine.shape == true.shape, f"{what} has the shape {shapes}")
     for message, wrong in dict(slips).items():
         need(not same(mine, wrong, close) or same(mine, true, close), message)
+    need(not mine.isnan().any(), f"{what} has nan in it, as 0 / 0 or the root of less than 0 is")
     off = float((mine.detach().float() - true.detach().float()).abs().max())
     need(off <= tolerance, f"{what} is off by up to {off:.2g}")
     kinds = [str(x.dtype).removeprefix("torch.") for x in (mine, true)]
@@ -270,13 +278,16 @@ def check_add_noise(f):
     z0, eps = normal(6, 3, 20, 30), normal(6, 3, 20, 30, key=1)
     (a, b), fade = diffusion.shares(t), t.view(-1, 1, 1, 1) / 200
     z = f(diffusion, z0, t, eps)
-    fixed = not torch.is_tensor(z) or same(f(diffusion, z0, t, eps), z)
+    fixed = steady(z, f(diffusion, z0, t, eps))
     need(fixed, "called twice, yours gives two results. Draw no noise, and take eps")
     slips = {
         "shares gives the roots, and you use their squares": a**2 * z0 + b**2 * eps,
         "shares has taken the roots already": a.sqrt() * z0 + b.sqrt() * eps,
         "z0 and eps are swapped. At small t nearly all is z0": b * z0 + a * eps,
         "the factor of eps is √(1-ᾱ), and yours is 1 - √ᾱ": a * z0 + (1 - a) * eps,
+        "the factor of eps is √(1-ᾱ), and yours is √(1-√ᾱ)": a * z0 + (1 - a).sqrt() * eps,
+        "the factor of eps is √(1-ᾱ), and yours lacks the root": a * z0 + b**2 * eps,
+        "the factor of z0 is √ᾱ, and yours lacks the root": a**2 * z0 + b * eps,
         "eps is multiplied by √(1-ᾱ) as well, or the variance of your z_t is not 1": a * z0 + eps,
         "z0 is multiplied by √ᾱ as well, or the variance of your z_t is not 1": z0 + b * eps,
         "noise is added. You subtract it, and that is another z_t": a * z0 - b * eps,
@@ -292,7 +303,7 @@ def check_add_noise(f):
         need(z is not None, f"{number}. diffusion.shares takes both, and your function stops")
         true = OWN.add_noise(diffusion, z0, level, eps)
         compare(z, true, f"if t is the number {level}, your z_t")
-    linear = vqldm.Diffusion(100, "linear")
+    linear, z0, eps = vqldm.Diffusion(100, "linear"), z0[:2, :2, :1, :1], eps[:2, :2, :1, :1]
     slips = {ANOTHER: OWN.add_noise(diffusion, z0, 60, eps)}
     true = OWN.add_noise(linear, z0, 60, eps)
     compare(f(linear, z0, 60, eps), true, "with another schedule your z_t", slips)
@@ -311,6 +322,8 @@ def check_guess(f):
         squares = (points[:, None] - centres).square().sum(2)
         return torch.softmax(-squares / size, dim) @ e
 
+    each = torch.softmax(-(z[:, None] - shrunk).square() / (2 * c[:, None]), 1)  # (7,5,2)
+
     slips = {
         "each point has an ᾱ of its own. You use the first": like(2 * c, abar[0].sqrt() * e),
         "each point has a c of its own. You use the first": like(2 * c[0]),
@@ -322,6 +335,8 @@ def check_guess(f):
         "you forgot 2c. A normal density has the distance² over 2c in it": like(1),
         "your variance is 1 - ᾱ, of the noise alone. c has the blob's as well": like(2 - 2 * abar),
         "c is a variance already, and you square it": like(2 * c**2),
+        "you take the root of c. The distance² is divided by 2c itself": like(2 * c.sqrt()),
+        "a centre has one p, not one for each coordinate. Sum the squares first": (each * e).sum(1),
         "you forgot to square the distance": torch.softmax(-away.sqrt() / (2 * c), 1) @ e,
         "you take the nearest centre. Take the mean of all, weighted by p": e[away.argmin(1)],
         "the sign is wrong. You make the farthest centre the most probable": like(-2 * c),
@@ -333,6 +348,20 @@ def check_guess(f):
     little = z, e, one, 1e-4 * one  # noise
     lost = "with hardly any noise, exp() of every centre underflows to 0, so p is lost"
     need(same(f(*little), OWN.guess(*little)), f"{lost}. torch.softmax avoids that")
+    many = normal(1000, 2), normal(24, 2, key=1), one[0].expand(1000, 1), one[0].expand(1000, 1)
+    mine, quick = seconds(f, *many), seconds(OWN.guess, *many)
+    slow = f"right, but slow: 1,000 points take {mine:.2g} s, and chapter 5 asks for ten million"
+    need(mine < max(0.01, 40 * quick), f"{slow}. Do without a loop over points")
+
+
+def seconds(f, *given):
+    """How long a call takes: the shortest of three, as other programs run beside this one."""
+    took = []
+    for _ in range(3):
+        start = time.perf_counter()
+        f(*given)
+        took.append(time.perf_counter() - start)
+    return min(took)
 
 
 def check_loss(f):
@@ -381,10 +410,11 @@ def check_loss(f):
         knows = f"for a network that knows {name} the loss is 0, and yours"
         compare(out, torch.zeros_like(out), knows, slips)
         need(out.requires_grad, "no gradient reaches the network. Leave out no_grad() and detach()")
-    linear, given = vqldm.Diffusion(100, "linear"), (net(0 * z0), z0, t // 2, eps, label)
+    z0, eps, linear = z0[..., :1, :1], eps[..., :1, :1], vqldm.Diffusion(100, "linear")
+    given = net(0 * z0), z0, t // 2, eps, label
     slips = {ANOTHER: OWN.loss(diffusion, *given)}
     true = OWN.loss(linear, *given)
-    compare(single(f(linear, *given)), true, "with another schedule your loss", slips)
+    compare(single(f(linear, *given)), true, "for points, with another schedule, your loss", slips)
 
 
 def check_predict(f):
@@ -412,6 +442,8 @@ def check_predict(f):
             "a sign of eps_hat is wrong. It is sin φ z_t + cos φ v": sin * z_t - cos * v,
             "that is v's own formula. It is sin φ z_t + cos φ v": cos * v - sin * z_t,
             "you return v as eps_hat. Noise is a part of v only": v,
+            "z_t holds cos φ z0_hat, and you subtract z0_hat itself": (z_t - z0) / sin,
+            "z_t - cos φ z0_hat is sin φ eps_hat. Divide by sin φ": z_t - cos * z0,
         }
         slips = slips if target == "v" else {}
         compare(out[1], eps, f"given the true {target}, your eps_hat", slips, 0.02)
@@ -493,8 +525,8 @@ def check_sample(f):
             if two is ...:
                 raise Unanswered
             found.append(two)
-        last = found[-1][0] if found and pair(found[-1]) else start
-        need(not (torch.is_tensor(last) and last.requires_grad), NO_GRAD)
+        last = found[-1] if found and pair(found[-1]) else ()
+        need(not any(torch.is_tensor(x) and x.requires_grad for x in last), NO_GRAD)
         one = "you write into z itself, so all steps yield the same tensor"
         need(same(z, start), f"{one}. Make a new one in each step, as in z = ...")
         levels = [t for t, _ in pairs]
@@ -512,7 +544,7 @@ def check_sample(f):
         stands = same(shown[1], start) and not same(found[0][0], start)
         need(not stands, "in step 2 the network is shown the first z again. Let z be the new one")
         (again, _), *_ = f(diffusion, net, z, steps, 0, None)
-        need(same(again, found[0][0]), "you mix with fresh noise. DDIM mixes with eps_hat")
+        need(steady(again, found[0][0]), "you mix with fresh noise. DDIM mixes with eps_hat")
         before = [z] + [z for z, _ in true]
         for i, (t, t_prev) in enumerate(pairs):
             out = answer(before[i], torch.full((n,), t)).detach()
@@ -523,7 +555,8 @@ def check_sample(f):
 def check_step(when, mine, true, diffusion, t, t_prev, z, out, start):
     """One step of a walk from z: z0_hat, and then the new z."""
     z0_hat, eps_hat = OWN.predict(diffusion, out, z, torch.full((len(z),), t))
-    alpha, (a, b) = diffusion.alpha_bar[t] / diffusion.alpha_bar[t_prev], diffusion.shares(t)
+    abar_prev, (a, b) = diffusion.alpha_bar[t_prev], diffusion.shares(t)
+    alpha = diffusion.alpha_bar[t] / abar_prev
 
     def mix(z0_hat, noise):
         return OWN.add_noise(diffusion, z0_hat, t_prev, noise)
@@ -534,6 +567,8 @@ def check_step(when, mine, true, diffusion, t, t_prev, z, out, start):
         f"the network answers v, and you take it for ε. {makes}": (z - b * out) / a,
         "your z0_hat is clipped. Here it has large values": z0_hat.clamp(-3, 3),
         "you yield eps_hat in the place of z0_hat": eps_hat,
+        "you yield z twice. The second of the pair is z0_hat": true[0],
+        "the second of the pair is z0_hat. You yield the z that the step began with": z,
     }
     compare(mine[1], true[1], f"{when} your z0_hat", slips)
     slips = {
@@ -542,7 +577,9 @@ def check_step(when, mine, true, diffusion, t, t_prev, z, out, start):
         "you add noise to z, where the walk is. Add it to z0_hat": mix(z, eps_hat),
         "you mix with the first z, and should with eps_hat": mix(z0_hat, start),
         "z0_hat and eps_hat are swapped in your mix": mix(eps_hat, z0_hat),
-        "that is the mean of DDPM's Algorithm 2": (z - (1 - alpha) / b * eps_hat) / alpha.sqrt(),
+        "that is the mean of DDPM's Algorithm 2, which renews a part of the noise. Here, at η = 0, "
+        "eps_hat keeps all of it": (z - (1 - alpha) / b * eps_hat) / alpha.sqrt(),
+        "the factor of eps_hat lacks its root": mix(z0_hat, (1 - abar_prev).sqrt() * eps_hat),
         "you go all the way to z0_hat. Mix it with eps_hat, by add_noise at t_prev": z0_hat,
     }
     compare(mine[0], true[0], f"{when} your z", slips, 5e-3)
@@ -592,6 +629,8 @@ def check_guided(f):
 
 def check_nearest(f):
     """A codebook so full that distances in bf16 would change some of the choices."""
+    book, z = vqldm.Codebook(300, 2), normal(4, 2, 7, 3)
+    compare(f(book, z), OWN.nearest(book, z), "for vectors of two numbers k", (), math.inf)
     book, z = vqldm.Codebook(300, 3), normal(2, 3, 5, 20)
     e = book.embedding.weight.data = normal(300, 3, key=1)
     e[150:] = e[:150] + 2e-3 * e[150:]
@@ -656,17 +695,18 @@ def check_quantize(f):
 
 
 def check_adaptive_weight(f):
-    """A decoder of one layer, and a GAN that pulls hard, hard but capped, and hardly at all. Twice
-    rec is longer or shorter, or a cap of 1e4 and a δ on both sides would not show."""
+    """A decoder of one layer, whose weight has four axes, as a convolution's has. A GAN pulls hard,
+    hardly at all, and hard but capped. Twice rec is longer or shorter, and what eq. 7 wants grows
+    with it, or a cap of 1e4 and a δ on both sides would not show."""
 
     def norm_of(loss, last):
         return torch.autograd.grad(loss, last, retain_graph=True)[0].norm()
 
-    cases = (1, 1e-5, 1e9), (1, 1, 1e4), (1, 1, 0.01), (1e-3, 1, 1e4), (100, 1e-5, 1e9)
+    cases = (99, 99, 1e4), (1, 1e-5, 1e9), (1, 1, 0.01), (1e-3, 1, 1e4), (100, 1e-5, 1e9)
     for size, pull, limit in cases:
         x, h = normal(6, 3), normal(6, 4, key=1).requires_grad_()
-        last = nn.Parameter(normal(3, 4, key=2))
-        x_hat = (h @ last.T).tanh()
+        last = nn.Parameter(normal(3, 2, 2, 1, key=2))
+        x_hat = (h @ last.flatten(1).T).tanh()
         rec, adversarial = size * F.mse_loss(x_hat, x), -pull * x_hat.sin().mean()
         r, g = [norm_of(loss, last) for loss in (rec, adversarial)]
         right, cap = r / (g + 1e-4), torch.tensor(float(limit))
@@ -692,7 +732,8 @@ def check_adaptive_weight(f):
         slips = {
             "you forgot the cap. λ is at most limit": right,
             "the cap is limit, whatever it is, and yours is 1e4": right.clamp(max=1e4),
-            "limit is the most that λ may be, and you made it the least": torch.maximum(right, cap),
+            "limit is only the most that λ may be. Where eq. 7 wants less, λ is what it wants, and "
+            "yours is limit": torch.maximum(right, cap),
         }
         compare(lam, torch.minimum(right, cap), "λ", slips, small)
         flows = wanted.requires_grad or lam.requires_grad
@@ -711,30 +752,37 @@ def check_d_step(f):
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
         decoder = nn.Conv2d(3, 3, 3, padding=1)
-        mine, true, stale = [vqldm.PatchDiscriminator((16, 16)) for _ in range(3)]
+        nets = [vqldm.PatchDiscriminator((16, 16)) for _ in range(5)]
+    mine, true, stale, no_fake, no_real = nets
     mine.layers[-1].weight.data *= 2 / mine(x).std().detach()
 
     def weights(net):
         return torch.cat([p.detach().flatten() for p in net.parameters()])
 
-    for D in (mine, true, stale):
+    for D in nets:
         D.load_state_dict(mine.state_dict())
         D(x).square().mean().backward()
     before, x_hat = weights(mine), decoder(x)
     real, fake = [true(some).detach() for some in (x, x_hat)]
-    by = [torch.optim.SGD(D.parameters(), 0.01) for D in (mine, true, stale)]
+    by = [torch.optim.SGD(D.parameters(), 0.01) for D in nets]
     d_loss = f(mine, by[0], x, x_hat)
     cut = "detach_() cuts x_hat itself off the decoder. detach() makes another tensor"
     need(x_hat.requires_grad, cut)
     right = OWN.d_step(true, by[1], x, x_hat)
     vqldm.hinge_loss(stale(x), stale(x_hat.detach())).backward()
-    by[2].step()
+    no_fake.zero_grad()
+    F.relu(1 - no_fake(x)).mean().div(2).backward()
+    no_real.zero_grad()
+    F.relu(1 + no_real(x_hat.detach())).mean().div(2).backward()
+    for optimizer in by[2:]:
+        optimizer.step()
     need(decoder.weight.grad is None, "the gradient reaches the decoder. Detach x_hat first")
     linear, turned = (1 - real).mean() + (1 + fake).mean(), vqldm.hinge_loss(fake, real)
     slips = {
         "you forgot the half": 2 * right,
         "take the mean, not the sum": real.numel() * right,
-        "you forgot max(0, …). What is above 1 or below -1 should cost nothing": linear / 2,
+        "max(0, …) is missing, or stands outside the mean. It belongs inside: what is above 1 or "
+        "below -1 should cost nothing": linear / 2,
         "real and fake are swapped. D should give images high numbers": turned,
         "you forgot the images. Both means count": F.relu(1 + fake).mean() / 2,
         "you forgot the reconstructions. Both means count": F.relu(1 - real).mean() / 2,
@@ -746,6 +794,8 @@ def check_d_step(f):
         "D has not learned. backward() makes gradients, and only step() uses them": before,
         "D still has the decoder's gradients. Call zero_grad() first": weights(stale),
         "D learns the wrong way round": 2 * before - weights(true),
+        "reconstructions do not teach your D. Detach x_hat, not D(x_hat)": weights(no_fake),
+        "images do not teach your D. Leave D(x) as it is": weights(no_real),
     }
     compare(weights(mine), weights(true), "a weight of D", slips, 1e-6)
     learns = all(p.requires_grad for p in mine.parameters())
@@ -810,8 +860,6 @@ def check_noise(f, eta, steps, diffusion):
         when = f"at eta = {eta}, after step {i + 1} of {steps}"
         compare(found[i][1], true[i][1], f"{when} your z0_hat")
         mine = found[i][0]
-        nan = "you divide by 1 - ᾱ_prev, 0 in the last step, or take the root of less than 0"
-        need(not torch.is_tensor(mine) or not mine.isnan().any(), nan)
         lacks = "your σ² is Algorithm 2's, 1 - ᾱ/ᾱ_prev, and lacks the factor (1 - ᾱ_prev)/(1 - ᾱ)"
         without = like(noise - sigma2, sigma2**0.5)
         spans = "a step spans many levels, so α is ᾱ/ᾱ_prev, not that of one level"
@@ -879,7 +927,7 @@ def check_attend(f):
         "these are no weights yet. Softmax makes them positive, with sum 1": fit_,
         "your rows belong to keys, and should to queries": fit_.transpose(1, 2).softmax(2),
     }
-    compare(out[1], weights, "your weights", slips)
+    compare(out[1], weights, "your matrix of weights", slips)
     slips = {
         "take the mean of the values. You took that of the keys": weights @ k,
         "a query's weights stand in a row, weights @ v": weights.transpose(1, 2) @ v,
@@ -897,7 +945,7 @@ strange_fault = mock.patch.object(vqldm.LatentDiffusion, veil(r"wl\obwfmwp"), le
 
 def check_silenced(answer):
     """Which function of the program was left out? Its name, or the function itself."""
-    name = getattr(answer, "__name__", str(answer)).split(".")[-1].split("(")[0]
+    name = getattr(answer, "__name__", str(answer)).split(".")[-1].split("(")[0].strip().lower()
     places = vqldm, vqldm.LatentDiffusion, vqldm.Diffusion, vqldm.Codebook
     known = any(hasattr(place, name) for place in places)
     need(known, f"vqldm has no function that is called {name}")

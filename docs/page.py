@@ -99,7 +99,7 @@ def in_one_line(shell, kind, error, trace, tb_offset=None):
 
 def refused(error):
     """The program's own one-sentence errors, without what they say of the command line."""
-    return f"{str(error).split('. ')[0].strip().rstrip('.')}. Train it again, in chapter 0 or 7"
+    return f"{str(error).split('. ')[0].strip().rstrip('.')}. Train it again, in chapter 0 or 6"
 
 
 @contextlib.contextmanager
@@ -122,7 +122,7 @@ ANSWERS = {
     "in strong noise the guesses lie": "jm#wkf#njggof#le#boo#sljmwp",
     "out of forty points come": "nlpwoz#`lsjfp#le#wkf#elqwz",
     "at t = 190 it guesses": "wkf#nfbm#le#wkf#`obpp",
-    "you can tell at step": r"wkf#`obpp#bw#lm`f/#wkf#lvwojmf#az#balvw#25",
+    "you can tell the outline at step": "balvw#25",
     "C, D: which loss shows it?": "@9#wkf#kfog.lvw#olpp/#G9#mlmf",
 }
 SAID = {}  # {question: [what was guessed or None, what it was]}
