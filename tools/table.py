@@ -18,8 +18,9 @@ FOLDER's metadata.csv, else the only .csv there, else the only .tsv. What is tak
            The table's own group counts if all of its titles are ones that vqldm.py knows, and is
            refused beside patients or lesions.
   Folders  --group-by-folder LEVEL takes folders for patients, at level 1 those in FOLDER, at 2
-           those in these, and no column of ids. There may be no table. A row without a class is
-           of the folder above its patient's, or of the class images.
+           those in these, and no column of ids. --class-by-folder LEVEL takes folders for classes,
+           and no column. There may be no table. Without it, a row without a class is of the folder
+           above its patient's, or of the class images.
   Classes  diagnosis_3, diagnosis_1, dx, diagnosis, class, label or target, the first that is
            filled, or --class. Else all columns of 0 and 1 that are not all 0, if there are two or
            more, each row has one 1, and the images are not in folders of classes. --class A,B,C
@@ -181,8 +182,11 @@ def one_hot(titles, rows, taken, folders):
     return ([], f"{these} folders give some:") if folders else (bits, "")
 
 
-def class_columns(titles, rows, typed, taken, folders):
+def class_columns(titles, rows, args, taken, folders):
     """-> the places of the column of classes, or of those of 0 and 1, and what speaks against it"""
+    if args.class_level:
+        return [], ""
+    typed = args.class_
     words = [word.strip() for word in (typed or "").split(",") if word.strip()]
     if len(words) > 1 and plain(typed) not in map(plain, titles):
         places = [column(titles, rows, (), "--class", word) for word in words]
@@ -325,12 +329,25 @@ def write(path, rows):
 
 
 # ---- Its folders, and what may be missing ------------------------------------------------------
-def folders_of(file, level):
-    """-> the names of an image's folders that are its class, as in vqldm.py, and its patient"""
+def folder_at(file, level):
+    """-> the name of an image's folder at this level, or an empty one"""
     folders = Path(file or "").parent.parts
-    patient = folders[level - 1] if level and len(folders) >= level else ""
-    own = [one for one in folders[: level and level - 1] if one.lower() not in SETS]
-    return own[-1] if own else "images", patient
+    return folders[level - 1] if len(folders) >= level else ""
+
+
+def class_folder(file, level):
+    """-> the innermost folder, as in vqldm.py, but one above the patient's at this level"""
+    folders = Path(file).parent.parts[: level and level - 1]
+    own = [one for one in folders if one.lower() not in SETS]
+    return own[-1] if own else "images"
+
+
+def open_levels(files, level):
+    """-> {level: names} of all folders that may be classes, if some lie below the patients'"""
+    levels = {*range(1, 10)} - {level}
+    names = {one: {folder_at(file, one) for file in files} for one in levels}
+    found = {one: sorted(names[one] - SETS - {""}) for one in levels if len(names[one] - SETS) > 1}
+    return found if level and max(found, default=0) > level else {}
 
 
 def class_folders(entries, level):
@@ -338,7 +355,7 @@ def class_folders(entries, level):
     are many with few images each, they look like patients, and there are none."""
     ids = {}  # {folder: the forms of its images' ids}
     for entry in entries:
-        folder, _ = folders_of(entry["file_name"], level)
+        folder = class_folder(entry["file_name"], level)
         forms = {id_form(entry[title]) for title in IDS if title in entry}
         ids.setdefault(folder, set()).update(forms)
     named = all(forms == {id_form(folder)} for folder, forms in ids.items())
@@ -346,8 +363,9 @@ def class_folders(entries, level):
     return 0 if named or many or len(ids) < 2 else len(ids)
 
 
-def gaps(ids, n, taken, classes, why, folders, unused, args):
-    """-> what may be missing of n images, and which flag adds it. taken: the titles of classes"""
+def gaps(ids, files, taken, classes, why, folders, unused, args):
+    """-> what may be missing of files, and which flag adds it. taken: the titles of classes"""
+    n = len(files)
     type_group = f"type --group TITLE (not used: {unused}), or --group-by-folder LEVEL"
     type_class = f"type --class TITLE, or A,B for columns of 0 and 1 (not used: {unused})"
     if not ids:
@@ -360,13 +378,21 @@ def gaps(ids, n, taken, classes, why, folders, unused, args):
             yield f"{images} of {n} images have the id {word!r}: if it means none, {type_group}"
     if why:
         yield f"{why} {type_class}"
-    elif not taken and not folders and (unused or not args.level):
+    elif not (taken or folders or args.class_level) and (unused or not args.level):
         patients = ", only folders that look like patients (--group-by-folder)" * (len(classes) > 1)
         yield f"no classes{patients}: {type_class}"
     few = len(classes) < folders and not args.level
     if taken and not args.class_ and (few or len(classes) > max(10, n / 2)):
         here = f"{some(sorted(classes))} from {taken}, but {folders} folders of classes, {n} images"
         yield f"classes: {here}: {type_class}, or delete this column"
+    levels = open_levels(files, args.level)
+    if levels and not taken and not args.class_level:
+        here = ", ".join(f"at level {one}: {some(names)}" for one, names in levels.items())
+        here = f"which folders are classes ({here})? Now they are {some(sorted(classes))}"
+        yield f"{here}: if this is wrong, delete metadata.csv and add --class-by-folder LEVEL"
+    shallow = [file for file in files if args.class_level and not folder_at(file, args.class_level)]
+    if shallow:
+        yield f"{len(shallow)} of {n} images have no folder of a class: move them into one"
 
 
 # ---- The command -------------------------------------------------------------------------------
@@ -392,9 +418,12 @@ def convert(args):
     images = [name for name in files if Path(name).suffix.lower() in vqldm.SUFFIXES]
     endings = sorted({Path(name).suffix.lower() for name in files})
     require(images, f"{folder}: has no images that can be read, only files that end in {endings}")
-    deep = not level or any(name.count("/") >= level for name in images)
-    require(deep, f"--group-by-folder {level}: no image lies so deep")
-    path = choose_table(folder, files, args.TABLE, level)
+    for one in (level, args.class_level):
+        deep = not one or any(folder_at(name, one) for name in images)
+        require(deep, f"LEVEL {one}: no image lies so deep")
+    differ = not level or level != args.class_level
+    require(differ, f"LEVEL {level}: folders cannot be patients and classes; type two levels")
+    path = choose_table(folder, files, args.TABLE, level or args.class_level)
     titles, rows = ["file_name"], [[name] for name in images]  # if there is no table
     if path:
         titles, rows = read_table(path, [args.name] if args.name else NAME)
@@ -409,21 +438,23 @@ def convert(args):
         file = file_of.get(row[place])
         words = {title: row[i] for title, i in ids.items()}
         if level:
-            _, words["patient_id"] = folders_of(file, level)
+            words["patient_id"] = folder_at(file, level)
         entries.append({"file_name": file, **filled(words)})
     respelt = spell_once(entries)
     join_lesions(entries, titles[ids.get("patient_id", 0)])
     rows = [row for row in rows if row[place] in file_of]
     entries = [entry for entry in entries if entry["file_name"]]
     folders = class_folders(entries, level)
-    places, why = class_columns(titles, rows, args.class_, {place, *ids.values()}, folders)
+    places, why = class_columns(titles, rows, args, {place, *ids.values()}, folders)
     for entry, row in zip(entries, rows):
         words = [row[i] for i in places]
         if len(places) > 1:
             words = [titles[i] for i in places if yes_or_no(row[i])]
+        if args.class_level:
+            words = [folder_at(entry["file_name"], args.class_level)]
         entry.update(filled({"class": "".join(words)}))
-        if level:
-            entry.setdefault("class", folders_of(entry["file_name"], level)[0])
+        if level and not args.class_level:
+            entry.setdefault("class", class_folder(entry["file_name"], level))
     table = rows_to_write(entries)
 
     # ---- what was taken ----
@@ -432,6 +463,8 @@ def convert(args):
     say("taken:", ", ".join(f"{title} from {str(names)[1:-1]}" for title, names in taken.items()))
     if level:
         say("taken: patient_id from the folders at level", level)
+    if args.class_level:
+        say("taken: class from the folders at level", args.class_level)
     unused = [title for title in titles if title and title not in sum(taken.values(), [])]
     say("not used:", unused)
     say("ids that differ only in form:", some(respelt))
@@ -456,7 +489,8 @@ def convert(args):
     say("groups:", len(ids) + len(table) - ids.total())
     largest = [f"{word!r} {images}" for word, images in ids.most_common(3)]
     say("largest groups:", ", ".join(largest) or "none")
-    for gap in gaps(ids, len(table), taken.get("class"), classes, why, folders, unused, args):
+    used = [row["file_name"] for row in table]
+    for gap in gaps(ids, used, taken.get("class"), classes, why, folders, unused, args):
         say("WARNING", gap)
 
 
@@ -467,11 +501,13 @@ def main(argv):
     parser.add_argument("FOLDER", help="folder of images")
     parser.add_argument("TABLE", nargs="?", help="the table, if another is to be read")
     parser.add_argument("--name", metavar="TITLE", help="the column of names")
-    parser.add_argument("--class", metavar="TITLE", dest="class_", help="the column of classes")
+    kinds = parser.add_mutually_exclusive_group()
+    kinds.add_argument("--class", metavar="TITLE", dest="class_", help="the column of classes")
     ids = parser.add_mutually_exclusive_group()
     ids.add_argument("--group", metavar="TITLE", help="the column of patients, scenes and so on")
-    level = dict(metavar="LEVEL", dest="level", type=int, choices=range(1, 10))
-    ids.add_argument("--group-by-folder", **level, help="the folders that are patients")
+    level = dict(metavar="LEVEL", type=int, choices=range(1, 10))
+    ids.add_argument("--group-by-folder", dest="level", **level, help="folders that are patients")
+    kinds.add_argument("--class-by-folder", dest="class_level", **level, help="and classes")
     with vqldm.one_sentence():
         convert(parser.parse_args(argv))
 

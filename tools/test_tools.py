@@ -297,14 +297,17 @@ WARNINGS = dict(  # a short name of each, and what it says
     blank="[0-9]+ of [0-9]+ rows have no .*: write it there, or type --class TITLE",
     number="classes: .* from .*, but .*: type --class TITLE.*, or delete this column",
     zeros="zeros are lost in .*; save this column as text",
+    level="which folders are classes .*: if .*, delete .* and add --class-by-folder LEVEL",
+    shallow="images have no folder of a class: move them into one",
 )
 
 
 def warned(told):
-    """-> the short names of all WARNINGs. All but the last name the titles that were not used."""
+    """-> the short names of all WARNINGs. Most name the titles that were not used."""
     lines = re.findall("^WARNING (.+)", told, re.M)
     found = [name for line in lines for name in WARNINGS if re.match(f".*{WARNINGS[name]}", line)]
-    assert len(found) == len(lines) and told.count("(not used: [") >= len({*found} - {"zeros"})
+    unused = len({*found} - {"zeros", "level", "shallow"})
+    assert len(found) == len(lines) and told.count("(not used: [") >= unused
     return " ".join(found)
 
 
@@ -341,16 +344,12 @@ a lesion's patient, of any row: image,lesion_id,patient_id|a,L,|b,L,P|c,M,|d,N,|
 file_name,group|a.jpg,patient P|b.jpg,patient P|c.jpg,lesion M|d.jpg,patient Q ! none
 lesions and patients in several forms: image,lesion_id,patient_id|a,l-1,|b,L 01,p 7|c,,P007|d,M,
 file_name,group|a.jpg,patient p 7|b.jpg,patient p 7|c.jpg,patient p 7|d.jpg,lesion M ! none
-patients in all rows make lesions needless: image,lesion_id,patient_id|a,1,P|b,2,P|c,,Q
-file_name,patient_id|a.jpg,P|b.jpg,P|c.jpg,Q ! none
 a column of 0 and 1 for each class: image;age;MEL;NV|a;1;0.0;1,0|b;50;1;0|9;60;;
 file_name,class|a.jpg,NV|b.jpg,MEL ! ids
 true and false, beside a column of false: image,MEL,NV,UNK|a,True,FALSE,false|b,false,TRUE,False
 file_name,class|a.jpg,MEL|b.jpg,NV ! ids
 x and an empty cell, in folders of patients: image,patient_id,MEL,NV|1,P1,x,|2,P1,,X|3,p 2,,x
 file_name,class,patient_id|P1/1.jpg,MEL,P1|P1/2.jpg,NV,P1|P2/3.jpg,NV,p 2 !
-columns of 0 and 1 of which a row has none: image,a,b|a,0,0|b,0,1|c,1,0
-file_name|a.jpg|b.jpg|c.jpg ! ids bits
 one column of 0 and 1 more: image,MEL,NV,hair|a,1,0,0|b,0,1,1
 file_name|a.jpg|b.jpg ! ids bits
 a column of 1 more --class mel,NV: image,MEL,NV,weight|a,1.0,0.0,1.0|b,0,1,1|c,0,0,1
@@ -365,22 +364,26 @@ classes in a patient's first row: image,patient_id,dx|a,P,mel|b,P,|c,P,
 file_name,class,patient_id|a.jpg,mel,P|b.jpg,,P|c.jpg,,P ! blank
 ids in a patient's first row: image,patient_id,dx|a,P,mel|b,,mel|c,,mel
 file_name,class,patient_id|a.jpg,mel,P|b.jpg,mel,|c.jpg,mel, ! id
-folders of patients in folders of classes --group-by-folder 2: -
+folders of classes in folders of patients --group-by-folder 1 --class-by-folder 2: -
+file_name,class,patient_id|P1/mel/1.jpg,mel,P1|P1/nv/b/2.jpg,nv,P1|P2/3.jpg,,P2 ! shallow
+folders of classes in folders of patients, not stated --group-by-folder 1: -
+file_name,class,patient_id|P1/mel/1.jpg,images,P1|P1/nv/2.jpg,images,P1 ! level
+folders of visits in folders of patients --group-by-folder 2: -
+file_name,class,patient_id|mel/P1/1.jpg,mel,P1|nv/P2/a/2.jpg,nv,P2 ! level
+folders of classes, whatever a table says --class-by-folder 1: image,dx,patient_id|1,x,P|2,x,Q
+file_name,class,patient_id|mel/a/1.jpg,mel,P|nv/b/2.jpg,nv,Q !
+folders of patients in folders of classes --group-by-folder 2 --class-by-folder 1: -
 file_name,class,patient_id|mel/P1/1.jpg,mel,P1|nv/P2/a/1.jpg,nv,P2|nv/p-1/1.jpg,nv,P1 !
 folders of patients in train and test --group-by-folder 2: -
 file_name,class,patient_id|test/P2/1.jpg,images,P2|train/P1/1.jpg,images,P1 !
 folders of patients, and an image in none --group-by-folder 1: -
-file_name,class,patient_id|3.jpg,images,|P1/1.jpg,images,P1|P2/mel/2.jpg,images,P2 ! id
+file_name,class,patient_id|3.jpg,images,|P1/1.jpg,images,P1|P2/mel/2.jpg,images,P2 ! id level
 folders of patients, classes in a table --group-by-folder 1: image,dx,patient_id|1,mel,A|2,nv,A
 file_name,class,patient_id|P1/1.jpg,mel,P1|P2/2.jpg,nv,P2 !
 the program's own format, with a class that is unknown: file_name,class|a.jpg,unknown
 file_name,class|a.jpg,unknown ! ids none
 the program's own format, but two columns of ids: file_name,patient_id,lesion_id|a.jpg,P,L|b.jpg,,L
 file_name,patient_id|a.jpg,P|b.jpg,P ! none
-the program's own format, but ids in two forms: file_name,patient_id|a.jpg,7|b.jpg,007
-file_name,patient_id|a.jpg,7|b.jpg,7 ! none
-a group of patients and lesions, once more: file_name,group|a.jpg,patient 7|b.jpg,lesion 7
-file_name,group|a.jpg,patient 7|b.jpg,lesion 7 ! none
 names that lost their zeros, beside 098.jpg & 099.jpg: image,dx,patient_id|98,x,P|99,y,P|100,y,Q
 file_name,class,patient_id|100.jpg,y,Q ! zeros
 ISIC 2020's: image_name,patient_id,diagnosis,target|I_1,IP_7,unknown,0|I_2,IP_7,nevus,0
@@ -420,14 +423,14 @@ REFUSED_BY_THE_TOOL = {  # a table of the files below (and flags), and what the 
     "image|b|1|a": "'1' may be 2, such as ['x/1.jpg', 'y/1.jpg']; write its path below the folder",
     "image,Patient ID,patient_id|a,x,y": "['Patient ID', 'patient_id'] are one title",
     "image,dx|a,Nevus|b,nevus": "'Nevus' and 'nevus' differ only in form; use one",
-    "image,dx|a,0|b,0.0": "'0' and '0.0' differ only in form",
     "image,lesion_id,Patient|a,L,P|b,L,Q|,L,R|,L,S": "has 4 … ['P', 'Q', 'R'] … --group 'Patient'",
     "image,patient_id,group|a,P,G": "which of ['patient_id', 'group'] counts? Type --group TITLE",
     "image,dx|a,mole|a.jpg,scar|b,mole": "a.jpg: has two rows that differ",
     'image,dx|a,"mole': "x.csv: cannot be read",
     "PK\3\4": "x.csv: is a spreadsheet; save it as CSV (in Excel: CSV UTF-8)",
     b"image\n\x81\xff": "is not in UTF-8, UTF-16 or cp1252",
-    "image|a ~ --group-by-folder 2": "--group-by-folder 2: no image lies so deep",
+    "image|a ~ --group-by-folder 2": "LEVEL 2: no image lies so deep",
+    "image|a ~ --group-by-folder 1 --class-by-folder 1": "be patients and classes; type two levels",
     "image,A,B|a,1,male ~ --class A,B": "--class A,B: ['1', 'male'] is not 0 and one 1",
 }
 
@@ -449,7 +452,6 @@ CHOICES = [  # tables, the one that is typed, and the one that is read, or why n
     ("a_csv A.CSV", "", "photos: which table? It has 2, such as ['A.CSV', 'a.csv']; name"),
     ("x.txt", "", "photos: has no .csv or .tsv (in its folders: none); add the table's"),
     ("x/a_csv x/b.tsv", "", "(in its folders: 2, such as ['x/a.csv', 'x/b.tsv']); add the"),
-    ("x.xlsx", "", "x.xlsx: is a spreadsheet"),
     ("a_csv b.tsv", "b.tsv", "b.tsv: is here and in photos; type its whole path"),
     ("metadata_csv a_csv", "a.csv", "metadata.csv: is there already"),
     ("metadata_csv metadata.original_csv", "", "metadata.original.csv: is in the way; rename it"),
