@@ -2204,7 +2204,7 @@ def test_commands_of_the_pages_can_be_typed(empty_folder, monkeypatch, settings_
     monkeypatch.setattr(vqldm, "load_checkpoint", lambda where, flag, stage: known[stage])
     for tool, work in ((table, "convert"), (letters, "draw_letters"), (classifier, "compare")):
         monkeypatch.setattr(tool, work, Mock())
-    shell = "".join(blocks("sh", "\n".join(PAGES.values())))
+    shell = "".join([*blocks("sh", "\n".join(PAGES.values())), letters.__doc__])
     commands = re.findall(r"python (vqldm|tools/\w+)\.py([^\n&]*)", shell)
     assert len(commands) == len(re.findall("vqldm.py|tools/", shell)) and "#" not in shell
     for program, words in commands:
@@ -2229,12 +2229,12 @@ def test_readmes_excerpt_is_of_the_program():
     assert excerpt.strip("\n") in code and excerpt.count("\n") > 1
 
 
-def test_readmes_example_runs_and_seeds_nothing(copy_of, empty_folder, monkeypatch):
+def test_the_example_in_python_runs_and_seeds_nothing(copy_of, empty_folder, monkeypatch):
     """Loading a model must not change the caller's random numbers by a seed."""
     copy_of("ldm", classes=["mole", "nevus-like"]).rename(fill(Path("runs")) / "ldm")
     torch.manual_seed(7)
     devices = recorded(monkeypatch, vqldm, "pick_device")
-    (code,) = blocks("python", section("README.md", "From Python"))
+    (code,) = blocks("python", section("CHANGING.md", "From Python"))
     exec(code, there := {})
     assert [call.name for call in devices] == ["auto"] and torch.initial_seed() == 7
     assert there["images"].shape == there["recon"].shape == (4, 3, 32, 32)
@@ -2245,7 +2245,7 @@ def test_readmes_example_runs_and_seeds_nothing(copy_of, empty_folder, monkeypat
 def test_each_change_of_changing_passes_its_check(empty_folder, monkeypatch, heading):
     """A part of its diff stands once in the program."""
     text = section("CHANGING.md", heading)
-    (diff,), (check,) = blocks("diff", text), blocks("python", text)
+    (diff,), (check, *_) = blocks("diff", text), blocks("python", text)
     lines = Path(vqldm.__file__).read_text(encoding="utf8").split("\n")
     for _, *part in [hunk.split("\n") for hunk in diff.strip().split("@@ ")[1:]]:
         old = [line[1:] for line in part if line[:1] in ("-", " ")]

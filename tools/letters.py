@@ -3,7 +3,11 @@
 
     python tools/letters.py
 
-They are the same in every run."""
+They are the same in every run. To train on them and to make new ones, type
+
+    python vqldm.py train-vq --data letters --augment none --epochs 2 --out runs/letters-vq
+    python vqldm.py train-ldm --vq runs/letters-vq --epochs 24 --out runs/letters-ldm
+    python vqldm.py sample --ckpt runs/letters-ldm --out runs/letters-samples"""
 
 import argparse
 import random
