@@ -182,11 +182,8 @@ def one_hot(titles, rows, taken, folders):
     return ([], f"{these} folders give some:") if folders else (bits, "")
 
 
-def class_columns(titles, rows, args, taken, folders):
+def class_columns(titles, rows, typed, taken, folders):
     """-> the places of the column of classes, or of those of 0 and 1, and what speaks against it"""
-    if args.class_level:
-        return [], ""
-    typed = args.class_
     words = [word.strip() for word in (typed or "").split(",") if word.strip()]
     if len(words) > 1 and plain(typed) not in map(plain, titles):
         places = [column(titles, rows, (), "--class", word) for word in words]
@@ -204,7 +201,7 @@ def class_columns(titles, rows, args, taken, folders):
     title = titles[place]
     if lost and not typed:
         return [place], f"{len(lost)} rows have no {title!r}, but {titles[first]!r}:"
-    if 2 * len(blank) > len(rows):
+    if 10 * len(blank) >= len(rows):
         return [place], f"{len(blank)} of {len(rows)} rows have no {title!r}: write it there, or"
     return [place], ""
 
@@ -344,9 +341,12 @@ def class_folder(file, level):
 
 def open_levels(files, level):
     """-> {level: names} of all folders that may be classes, if some lie below the patients'"""
-    levels = {*range(1, 10)} - {level}
-    names = {one: {folder_at(file, one) for file in files} for one in levels}
-    found = {one: sorted(names[one] - SETS - {""}) for one in levels if len(names[one] - SETS) > 1}
+    found = {}
+    for one in {*range(1, 10)} - {level}:
+        names = {folder_at(file, one) for file in files}  # "" of files that lie above
+        names = sorted(name for name in names if name.lower() not in SETS)
+        if len(names) > 1:
+            found[one] = [name for name in names if name]
     return found if level and max(found, default=0) > level else {}
 
 
@@ -421,8 +421,8 @@ def convert(args):
     for one in (level, args.class_level):
         deep = not one or any(folder_at(name, one) for name in images)
         require(deep, f"LEVEL {one}: no image lies so deep")
-    differ = not level or level != args.class_level
-    require(differ, f"LEVEL {level}: folders cannot be patients and classes; type two levels")
+    twice = level and level == args.class_level
+    require(not twice, f"LEVEL {level}: folders cannot be patients and classes; type two levels")
     path = choose_table(folder, files, args.TABLE, level or args.class_level)
     titles, rows = ["file_name"], [[name] for name in images]  # if there is no table
     if path:
@@ -445,7 +445,9 @@ def convert(args):
     rows = [row for row in rows if row[place] in file_of]
     entries = [entry for entry in entries if entry["file_name"]]
     folders = class_folders(entries, level)
-    places, why = class_columns(titles, rows, args, {place, *ids.values()}, folders)
+    places, why = [], ""
+    if not args.class_level:
+        places, why = class_columns(titles, rows, args.class_, {place, *ids.values()}, folders)
     for entry, row in zip(entries, rows):
         words = [row[i] for i in places]
         if len(places) > 1:

@@ -423,6 +423,7 @@ REFUSED_BY_THE_TOOL = {  # a table of the files below (and flags), and what the 
     "image|b|1|a": "'1' may be 2, such as ['x/1.jpg', 'y/1.jpg']; write its path below the folder",
     "image,Patient ID,patient_id|a,x,y": "['Patient ID', 'patient_id'] are one title",
     "image,dx|a,Nevus|b,nevus": "'Nevus' and 'nevus' differ only in form; use one",
+    "image,dx|a,0|b,0.0": "'0' and '0.0' differ only in form",
     "image,lesion_id,Patient|a,L,P|b,L,Q|,L,R|,L,S": "has 4 … ['P', 'Q', 'R'] … --group 'Patient'",
     "image,patient_id,group|a,P,G": "which of ['patient_id', 'group'] counts? Type --group TITLE",
     "image,dx|a,mole|a.jpg,scar|b,mole": "a.jpg: has two rows that differ",
@@ -452,6 +453,7 @@ CHOICES = [  # tables, the one that is typed, and the one that is read, or why n
     ("a_csv A.CSV", "", "photos: which table? It has 2, such as ['A.CSV', 'a.csv']; name"),
     ("x.txt", "", "photos: has no .csv or .tsv (in its folders: none); add the table's"),
     ("x/a_csv x/b.tsv", "", "(in its folders: 2, such as ['x/a.csv', 'x/b.tsv']); add the"),
+    ("x.xlsx", "", "x.xlsx: is a spreadsheet"),
     ("a_csv b.tsv", "b.tsv", "b.tsv: is here and in photos; type its whole path"),
     ("metadata_csv a_csv", "a.csv", "metadata.csv: is there already"),
     ("metadata_csv metadata.original_csv", "", "metadata.original.csv: is in the way; rename it"),
@@ -510,6 +512,8 @@ groups: 3
 largest groups: 'patient P' 2, 'lesion M' 1
 WARNING 1 of 4 images have no id: write it into each row, or type --group TITLE \
 (not used: ['class', 'Age']), or --group-by-folder LEVEL
+WARNING 1 of 4 rows have no 'Diagnosis': write it there, or type --class TITLE, or A,B for \
+columns of 0 and 1 (not used: ['class', 'Age'])
 """
     assert printed() == told
     for titles in (table.NAME, table.CLASS):  # the order that --help promises
