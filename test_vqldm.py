@@ -29,9 +29,9 @@ from vqldm import Diffusion, rng
 
 HERE = Path(vqldm.__file__).parent
 sys.path.append(str(HERE / "tools"))
-import classifier, evaluate, letters, table
+import baseline, classifier, evaluate, letters, table
 
-TOOLS = dict(classifier=classifier, evaluate=evaluate, letters=letters, table=table)
+TOOLS = {tool.__name__: tool for tool in (baseline, classifier, evaluate, letters, table)}
 
 torch.set_num_threads(1)  # with tensors as small as these, more threads only cost time
 ORIGINAL = SimpleNamespace(**vars(vqldm))  # the program before any test replaces a part of it

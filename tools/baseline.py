@@ -222,12 +222,12 @@ def main(argv=None):
     add("--device", default="auto", help="auto, or a device of torch, such as cpu or cuda:1")
     with vqldm.one_sentence():
         args = parser.parse_args(argv)
-        vqldm.require(VQModel, "diffusers is missing: type pip install diffusers")
         enough = all(0.01 <= minutes < math.inf for minutes in args.minutes)
         vqldm.require(enough, "--minutes: must be finite, and long enough for a step")
         out = Path(args.out)
         vqldm.require(not out.exists() or out.is_dir(), f"--out {out}: is a file")
         vqldm.require(not any(out.glob("*")), f"--out {out}: is not empty")
+        vqldm.require(VQModel, "diffusers is missing: type pip install diffusers")
         out.mkdir(parents=True, exist_ok=True)
         baseline(args)
 

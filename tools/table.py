@@ -301,8 +301,8 @@ def is_done(path, images, rows):
             there = vqldm.read_table(path, images)
     except UserError:
         return False
-    there = [{"file_name": name, **words} for name, words in there.items()]
-    return [*map(filled, there)] == [*map(filled, rows)]  # unknown and an empty word are one class
+    there = [filled({"file_name": name, **words}) for name, words in there.items()]
+    return there == [*map(filled, rows)]  # unknown and an empty word are one class
 
 
 def write(path, rows):
@@ -418,11 +418,9 @@ def convert(args):
     images = [name for name in files if Path(name).suffix.lower() in vqldm.SUFFIXES]
     endings = sorted({Path(name).suffix.lower() for name in files})
     require(images, f"{folder}: has no images that can be read, only files that end in {endings}")
-    for one in (level, args.class_level):
-        deep = not one or any(folder_at(name, one) for name in images)
-        require(deep, f"LEVEL {one}: no image lies so deep")
-    twice = level and level == args.class_level
-    require(not twice, f"LEVEL {level}: folders cannot be patients and classes; type two levels")
+    for one in {level, args.class_level} - {None}:
+        require(any(folder_at(name, one) for name in images), f"LEVEL {one}: no image is so deep")
+        require(level != args.class_level, f"LEVEL {one}: patients and classes need two levels")
     path = choose_table(folder, files, args.TABLE, level or args.class_level)
     titles, rows = ["file_name"], [[name] for name in images]  # if there is no table
     if path:
@@ -463,18 +461,17 @@ def convert(args):
     taken = {"file_name": [place], **{title: [i] for title, i in ids.items()}, "class": places}
     taken = {title: [titles[i] for i in places] for title, places in taken.items() if places}
     say("taken:", ", ".join(f"{title} from {str(names)[1:-1]}" for title, names in taken.items()))
-    if level:
-        say("taken: patient_id from the folders at level", level)
-    if args.class_level:
-        say("taken: class from the folders at level", args.class_level)
+    for title, one in (("patient_id", level), ("class", args.class_level)):
+        if one:
+            say("taken:", title, "from the folders at level", one)
     unused = [title for title in titles if title and title not in sum(taken.values(), [])]
     say("not used:", unused)
     say("ids that differ only in form:", some(respelt))
     loose = [f"{name} is {file}" for name, file in file_of.items() if name != file]
     say("names that are no path below the folder:", some(loose))
     say("rows without a file:", some(missing))
-    unnamed = {*images} - {row["file_name"] for row in table}
-    say("files without a row, left out:", some(sorted(unnamed)))
+    used = [row["file_name"] for row in table]
+    say("files without a row, left out:", some(sorted({*images} - {*used})))
 
     # ---- metadata.csv, and what vqldm.py takes from it ----
     if os.path.lexists(target) and is_done(target, images, table):
@@ -491,7 +488,6 @@ def convert(args):
     say("groups:", len(ids) + len(table) - ids.total())
     largest = [f"{word!r} {images}" for word, images in ids.most_common(3)]
     say("largest groups:", ", ".join(largest) or "none")
-    used = [row["file_name"] for row in table]
     for gap in gaps(ids, used, taken.get("class"), classes, why, folders, unused, args):
         say("WARNING", gap)
 
