@@ -376,6 +376,8 @@ def gaps(ids, files, taken, classes, why, folders, unused, args):
     for word, images in ids.most_common(1):
         if images > max(10, n / 5) and not args.group:
             yield f"{images} of {n} images have the id {word!r}: if it means none, {type_group}"
+    for pairs in filter(None, (vqldm.maybe_one(ids), vqldm.maybe_one(classes))):
+        yield f"{len(pairs)} pairs may be one, such as {pairs[:3]}: if so, spell them alike"
     if why:
         yield f"{why} {type_class}"
     elif not (taken or folders or args.class_level) and (unused or not args.level):

@@ -302,6 +302,7 @@ WARNINGS = dict(  # a short name of each, and what it says
     half="rows have no .*, but 'diagnosis_1': type --class TITLE",
     blank="[0-9]+ of [0-9]+ rows have no .*: write it there, or type --class TITLE",
     number="classes: .* from .*, but .*: type --class TITLE.*, or delete this column",
+    pairs="[0-9]+ pairs may be one, such as .*: if so, spell them alike",
     zeros="zeros are lost in .*; save this column as text",
     level="which folders are classes .*: if .*, delete .* and add --class-by-folder LEVEL",
     shallow="images have no folder of a class: move them into one",
@@ -312,7 +313,7 @@ def warned(told):
     """-> the short names of all WARNINGs. Most name the titles that were not used."""
     lines = re.findall("^WARNING (.+)", told, re.M)
     found = [name for line in lines for name in WARNINGS if re.match(f".*{WARNINGS[name]}", line)]
-    unused = len({*found} - {"zeros", "level", "shallow"})
+    unused = len({*found} - {"zeros", "pairs", "level", "shallow"})
     assert len(found) == len(lines) and told.count("(not used: [") >= unused
     return " ".join(found)
 
@@ -333,7 +334,7 @@ folders of the table, absolute paths: \
 image|old/x/1.jpg|C:\\me\\2.jpg|/home/me/3.jpg|\\\\me\\4.jpg|~/me/5.jpg|../z/6.jpg
 file_name|x/1.jpg|y/2.jpg|3.jpg|4.jpg|y/5.jpg|z/6.jpg ! ids
 an exact name rules out all others: image|1.jpg|x/1.jpg|X/1.jpg
-file_name|1.jpg|x/1.jpg|X/1.jpg ! ids
+file_name|1.jpg|x/1.jpg|X/1.jpg ! ids pairs
 a folder that differs, one column of 1, beside P/x/1.jpg: image,ok|Q/x/1.jpg,1|P/x/2.jpg,1
 file_name|P/x/2.jpg ! ids none
 files that were converted, if no row has the new name, beside 3.jpg: \
@@ -384,6 +385,8 @@ folders of patients, classes in a table --group-by-folder 1: image,dx,patient_id
 file_name,class,patient_id|P1/1.jpg,mel,P1|P2/2.jpg,nv,P2 !
 the program's own format, with a class that is unknown: file_name,class|a.jpg,unknown
 file_name,class|a.jpg,unknown ! ids none
+ids and classes that may be one: image,class,patient_id|a,nv,12/3|b,n.v.?,12-3
+file_name,class,patient_id|a.jpg,nv,12/3|b.jpg,n.v.?,12-3 ! pairs pairs
 names that lost their zeros, beside 098.jpg & 099.jpg: image,dx,patient_id|98,x,P|99,y,P|100,y,Q
 file_name,class,patient_id|100.jpg,y,Q ! zeros
 ISIC 2020's: image_name,patient_id,diagnosis,target|I_1,IP_7,unknown,0|I_2,IP_7,nevus,0
