@@ -1725,7 +1725,7 @@ def test_a_resumed_run_ends_the_same(trained, tmp_path, monkeypatch, stage, stop
 def test_a_finished_run_stays_as_it_is_or_grows(copy_of, tmp_path, printed, epochs, steps):
     """It has made all twelve steps of its four epochs. The photographs may have been moved."""
     out, photos = copy_of("ldm"), shutil.copytree("photos", tmp_path / "moved")
-    words = ["--out", out, "--epochs", epochs, "--data", photos, "--autoguidance", 2]
+    words = ["--out", out, "--epochs", epochs, "--data", photos, "--autoguidance", 3]
     assert cli("train-ldm", "--resume", *words) == 0
     assert f"steps to go: {steps} of {12 + steps}\n" in printed()
     old, new = state_of("trained/ldm/last.pt"), state_of(out / "last.pt")
@@ -2137,9 +2137,9 @@ SETTINGS = [  # what is typed, and some settings that the command then has
     ("train-vq --out new --codes 9 --preset tiny --seed 3", dict(codes=9, epochs=4, seed=3)),
     ("train-vq --resume --out vq", dict(codes=16, epochs=2.8, preset="tiny", device="cpu")),
     ("train-vq --resume --out vq --preset tiny --epochs 7", dict(codes=16, epochs=7.0)),
-    ("train-ldm --resume --out ldm --steps 4", dict(steps=4, T=5, widths=(12,), autoguidance=1.5)),
+    ("train-ldm --resume --out ldm --steps 4", dict(steps=4, T=5, widths=(12,), autoguidance=2.0)),
     ("sample --ckpt ldm/last.pt --steps 5 --seed 4", dict(steps=5, seed=4, eta=0.0, n=64)),
-    ("evaluate --ckpt ldm --autoguidance 2", dict(autoguidance=2.0, steps=3, n=500, data="")),
+    ("evaluate --ckpt ldm --autoguidance 3", dict(autoguidance=3.0, steps=3, n=500, data="")),
 ]
 
 
@@ -2158,7 +2158,7 @@ PRESETS = {  # what can be typed instead of --preset
     "--gan-start .1 --muon-lr .02 --codes-lr .02 --d-lr .0004 --batch-size 8 --epochs 3",
     "train-ldm --preset default": "--seed 0 --device auto --upsample nearest --lr .001 "
     "--vq runs/vq --T 1000 --schedule cosine --target v --widths 64,128 --ema .995 --batch-size 32 "
-    "--muon-lr .01 --epochs 23 --eta 0 --steps 50 --autoguidance 1.5 --class-guidance 1.5",
+    "--muon-lr .01 --epochs 23 --eta 0 --steps 50 --autoguidance 2 --class-guidance 1.5",
     "train-vq --preset tiny": "--size 32 --n-images 200 --widths 16,32 --codes 64 --epochs 4",
     "train-ldm --preset tiny": "--T 200 --widths 32,64 --batch-size 16 --epochs 16",
     "train-vq --preset quick": "--n-images 800 --held-out .05 --epochs 2.4",

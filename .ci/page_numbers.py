@@ -1,6 +1,6 @@
 """Name each decimal of the pages and of vqldm.py's comments that docs/RESULTS.md does not have.
 
-    python .ci/numbers.py
+    python .ci/page_numbers.py
 
 What was measured stands in RESULTS, and no other page may have other digits. Code, links, versions
 and arXiv's numbers are passed over, and so are numbers of vqldm.py's code, such as settings.
