@@ -323,8 +323,6 @@ def warned(told):
 AS_SAVED = """\
 titles with capitals, blanks and hyphens: IMAGE Name;Diagnosis;Patient-ID;lesion\u00a0ID|a;mole;P;L
 file_name,class,patient_id|a.jpg,mole,P !
-German --name Bild --class befund --group FALL: Bild;Befund;Fall;class|a;Mal;1;x|b;Narbe;1;y
-file_name,class,group|a.jpg,Mal,1|b.jpg,Narbe,1 !
 known columns in their order, but not empty ones: \
 label,class,diagnosis,dx,diagnosis_1,diagnosis_3,isic_id,image|,,,,5,,a,b|1,2,3,4,6,NA,b,a|,,,,,7,9,
 file_name,class|a.jpg,5|b.jpg,6 ! ids
@@ -367,8 +365,6 @@ another column that names classes: image,patient_id,diagnosis_1,diagnosis_3|a,P,
 file_name,class,patient_id|a.jpg,,P|b.jpg,nv,Q ! half
 classes in a patient's first row: image,patient_id,dx|a,P,mel|b,P,|c,P,
 file_name,class,patient_id|a.jpg,mel,P|b.jpg,,P|c.jpg,,P ! blank
-ids in a patient's first row: image,patient_id,dx|a,P,mel|b,,mel|c,,mel
-file_name,class,patient_id|a.jpg,mel,P|b.jpg,mel,|c.jpg,mel, ! id
 folders of classes in folders of patients --group-by-folder 1 --class-by-folder 2: -
 file_name,class,patient_id|P1/mel/1.jpg,mel,P1|P1/nv/b/2.jpg,nv,P1|P2/3.jpg,,P2 ! shallow
 folders of classes in folders of patients, not stated --group-by-folder 1: -
