@@ -84,8 +84,9 @@ def choose_table(folder, files, typed, level):
 def decode(path):
     """-> the text of a table, and its encoding"""
     data = path.read_bytes()
-    spreadsheet = path.suffix.lower() in SPREADSHEETS or data.startswith((b"PK\3\4", b"\xd0\xcf"))
-    require(not spreadsheet, f"{path}: is a spreadsheet; save it as CSV (in Excel: CSV UTF-8)")
+    text = path.suffix.lower() not in vqldm.TABLES[2:]
+    text = text and not data.startswith((b"PK\3\4", b"\xd0\xcf"))  # of spreadsheets
+    require(text, f"{path}: is no text of columns; save it as CSV (in Excel: CSV UTF-8)")
     encodings = ["utf-8-sig", "cp1252"]
     # UTF-16 comes first, as its bytes are valid in cp1252. Every second one is 0 in Latin text.
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
@@ -339,17 +340,6 @@ def class_folder(file, level):
     return own[-1] if own else "images"
 
 
-def open_levels(files, level):
-    """-> {level: names} of all folders that may be classes, if some lie below the patients'"""
-    found = {}
-    for one in {*range(1, 10)} - {level}:
-        names = {folder_at(file, one) for file in files}  # "" of files that lie above
-        names = sorted(name for name in names if name.lower() not in SETS)
-        if len(names) > 1:
-            found[one] = [name for name in names if name]
-    return found if level and max(found, default=0) > level else {}
-
-
 def class_folders(entries, level):
     """-> the number of folders that may be classes. If they are called like their images' ids, or
     are many with few images each, they look like patients, and there are none."""
@@ -359,38 +349,39 @@ def class_folders(entries, level):
         forms = {id_form(entry[title]) for title in IDS if title in entry}
         ids.setdefault(folder, set()).update(forms)
     named = all(forms == {id_form(folder)} for folder, forms in ids.items())
-    many = len(ids) > 10 and len(entries) < 6 * len(ids)
-    return 0 if named or many or len(ids) < 2 else len(ids)
+    one_each = len(entries) < 6 * len(ids) or all(len(forms) == 1 for forms in ids.values())
+    return 0 if named or len(ids) > 10 and one_each or len(ids) < 2 else len(ids)
 
 
 def gaps(ids, files, taken, classes, why, folders, unused, args):
     """-> what may be missing of files, and which flag adds it. taken: the titles of classes"""
     n = len(files)
+    spare = SETS | {*classes} if taken else SETS
+    levels = {one: {folder_at(file, one) for file in files} - spare for one in range(1, 10)}
+    levels = {one: some(sorted(names)) for one, names in levels.items() if len(names) > 1}
     type_group = f"type --group TITLE (not used: {unused}), or --group-by-folder LEVEL"
     type_class = f"type --class TITLE, or A,B for columns of 0 and 1 (not used: {unused})"
-    if not ids:
+    if not ids and (unused or levels):
         yield f"no ids, so a patient may be trained on and held out: {type_group}"
-    elif ids.total() < n:
+    if 0 < ids.total() < n:
         without = n - ids.total()
         yield f"{without} of {n} images have no id: write it into each row, or {type_group}"
     for word, images in ids.most_common(1):
         if images > max(10, n / 5) and not args.group:
             yield f"{images} of {n} images have the id {word!r}: if it means none, {type_group}"
-    for pairs in filter(None, (vqldm.maybe_one(ids), vqldm.maybe_one(classes))):
-        yield f"{len(pairs)} pairs may be one, such as {pairs[:3]}: if so, spell them alike"
+    yield from vqldm.doubts(ids)
+    yield from vqldm.doubts(classes)
     if why:
         yield f"{why} {type_class}"
-    elif not (taken or folders or args.class_level) and (unused or not args.level):
+    elif not (taken or folders or args.class_level) and (unused or levels and not args.level):
         patients = ", only folders that look like patients (--group-by-folder)" * (len(classes) > 1)
         yield f"no classes{patients}: {type_class}"
     few = len(classes) < folders and not args.level
     if taken and not args.class_ and (few or len(classes) > max(10, n / 2)):
         here = f"{some(sorted(classes))} from {taken}, but {folders} folders of classes, {n} images"
         yield f"classes: {here}: {type_class}, or delete this column"
-    levels = open_levels(files, args.level)
-    if levels and not taken and not args.class_level:
-        here = ", ".join(f"at level {one}: {some(names)}" for one, names in levels.items())
-        here = f"which folders are classes ({here})? Now they are {some(sorted(classes))}"
+    if args.level and max(levels, default=0) > args.level and not taken and not args.class_level:
+        here = f"which level's folders are classes? Levels: {levels}. Now: {some(sorted(classes))}"
         yield f"{here}: if this is wrong, delete metadata.csv and add --class-by-folder LEVEL"
     shallow = [file for file in files if args.class_level and not folder_at(file, args.class_level)]
     if shallow:

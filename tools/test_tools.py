@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Tests of the programs in tools, with the helpers and fixtures of test_vqldm.py."""
 
-import copy, csv, functools, hashlib, io, itertools, json, os, re, runpy, shutil, sys
+import copy, csv, functools, hashlib, io, itertools, json, os, random, re, runpy, shutil, sys
 from contextlib import redirect_stdout
 from dataclasses import fields
 from pathlib import Path
@@ -25,15 +25,11 @@ from vqldm import rng
 
 MISTAKES = [  # a command, and what the sentence says that refuses it
     ("classifier trained/ldm 4 wart", "CLASS wart: choose from ['mole', 'scar']"),
-    ("classifier trained/vq 4 scar", "RUN trained/vq: is not of train-ldm"),
     ("evaluate --ckpt trained/ldm --folders one", "--folders one: is not empty; name a new folder"),
     ("evaluate --ckpt trained/ldm --data one --out one", "--out one: holds the images; name"),
     ("baseline --like x --minutes inf 1", "--minutes: must be finite, and long enough for a step"),
     ("baseline --like x --minutes 1 1e-9", "--minutes: must be finite, and long enough for a step"),
-    (
-        "baseline --like x --minutes 1 1 --out trained/ldm/last.pt",
-        "--out trained/ldm/last.pt: is a",
-    ),
+    ("baseline --like x --minutes 1 1 --out trained/ldm/last.pt", "trained/ldm/last.pt: is a"),
     ("evaluate --ckpt trained/ldm --n 1", "--n 1: must be at least 2, since pairs of images"),
     ("evaluate --ckpt trained/ldm --data one", "--class, --data: 0 unseen images are too few, 4"),
 ]
@@ -304,7 +300,7 @@ WARNINGS = dict(  # a short name of each, and what it says
     number="classes: .* from .*, but .*: type --class TITLE.*, or delete this column",
     pairs="[0-9]+ pairs may be one, such as .*: if so, spell them alike",
     zeros="zeros are lost in .*; save this column as text",
-    level="which folders are classes .*: if .*, delete .* and add --class-by-folder LEVEL",
+    level="which level.s folders are classes.*: if .*, delete .* and add --class-by-folder LEVEL",
     shallow="images have no folder of a class: move them into one",
 )
 
@@ -331,30 +327,22 @@ file_name|IMG_1.JPG|img_2.jpg|rare/1.jpg|x/3.jpg ! ids
 folders of the table, absolute paths: \
 image|old/x/1.jpg|C:\\me\\2.jpg|/home/me/3.jpg|\\\\me\\4.jpg|~/me/5.jpg|../z/6.jpg
 file_name|x/1.jpg|y/2.jpg|3.jpg|4.jpg|y/5.jpg|z/6.jpg ! ids
-an exact name rules out all others: image|1.jpg|x/1.jpg|X/1.jpg
-file_name|1.jpg|x/1.jpg|X/1.jpg ! ids pairs
 a folder that differs, one column of 1, beside P/x/1.jpg: image,ok|Q/x/1.jpg,1|P/x/2.jpg,1
 file_name|P/x/2.jpg ! ids none
 files that were converted, if no row has the new name, beside 3.jpg: \
 image|1.HEIC|2.tif|2.b.jpg|2.jpg|3.2
-file_name|1.jpg|2.b.png|2.jpg ! ids none
+file_name|1.jpg|2.b.png|2.jpg !
 both forms of é: image,class,patient_id|\u00e9 1,\u00e9,\u00e9|e\u0301 2,e\u0301,e\u0301
 file_name,class,patient_id|e\u0301 1.jpg,\u00e9,\u00e9|\u00e9 2.jpg,\u00e9,\u00e9 !
 blanks, also a Mac's, and quotes:  image , class |a\u202fb , mole\u00a0|  c,  "scar; ""old"", 5"
-file_name,class|a\u202fb.jpg,mole|c.jpg,"scar; ""old"", 5" ! ids
+file_name,class|a\u202fb.jpg,mole|c.jpg,"scar; ""old"", 5" !
 words that mean none --group Patient-ID: \
 image,class,patient_id|a,NULL,-|b,mole,?|c,unknown,missing|d,None,0|e,N/A,#N/A
 file_name,class,patient_id|a.jpg,,|b.jpg,mole,|c.jpg,,|d.jpg,,0|e.jpg,, ! id
-a lesion's patient, of any row: image,lesion_id,patient_id|a,L,|b,L,P|c,M,|d,N,|9,N,Q
-file_name,group|a.jpg,patient P|b.jpg,patient P|c.jpg,lesion M|d.jpg,patient Q ! none
 lesions and patients in several forms: image,lesion_id,patient_id|a,l-1,|b,L 01,p 7|c,,P007|d,M,
-file_name,group|a.jpg,patient p 7|b.jpg,patient p 7|c.jpg,patient p 7|d.jpg,lesion M ! none
+file_name,group|a.jpg,patient p 7|b.jpg,patient p 7|c.jpg,patient p 7|d.jpg,lesion M !
 a column of 0 and 1 for each class: image;age;MEL;NV|a;1;0.0;1,0|b;50;1;0|9;60;;
 file_name,class|a.jpg,NV|b.jpg,MEL ! ids
-true and false, beside a column of false: image,MEL,NV,UNK|a,True,FALSE,false|b,false,TRUE,False
-file_name,class|a.jpg,MEL|b.jpg,NV ! ids
-x and an empty cell, in folders of patients: image,patient_id,MEL,NV|1,P1,x,|2,P1,,X|3,p 2,,x
-file_name,class,patient_id|P1/1.jpg,MEL,P1|P1/2.jpg,NV,P1|P2/3.jpg,NV,p 2 !
 a column of 1 more --class mel,NV: image,MEL,NV,weight|a,1.0,0.0,1.0|b,0,1,1|c,0,0,1
 file_name,class|a.jpg,MEL|b.jpg,NV|c.jpg, ! ids
 columns of 0 and 1 beside folders of classes: image,patient_id,male,female|1,P,1,0|2,Q,0,1
@@ -367,22 +355,6 @@ classes in a patient's first row: image,patient_id,dx|a,P,mel|b,P,|c,P,
 file_name,class,patient_id|a.jpg,mel,P|b.jpg,,P|c.jpg,,P ! blank
 folders of classes in folders of patients --group-by-folder 1 --class-by-folder 2: -
 file_name,class,patient_id|P1/mel/1.jpg,mel,P1|P1/nv/b/2.jpg,nv,P1|P2/3.jpg,,P2 ! shallow
-folders of classes in folders of patients, not stated --group-by-folder 1: -
-file_name,class,patient_id|P1/mel/1.jpg,images,P1|P1/nv/2.jpg,images,P1 ! level
-folders of visits in folders of patients --group-by-folder 2: -
-file_name,class,patient_id|mel/P1/1.jpg,mel,P1|nv/P2/a/2.jpg,nv,P2 ! level
-folders of classes, whatever a table says --class-by-folder 1: image,dx,patient_id|1,x,P|2,x,Q
-file_name,class,patient_id|mel/a/1.jpg,mel,P|nv/b/2.jpg,nv,Q !
-folders of patients in folders of classes --group-by-folder 2 --class-by-folder 1: -
-file_name,class,patient_id|mel/P1/1.jpg,mel,P1|nv/P2/a/1.jpg,nv,P2|nv/p-1/1.jpg,nv,P1 !
-folders of patients in train and test --group-by-folder 2: -
-file_name,class,patient_id|test/P2/1.jpg,images,P2|train/P1/1.jpg,images,P1 !
-folders of patients, classes in a table --group-by-folder 1: image,dx,patient_id|1,mel,A|2,nv,A
-file_name,class,patient_id|P1/1.jpg,mel,P1|P2/2.jpg,nv,P2 !
-the program's own format, with a class that is unknown: file_name,class|a.jpg,unknown
-file_name,class|a.jpg,unknown ! ids none
-ids and classes that may be one: image,class,patient_id|a,nv,12/3|b,n.v.?,12-3
-file_name,class,patient_id|a.jpg,nv,12/3|b.jpg,n.v.?,12-3 ! pairs pairs
 names that lost their zeros, beside 098.jpg & 099.jpg: image,dx,patient_id|98,x,P|99,y,P|100,y,Q
 file_name,class,patient_id|100.jpg,y,Q ! zeros
 ISIC 2020's: image_name,patient_id,diagnosis,target|I_1,IP_7,unknown,0|I_2,IP_7,nevus,0
@@ -415,19 +387,17 @@ def test_the_table_tool_reads_encodings_and_ends_of_lines(empty_folder, printed,
 
 
 REFUSED_BY_THE_TOOL = {  # a table of the files below (and flags), and what the sentence says
-    "image|c": "x.csv: names ['c'], but photos has ['007.jpg', 'a.jpg', 'b.jpg']",
     "image|7": "none of them agree, as zeros are lost in 1, such as ['7']; save this column as",
     "Bild,dx|a,x": "which of ['Bild', 'dx'] has the names? Type --name TITLE",
     "Dataset A|image,dx|a,x": "more words than titles … titles into the first row",
     "image|b|1|a": "'1' may be 2, such as ['x/1.jpg', 'y/1.jpg']; write its path below the folder",
     "image,Patient ID,patient_id|a,x,y": "['Patient ID', 'patient_id'] are one title",
     "image,dx|a,Nevus|b,nevus": "'Nevus' and 'nevus' differ only in form; use one",
-    "image,dx|a,0|b,0.0": "'0' and '0.0' differ only in form",
     "image,lesion_id,Patient|a,L,P|b,L,Q|,L,R|,L,S": "has 4 … ['P', 'Q', 'R'] … --group 'Patient'",
     "image,patient_id,group|a,P,G": "which of ['patient_id', 'group'] counts? Type --group TITLE",
     "image,dx|a,mole|a.jpg,scar|b,mole": "a.jpg: has two rows that differ",
     'image,dx|a,"mole': "x.csv: cannot be read",
-    "PK\3\4": "x.csv: is a spreadsheet; save it as CSV (in Excel: CSV UTF-8)",
+    "PK\3\4": "x.csv: is no text of columns; save it as CSV (in Excel: CSV UTF-8)",
     b"image\n\x81\xff": "is not in UTF-8, UTF-16 or cp1252",
     "image|a ~ --group-by-folder 2": "LEVEL 2: no image is so deep",
     "image|a ~ --group-by-folder 1 --class-by-folder 1": "LEVEL 1: patients and classes need",
@@ -450,9 +420,8 @@ CHOICES = [  # tables, the one that is typed, and the one that is read, or why n
     ("a_csv b.tsv c.txt d.xlsx x/b_csv", "", "a.csv"),
     ("a_csv x/metadata_csv", "x/metadata.csv", "x/metadata.csv"),
     ("a_csv A.CSV", "", "photos: which table? It has 2, such as ['A.CSV', 'a.csv']; name"),
-    ("x.txt", "", "photos: has no .csv or .tsv (in its folders: none); add the table's"),
     ("x/a_csv x/b.tsv", "", "(in its folders: 2, such as ['x/a.csv', 'x/b.tsv']); add the"),
-    ("x.xlsx", "", "x.xlsx: is a spreadsheet"),
+    ("x.xlsx", "", "x.xlsx: is no text of columns"),
     ("a_csv b.tsv", "b.tsv", "b.tsv: is here and in photos; type its whole path"),
     ("metadata_csv a_csv", "a.csv", "metadata.csv: is there already"),
     ("metadata_csv metadata.original_csv", "", "metadata.original.csv: is in the way; rename it"),
@@ -519,33 +488,69 @@ columns of 0 and 1 (not used: ['class', 'Age'])
         assert f" {', '.join(titles[:-1])} or {titles[-1]}" in table.__doc__
 
 
-@pytest.mark.parametrize("title", "Patients MRN Patientennummer Category Klasse labels".split())
-def test_the_table_tool_warns_if_it_knows_no_title_of_ids_or_classes(empty_folder, printed, title):
-    ids = title in "Patients MRN Patientennummer"
-    photos("a.jpg & b.jpg", x_csv=f"image,{title},{'dx' if ids else 'patient_id'}|a,1,2|b,3,4")
-    converted()
-    told = printed()
-    assert warned(told) == ("ids" if ids else "none") and f"(not used: ['{title}'])" in told
-
-
 def test_the_table_tool_warns_of_an_id_with_many_images(empty_folder, printed):
     """It may mean unknown, or the column is another: M and F, a number that Excel has shortened."""
-    names = [f"{i}.jpg" for i in range(90)]
-    for n, flags, gaps in ((19, "", "big"), (18, "", ""), (90, "--group patient", "")):
-        rows = [f"{name},m,{i if i >= n else 999}" for i, name in enumerate(names)]
-        photos(" & ".join(names), x_csv="|".join(["image,dx,patient", *rows]))
+    for n, flags, gaps in ((19, "", "big"), (18, "", ""), (19, "--group patient", "")):
+        rows = [f"{i}.jpg,m,{i if i >= n else 999}" for i in range(90)]
+        photos(
+            " & ".join(f"{i}.jpg" for i in range(90)), x_csv="|".join(["image,dx,patient", *rows])
+        )
         assert cli("table", "photos", *flags.split()) == 0 and warned(told := printed()) == gaps
-        assert n == 90 or f"groups: {91 - n}\nlargest groups: '999' {n}, '{n}' 1, " in told
+        assert f"groups: {91 - n}\nlargest groups: '999' {n}, '{n}' 1, " in told
         Path("photos/metadata.csv").unlink()
 
 
-def test_the_table_tool_knows_folders_of_patients(empty_folder, printed):
-    """If there are many, without their names in the table. Else these might be classes."""
-    for n, each, gaps in ((11, 5, "ids none"), (11, 6, "ids"), (10, 1, "ids")):
-        names = [f"{i}/{i}-{j}.jpg" for i in range(n) for j in range(each)]
-        photos(" & ".join(names), x_csv="|".join(["image", *names]))
-        assert cli("table", "photos") == 0 and warned(printed()) == gaps
-        shutil.rmtree("photos")
+# What the folders of a level may be, and how an id may be spelt: in one form, and in others.
+FOLDERS = {"class": ["bcc", "mel"], "date": ["2021-03", "2022-11"], "part": ["part_1", "part_2"]}
+SURE, LOOSE = "P{} p-{} P_0{}".split(), "P.{} #P{} P/{}".split()
+
+
+def write_table(meant, columns, spell):
+    """labels.csv, with a column of names, and of ids or classes"""
+    words = {n: {**one, "patient": spell().format(one["patient"][1:])} for n, one in meant.items()}
+    rows = [",".join([name, *map(one.get, columns)]) for name, one in words.items()]
+    Path("photos/labels.csv").write_text("\n".join([",".join(["image", *columns]), *rows]))
+
+
+def as_meant(meant, known):
+    """Does the program part the images by patient and by class as they are meant?"""
+    read, pairs = {}, {one: set() for one in known}
+    for name, (read["class"], group, _) in vqldm.find_images(Path("photos")).items():
+        read["patient"] = vqldm.id_form(group[1]) if group else name
+        [pairs[one].add((read[one], meant[name][one])) for one in known]
+    return all(len(p) == len({a for a, _ in p}) == len({b for _, b in p}) for p in pairs.values())
+
+
+@pytest.mark.parametrize("seed", range(300))
+def test_a_tree_is_read_as_it_is_meant_or_asked_about(empty_folder, printed, seed):
+    """It has up to four levels of folders, and a table or none. If nothing is open, there is no
+    WARNING. Else there is one, and what it asks for, typed, gives what is meant."""
+    draw = random.Random(seed)
+    levels, columns = [draw.sample(["patient", *FOLDERS][:n], draw.randint(0, n)) for n in (4, 2)]
+    spellings = SURE + LOOSE * (draw.random() < 0.3)
+    meant = {}
+    for i in range(60):
+        image = {one: draw.choice(names) for one, names in FOLDERS.items()} | {
+            "patient": f"P{i % 12}"
+        }
+        meant["/".join([*map(image.get, levels), f"{i}.jpg"])] = image
+    photos(" & ".join(meant))
+    if columns:
+        write_table(meant, columns, lambda: draw.choice(spellings))
+        assert cli("table", "photos") == 0
+    known = {*levels, *columns} & {"patient", "class"}
+    good, told = as_meant(meant, known), printed()
+    is_open = not good or {*levels} - {"class"} and len(columns) < 2
+    assert (good or "WARNING" in told) and (is_open or "WARNING" not in told)
+    if not good:
+        flags = {"patient": "--group-by-folder", "class": "--class-by-folder"}
+        flags = {flags[one]: levels.index(one) + 1 for one in known if one not in columns}
+        assert "spell them alike" in told or all(flag in told for flag in flags)
+        Path("photos/metadata.csv").unlink(missing_ok=True)
+        if columns:
+            write_table(meant, columns, lambda: SURE[0])
+        assert cli("table", "photos", *sum(flags.items(), ())) == 0 and as_meant(meant, known)
+        assert "WARNING" not in printed() or len(known) < 2
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
