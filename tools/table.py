@@ -53,7 +53,6 @@ CLASS = "diagnosis_3", "diagnosis_1", "dx", "diagnosis", "class", "label", "targ
 IDS = dict(patient_id=("patient_id", "patient"), lesion_id=("lesion_id",), group=("group",))
 YES, NO = {"1", "true", "yes", "x"}, {"0", "false", "no"}
 SETS = {"train", "training", *vqldm.HELD_OUT}  # folders that are no classes
-SPREADSHEETS = {".xlsx", ".xls", ".ods"}
 CONVERTED = vqldm.SUFFIXES | {".heic", ".heif", ".avif", ".dng"}  # the table may say 1.heic
 
 
@@ -71,7 +70,7 @@ def choose_table(folder, files, typed, level):
         return paths.popitem()[1]
     if os.path.lexists(folder / "metadata.csv"):
         return folder / "metadata.csv"
-    for endings in ({".csv"}, {".tsv"}, SPREADSHEETS):
+    for endings in ({".csv"}, {".tsv"}, vqldm.TABLES[2:5]):
         fit = [name for name in files if "/" not in name and Path(name).suffix.lower() in endings]
         require(len(fit) < 2, f"{folder}: which table? It has {some(fit)}; name one after it")
         if fit:
@@ -84,9 +83,8 @@ def choose_table(folder, files, typed, level):
 def decode(path):
     """-> the text of a table, and its encoding"""
     data = path.read_bytes()
-    text = path.suffix.lower() not in vqldm.TABLES[2:]
-    text = text and not data.startswith((b"PK\3\4", b"\xd0\xcf"))  # of spreadsheets
-    require(text, f"{path}: is no text of columns; save it as CSV (in Excel: CSV UTF-8)")
+    sheet = path.suffix.lower() in vqldm.TABLES[2:] or data[:3] in (b"PK\3", b"\xd0\xcf\x11")
+    require(not sheet, f"{path}: is no text of columns; save it as CSV (in Excel: CSV UTF-8)")
     encodings = ["utf-8-sig", "cp1252"]
     # UTF-16 comes first, as its bytes are valid in cp1252. Every second one is 0 in Latin text.
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
@@ -198,12 +196,11 @@ def class_columns(titles, rows, typed, taken, folders):
         return one_hot(titles, rows, taken, folders)
     first = next((i for i, title in enumerate(titles) if plain(title) == "diagnosis1"), place)
     lost = [row for row in rows if is_empty(row[place]) and not is_empty(row[first])]
-    blank = [row for row in rows if not row[place]]
-    title = titles[place]
+    blank = sum(not row[place] for row in rows)
     if lost and not typed:
-        return [place], f"{len(lost)} rows have no {title!r}, but {titles[first]!r}:"
-    if 10 * len(blank) >= len(rows):
-        return [place], f"{len(blank)} of {len(rows)} rows have no {title!r}: write it there, or"
+        return [place], f"{len(lost)} rows have no {titles[place]!r}, but {titles[first]!r}:"
+    if 10 * blank >= len(rows):
+        return [place], f"{blank} of {len(rows)} rows have no {titles[place]!r}: write it there, or"
     return [place], ""
 
 
@@ -336,8 +333,7 @@ def folder_at(file, level):
 def class_folder(file, level):
     """-> the innermost folder, as in vqldm.py, but one above the patient's at this level"""
     folders = Path(file).parent.parts[: level and level - 1]
-    own = [one for one in folders if one.lower() not in SETS]
-    return own[-1] if own else "images"
+    return ([one for one in folders if one.lower() not in SETS] or ["images"])[-1]
 
 
 def class_folders(entries, level):
@@ -364,8 +360,7 @@ def gaps(ids, files, taken, classes, why, folders, unused, args):
     if not ids and (unused or levels):
         yield f"no ids, so a patient may be trained on and held out: {type_group}"
     if 0 < ids.total() < n:
-        without = n - ids.total()
-        yield f"{without} of {n} images have no id: write it into each row, or {type_group}"
+        yield f"{n - ids.total()} of {n} images have no id: write it into each row, or {type_group}"
     for word, images in ids.most_common(1):
         if images > max(10, n / 5) and not args.group:
             yield f"{images} of {n} images have the id {word!r}: if it means none, {type_group}"
@@ -479,8 +474,7 @@ def convert(args):
     say("classes:", dict(sorted(classes.items())))
     ids = Counter(row[title] for row in table for title in IDS if title in row)
     say("groups:", len(ids) + len(table) - ids.total())
-    largest = [f"{word!r} {images}" for word, images in ids.most_common(3)]
-    say("largest groups:", ", ".join(largest) or "none")
+    say("largest groups:", ", ".join(f"{one!r} {n}" for one, n in ids.most_common(3)) or "none")
     for gap in gaps(ids, used, taken.get("class"), classes, why, folders, unused, args):
         say("WARNING", gap)
 

@@ -491,10 +491,9 @@ columns of 0 and 1 (not used: ['class', 'Age'])
 def test_the_table_tool_warns_of_an_id_with_many_images(empty_folder, printed):
     """It may mean unknown, or the column is another: M and F, a number that Excel has shortened."""
     for n, flags, gaps in ((19, "", "big"), (18, "", ""), (19, "--group patient", "")):
-        rows = [f"{i}.jpg,m,{i if i >= n else 999}" for i in range(90)]
-        photos(
-            " & ".join(f"{i}.jpg" for i in range(90)), x_csv="|".join(["image,dx,patient", *rows])
-        )
+        names = [f"{i}.jpg" for i in range(90)]
+        rows = [f"{name},m,{i if i >= n else 999}" for i, name in enumerate(names)]
+        photos(" & ".join(names), x_csv="image,dx,patient|" + "|".join(rows))
         assert cli("table", "photos", *flags.split()) == 0 and warned(told := printed()) == gaps
         assert f"groups: {91 - n}\nlargest groups: '999' {n}, '{n}' 1, " in told
         Path("photos/metadata.csv").unlink()
@@ -530,9 +529,7 @@ def test_a_tree_is_read_as_it_is_meant_or_asked_about(empty_folder, printed, see
     spellings = SURE + LOOSE * (draw.random() < 0.3)
     meant = {}
     for i in range(60):
-        image = {one: draw.choice(names) for one, names in FOLDERS.items()} | {
-            "patient": f"P{i % 12}"
-        }
+        image = {k: draw.choice(names) for k, names in FOLDERS.items()} | {"patient": f"P{i % 12}"}
         meant["/".join([*map(image.get, levels), f"{i}.jpg"])] = image
     photos(" & ".join(meant))
     if columns:
