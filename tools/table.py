@@ -364,8 +364,7 @@ def gaps(ids, files, taken, classes, why, folders, unused, args):
     for word, images in ids.most_common(1):
         if images > max(10, n / 5) and not args.group:
             yield f"{images} of {n} images have the id {word!r}: if it means none, {type_group}"
-    yield from vqldm.doubts(ids)
-    yield from vqldm.doubts(classes)
+    yield from [*vqldm.doubts(ids), *vqldm.doubts(classes)]
     if why:
         yield f"{why} {type_class}"
     elif not (taken or folders or args.class_level) and (unused or levels and not args.level):
